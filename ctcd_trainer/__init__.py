@@ -1,0 +1,17 @@
+"""Co-training and co-distillation of two Hugging Face models (CTCD, arXiv 2311.02849).
+
+Change the class name of your `Trainer`, add a `student_model`, and get two models that taught each other.
+"""
+
+from .student import create_student
+from .trainer import CoDistillationPredictionOutput, CoDistillationTrainer
+from .training_args import CoDistillationTrainingArguments
+from .version import __version__
+
+__all__ = [
+    "CoDistillationPredictionOutput",
+    "CoDistillationTrainer",
+    "CoDistillationTrainingArguments",
+    "__version__",
+    "create_student",
+]

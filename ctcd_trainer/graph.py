@@ -1,0 +1,103 @@
+"""Who learns from whom: the modes of co-distillation as settings of one small graph.
+
+Learners are nodes, and an edge `source -> learner` carries the weight of a soft loss. Everything after this file reads
+the graph; nothing else asks which mode is set.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+TEACHER = "teacher"
+STUDENT = "student"
+#: A frozen model that is no learner: it only gives soft targets (Community KD).
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A soft loss: `learner` is pulled towards the detached predictions of `source`.
+
+    Attributes:
+        source: Name of the model whose predictions are the target.
+        learner: Name of the model that is trained by this edge.
+        weight: Weight of the soft loss in the total loss.
+    """
+
+    source: str
+    learner: str
+    weight: float = 1.0
+
+    @property
+    def loss_name(self) -> str:
+        """Name under which the loss of this edge is logged, e.g. `student_from_teacher_loss`."""
+        return f"{self.learner}_from_{self.source}_loss"
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the training argument that sets the weight, e.g. `student_from_teacher_weight`."""
+        return f"{self.learner}_from_{self.source}_weight"
+
+
+#: Every edge that a pair of models and a frozen teacher can have, and that has a training argument.
+EDGES = (
+    Edge(TEACHER, STUDENT),
+    Edge(STUDENT, TEACHER),
+    Edge(PRETRAINED, STUDENT),
+    Edge(PRETRAINED, TEACHER),
+)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A row of the table of modes.
+
+    Attributes:
+        trained: The learners that this mode trains; the others are frozen.
+        edges: The edges of the mode with their default weights; every other edge has weight 0.
+    """
+
+    trained: tuple[str, ...]
+    edges: tuple[Edge, ...] = ()
+
+    def default_weight(self, source: str, learner: str) -> float:
+        """Default weight of the edge `source -> learner` in this mode."""
+        return sum(edge.weight for edge in self.edges if (edge.source, edge.learner) == (source, learner))
+
+
+#: The table of modes, arXiv 2311.02849 section 3 (CTCD, Community KD) with its baselines.
+MODES: Mapping[str, Mode] = {
+    "standalone": Mode(trained=(TEACHER, STUDENT)),
+    "kd": Mode(trained=(STUDENT,), edges=EDGES[:1]),
+    "reversed": Mode(trained=(TEACHER,), edges=EDGES[1:2]),
+    "ctcd": Mode(trained=(TEACHER, STUDENT), edges=EDGES[:2]),
+    "community": Mode(trained=(TEACHER, STUDENT), edges=EDGES),
+}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The learners with the weights of their hard losses, and the edges between them.
+
+    Attributes:
+        hard_weights: Weight of each learner's own task loss; 0 for a learner that the mode freezes.
+        edges: The soft losses, only those with a weight other than 0.
+    """
+
+    hard_weights: Mapping[str, float]
+    edges: tuple[Edge, ...] = field(default=())
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The learners that some loss trains, in the order of `hard_weights`."""
+        reached = {edge.learner for edge in self.edges}
+        return tuple(name for name, weight in self.hard_weights.items() if weight > 0 or name in reached)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The learners that no loss trains: they are not changed and take no optimizer state."""
+        return tuple(name for name in self.hard_weights if name not in self.trained)
+
+    @property
+    def uses_pretrained(self) -> bool:
+        """Whether any learner learns from the frozen pre-trained teacher."""
+        return any(edge.source == PRETRAINED for edge in self.edges)

@@ -1,0 +1,142 @@
+"""The pair as one module, so that one wrap, one backward, one scaler and one checkpoint call serve all learners."""
+
+import inspect
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .graph import STUDENT, TEACHER
+from .tasks import base_model
+
+
+class CoDistillationModel(PreTrainedModel):
+    """Learners that train together, by name; the first one is the primary, whose place is the root of every folder.
+
+    Its `config` is the primary learner's. It is made by the trainer and has no checkpoint format of its own:
+    `save_pretrained` writes each learner as the ordinary model that it is.
+
+    Args:
+        learners: The models by name, the primary (the teacher) first.
+        frozen: Names of the learners that are not trained. They stay in evaluation mode (no dropout, no update of
+            running statistics), run without gradients, and their parameters have `requires_grad=False`.
+    """
+
+    config_class = PreTrainedConfig
+    supports_gradient_checkpointing = True
+
+    def __init__(self, learners: Mapping[str, nn.Module], frozen: Collection[str] = ()) -> None:
+        super().__init__(PreTrainedConfig())
+        self.learners = nn.ModuleDict(learners)
+        self.primary = next(iter(learners))
+        self.config = self.learners[self.primary].config
+        self.frozen = frozenset(frozen)
+        for name in self.frozen:
+            self.learners[name].requires_grad_(False)
+        self._parameters_of = {name: forward_parameters(model) for name, model in learners.items()}
+        self.train(self.training)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The plain teacher."""
+        return self.learners[TEACHER]
+
+    @property
+    def student(self) -> nn.Module:
+        """The plain student."""
+        return self.learners[STUDENT]
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The learners that are trained, by name."""
+        return {name: model for name, model in self.learners.items() if name not in self.frozen}
+
+    def folder_of(self, learner: str, root: str) -> str:
+        """Folder of a learner in an output or checkpoint folder: the root for the primary, its name for the others."""
+        return root if learner == self.primary else os.path.join(root, learner)
+
+    def train(self, mode: bool = True) -> "CoDistillationModel":
+        """Set training mode on the learners that are trained; frozen ones stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.learners[name].eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Input embeddings of the primary learner."""
+        return base_model(self.learners[self.primary]).get_input_embeddings()
+
+    def forward(self, learner: str | None = None, **inputs: Any) -> Any:
+        """Run every learner on the same inputs, or one of them.
+
+        Each receives the inputs that its `forward` names: a DistilBERT student gets no `token_type_ids`.
+
+        Args:
+            learner: Name of the only learner to run; all of them by default.
+            **inputs: Tensors of the batch, `(rows, ...)`.
+
+        Returns:
+            The outputs by name of the learner, or the output of the one that was asked for.
+        """
+        if learner is not None:
+            return self._run(learner, inputs)
+        return {name: self._run(name, inputs) for name in self.learners}
+
+    def _run(self, name: str, inputs: Mapping[str, Any]) -> Any:
+        known = frozenset().union(*self._parameters_of.values())
+        accepted = self._parameters_of[name]
+        inputs = {key: value for key, value in inputs.items() if key in accepted or key not in known}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
+            return self.learners[name](**inputs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the primary learner in the folder itself and every other learner in a folder of its name.
+
+        Each is complete and loads with its own `from_pretrained`, without this package.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process writes.
+            state_dict: State of the whole pair where it is gathered from several processes.
+            **kwargs: Passed to each learner's `save_pretrained`.
+        """
+        for name, model in self.learners.items():
+            prefix = f"learners.{name}."
+            own = state_dict and {
+                key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
+            }
+            folder = self.folder_of(name, os.fspath(save_directory))
+            model.save_pretrained(folder, is_main_process=is_main_process, state_dict=own, **kwargs)
+
+
+@dataclass(frozen=True)
+class LearnerView:
+    """One learner of a pair, called through whatever wraps the pair (DDP and the like need their own forward).
+
+    Attributes:
+        model: The pair, wrapped or not.
+        learner: Name of the learner that a call runs.
+    """
+
+    model: nn.Module
+    learner: str
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Output of the learner on the inputs."""
+        return self.model(learner=self.learner, **inputs)
+
+
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the inputs that a model's `forward` declares (those of the model inside a PEFT wrapper)."""
+    parameters = inspect.signature(base_model(model).forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))

@@ -1,0 +1,576 @@
+"""The trainer: Trainer's hooks, overridden for a pair of models that teach each other."""
+
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainOutput,
+    align_special_tokens,
+    number_of_arguments,
+)
+
+from . import validation
+from .graph import PRETRAINED, STUDENT, TEACHER, Graph
+from .metrics import EvaluationMeter, LossMeter, MetricsOfEach, predictions_of
+from .model_card import write_model_cards
+from .modeling import CoDistillationModel, LearnerView, forward_parameters
+from .student import load_model
+from .tasks import IGNORE_INDEX, Task, base_model, find_task
+from .training_args import DistillationArguments, learner_arguments
+
+
+class CoDistillationPredictionOutput(NamedTuple):
+    """Trainer's `PredictionOutput` with the student's predictions, as `predict` returns it when asked for them."""
+
+    predictions: Any
+    label_ids: Any
+    metrics: dict[str, float] | None
+    student_predictions: Any
+
+
+class CoDistillationTrainer(Trainer):
+    """`transformers.Trainer` for a teacher and a student that are trained together (CTCD, arXiv 2311.02849).
+
+    Takes Trainer's own arguments in Trainer's own order; `model` is the teacher. Without a student it is a plain
+    Trainer, provided that the mode is `standalone` or that the arguments are a plain `TrainingArguments`. Every
+    argument, hook and callback of Trainer holds for both models. `trainer.model` is the pair, one module;
+    `trainer.teacher_model` and `trainer.student_model` are the two plain models.
+
+    Args:
+        model: The teacher: a model, or a name or path as `from_pretrained` takes them.
+        args: `CoDistillationTrainingArguments`; a plain `TrainingArguments` stands for its defaults.
+        data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
+            callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in Trainer.
+            `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are called once per model.
+            An optimizer that is passed in must hold the parameters of both models.
+        student_model: The student: a model, or a name or path.
+        student_model_init: Makes the student, like `model_init` the teacher (which it belongs with).
+        pretrained_teacher: A frozen model from which both learn (Community KD): a model, or a name or path.
+
+    Raises:
+        ValueError: The models, the arguments and the data do not fit together; see `validation.py`.
+        FloatingPointError: During training, when a loss of either model is not finite.
+
+    Example:
+        ```python
+        trainer = CoDistillationTrainer(
+            model=teacher, args=args, train_dataset=train, eval_dataset=dev, student_model=student
+        )
+        trainer.train()
+        trainer.save_model("out")  # the teacher in out/, the student in out/student/
+        ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        student_model: PreTrainedModel | str | None = None,
+        student_model_init: Callable[..., PreTrainedModel] | None = None,
+        pretrained_teacher: PreTrainedModel | str | None = None,
+    ) -> None:
+        self.pair: CoDistillationModel | None = None
+        self.task: Task | None = None
+        self.pretrained_teacher = pretrained_teacher
+        self.student_model_init = student_model_init
+        self.distillation = args if isinstance(args, DistillationArguments) else DistillationArguments()
+        self._loss_meter = LossMeter()
+        self._evaluation_meter: EvaluationMeter | None = None
+        self._grad_norms: dict[str, Tensor] = {}
+        self._student_predictions: Any = None
+
+        has_student = student_model is not None or student_model_init is not None
+        plain = not isinstance(args, DistillationArguments) or args.distillation_mode == "standalone"
+        paired = has_student or pretrained_teacher is not None or not plain
+        seed = args.seed if args is not None else TrainingArguments.seed
+        if paired:
+            if student_model is not None and student_model_init is not None:
+                raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
+            if model_init is not None and student_model_init is None:
+                raise ValueError(
+                    "`model_init` makes a new teacher for each training, and the student must be new as well: pass "
+                    "`student_model_init` instead of `student_model`."
+                )
+            validation.check_roles(
+                self.distillation.distillation_mode, self.graph, has_student, pretrained_teacher is not None
+            )
+            if args is not None and args.use_liger_kernel:
+                raise ValueError(
+                    "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the "
+                    "logits of two. Set it to False."
+                )
+            validation.check_dataset(train_dataset, "train_dataset")
+            validation.check_dataset(eval_dataset, "eval_dataset")
+        if isinstance(model, str):
+            set_seed(seed)  # a new head is initialised
+            model = load_model(model, "model")
+        if paired and model is not None:
+            set_seed(seed)
+            self.pair = self._make_pair(model, student_model)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if paired:
+            # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
+            # model is the pair.
+            self._install_pair(self.pair if self.pair is not None else self._make_pair(self.model, None))
+
+    # ---- The pair ----
+
+    @property
+    def graph(self) -> Graph:
+        """Who learns from whom, with which weights."""
+        return self.distillation.graph
+
+    @property
+    def teacher_model(self) -> PreTrainedModel:
+        """The plain teacher, whatever wraps the pair."""
+        return self.model if self.pair is None else self.pair.teacher
+
+    @property
+    def student_model(self) -> PreTrainedModel | None:
+        """The plain student, whatever wraps the pair; `None` without a student."""
+        return None if self.pair is None else self.pair.student
+
+    def _make_pair(self, teacher: PreTrainedModel, student: PreTrainedModel | str | None, trial: Any = None):
+        """Bring the models together and check them, before anything else is done with them."""
+        self.task = find_task(teacher)
+        if student is None:
+            takes_trial = number_of_arguments(self.student_model_init) == 1
+            student = self.student_model_init(trial) if takes_trial else self.student_model_init()
+        elif isinstance(student, str):
+            student = load_model(student, "student_model", like=teacher)
+        others = {"student_model": student}
+        if isinstance(self.pretrained_teacher, str):
+            self.pretrained_teacher = load_model(self.pretrained_teacher, "pretrained_teacher", like=teacher)
+        if self.pretrained_teacher is not None:
+            others["pretrained_teacher"] = self.pretrained_teacher
+        validation.check_models(self.task, teacher, others)
+        learners = {TEACHER: teacher, STUDENT: student}
+        for name in self.graph.trained:
+            validation.check_trainable(name, learners[name], self.distillation.distillation_mode)
+        return CoDistillationModel(learners, frozen=self.graph.frozen)
+
+    def _install_pair(self, pair: CoDistillationModel) -> None:
+        """Make the pair the trainer's model, and do for the other models what Trainer did for the teacher."""
+        tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
+        others = {"student_model": pair.student}
+        if self.pretrained_teacher is not None:
+            self.pretrained_teacher.eval().requires_grad_(False)
+            others["pretrained_teacher"] = self.pretrained_teacher
+        for argument, model in others.items():
+            validation.check_vocabularies(pair.teacher, model, argument, tokenizer)
+            model.config.use_cache = pair.teacher.config.use_cache
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+        validation.check_labels(self.task, self.train_dataset, "train_dataset")
+        validation.check_labels(self.task, self.eval_dataset, "eval_dataset")
+        validation.check_optimizer(self.optimizer, pair.trained)
+        self.pair = pair
+        self.model = self.model_wrapped = self.callback_handler.model = pair
+        # Every term of the loss is divided by the item count of the whole accumulated batch (`compute_loss`).
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False  # the task counts
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new teacher from `model_init`, paired with a new student from `student_model_init`."""
+        teacher = super().call_model_init(trial)
+        if self.pair is None:  # Trainer is still being set up, or there is no student
+            return teacher
+        self.pair = self._make_pair(teacher, None, trial)
+        if self.place_model_on_device:
+            self._move_model_to_device(self.pair, self.args.device)
+        return self.pair
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that either model's `forward` names."""
+        if self.pair is not None and self._signature_columns is None:
+            names = [forward_parameters(model) for model in self.pair.learners.values()]
+            self._signature_columns = sorted(frozenset().union(*names) | {"label", "label_ids", *self.label_names})
+        super()._set_signature_columns_if_needed()
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train both models; see `Trainer.train`.
+
+        Raises:
+            FloatingPointError: A loss of either model is not finite; names the model, the component and the step.
+        """
+        if self.pair is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._loss_meter = LossMeter()
+        # What follows Trainer does for the teacher.
+        if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+            align_special_tokens(self.student_model, self.processing_class)
+        if self.neftune_noise_alpha is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        student = base_model(self.student_model)
+        handle = activate_neftune(student, self.neftune_noise_alpha)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            deactivate_neftune(student, handle)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """Count what the task scores, over the whole accumulated batch and all processes."""
+        if self.task is not None:
+            batch_samples = [
+                {"labels": self.task.counted(batch["labels"])} if "labels" in batch else {} for batch in batch_samples
+            ]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module | LearnerView,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The weighted sum of the hard and the soft losses of all learners.
+
+        Each term is the mean over the scored positions of this micro-batch, times the share of the micro-batch in the
+        scored positions of the whole accumulated batch and of all processes.
+
+        Args:
+            model: The pair, wrapped or not; or a `LearnerView`, for which it is the task loss of that learner alone.
+            inputs: The batch.
+            return_outputs: Whether to return the outputs as well.
+            num_items_in_batch: Number of scored positions in the accumulated batch of all processes.
+
+        Returns:
+            The loss, 0-dimensional; with `return_outputs` also the outputs by name of the learner, or of the view.
+        """
+        if self.pair is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "labels" not in inputs:
+            raise ValueError(
+                f"The batch has no `labels`, only {sorted(inputs)}: name the label column 'label' or 'labels', or "
+                "pass a `data_collator` that makes them."
+            )
+        labels = inputs["labels"]
+        share = self._share_of_batch(labels, num_items_in_batch)
+        if isinstance(model, LearnerView):
+            outputs = model(**self._model_inputs(inputs))
+            loss = self._hard_loss(outputs, labels, share, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+
+        outputs = model(**self._model_inputs(inputs))
+        sources = dict(outputs)
+        if self.pretrained_teacher is not None:
+            sources[PRETRAINED] = self._pretrained_outputs(inputs)
+        warmup = self.distillation.soft_weight_factor(self.state.global_step, self.state.max_steps)
+        components, weights = {}, []
+        for learner in self.graph.trained:
+            if self.graph.hard_weights[learner] > 0:
+                components[f"{learner}_hard_loss"] = self._hard_loss(
+                    outputs[learner], labels, share, num_items_in_batch
+                )
+                weights.append(self.graph.hard_weights[learner])
+        for edge in self.graph.edges:
+            soft_loss = self.task.soft_loss(
+                outputs[edge.learner],
+                sources[edge.source],
+                labels,
+                self.distillation.soft_loss,
+                self.distillation.temperature,
+            )
+            components[edge.loss_name] = soft_loss * share
+            weights.append(edge.weight * warmup)
+        self._loss_meter.add(components, self.state.global_step + 1)
+        loss = sum(weight * component for weight, component in zip(weights, components.values(), strict=True))
+        return (loss, outputs) if return_outputs else loss
+
+    def _model_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
+        """The batch as the models get it: with labels only if they compute the hard loss themselves."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if self.label_smoother is None and self.compute_loss_func is None:
+            inputs["labels"] = self.task.trainable_labels(labels)
+        return inputs
+
+    def _share_of_batch(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+        """Share of this micro-batch in the whole accumulated batch, times the processes that gradients average over."""
+        if num_items_in_batch is None:
+            return 1.0
+        num_items = self.task.counted(labels).ne(IGNORE_INDEX).sum()
+        return self._process_scale() * num_items / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+    def _process_scale(self) -> int:
+        """DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _hard_loss(
+        self, outputs: Any, labels: Tensor, share: Tensor | float, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Task loss of one learner: the user's function, the smoothed one, or the one of the model itself."""
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            return loss * self._process_scale() if num_items_in_batch is not None else loss
+        loss = self.label_smoother(outputs, labels) if self.label_smoother is not None else outputs["loss"]
+        return loss * share
+
+    def _pretrained_outputs(self, inputs: dict[str, Tensor | Any]) -> Any:
+        """Outputs of the frozen teacher, once per batch."""
+        names = forward_parameters(self.pretrained_teacher) - {"labels"}
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.pretrained_teacher(**{name: value for name, value in inputs.items() if name in names})
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer with the parameter groups that Trainer would make for each learner alone.
+
+        A group carries the name of its learner under the key `"learner"`. Frozen learners have none.
+        """
+        if self.pair is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        merged = None
+        for learner, learner_model in self.pair.trained.items():
+            self.optimizer = None
+            with self._arguments_of(learner):
+                optimizer = super().create_optimizer(learner_model)
+            for group in optimizer.param_groups:
+                group["learner"] = learner
+                if merged is not None:
+                    merged.add_param_group(group)
+            merged = optimizer if merged is None else merged
+        self.optimizer = merged
+        return merged
+
+    @contextmanager
+    def _arguments_of(self, learner: str):
+        """Let Trainer see the arguments of one learner, without a change to the user's object."""
+        args = self.args
+        self.args = learner_arguments(args, learner)
+        try:
+            yield
+        finally:
+            self.args = args
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
+        """Clip each learner by its own norm; one norm over both would couple them. Returns the norm over both."""
+        if self.pair is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        self._grad_norms = {
+            name: nn.utils.clip_grad_norm_(
+                learner.parameters(), learner_arguments(self.args, name).max_grad_norm or float("inf")
+            )
+            for name, learner in self.pair.trained.items()
+        }
+        return torch.stack(list(self._grad_norms.values())).norm()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The norm over both; clips here if only the student is to be clipped."""
+        if self.pair is not None and grad_norm is None:
+            return self._clip_grad_norm(model)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss components and both gradient norms to the training logs; see `Trainer.log`.
+
+        Raises:
+            FloatingPointError: A component was not finite since the last log.
+        """
+        if self.pair is not None:
+            if "loss" in logs or "train_loss" in logs:
+                self._loss_meter.check(self.accelerator.gather)
+            if "loss" in logs:
+                logs |= self._loss_meter.drain(self.accelerator.gather)
+                logs |= {f"{name}_grad_norm": float(norm) for name, norm in self._grad_norms.items()}
+                if getattr(self.args, "student_learning_rate", None) is not None:
+                    groups = [group for group in self.optimizer.param_groups if group.get("learner") == STUDENT]
+                    logs |= {"student_learning_rate": groups[0]["lr"]} if groups else {}
+        super().log(logs, start_time)
+
+    # ---- Evaluation and prediction ----
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate both models in one pass over the data; see `Trainer.evaluation_loop`.
+
+        Returns:
+            The teacher's predictions, and the metrics of both: the teacher's without prefix, `student_*`, and
+            `agreement`.
+        """
+        if self.pair is None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self._evaluation_meter = meter = EvaluationMeter()
+        users = self.compute_metrics, self.preprocess_logits_for_metrics
+        try:
+            if self.compute_metrics is not None:
+                self.compute_metrics = MetricsOfEach(
+                    self.compute_metrics, TEACHER, (STUDENT,), meter, self.args.batch_eval_metrics
+                )
+            if self.preprocess_logits_for_metrics is not None:
+                self.preprocess_logits_for_metrics = lambda logits, labels: {
+                    name: users[1](own, labels) for name, own in logits.items()
+                }
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = users
+            self._evaluation_meter = None
+        output.metrics.update(meter.metrics(metric_key_prefix))
+        self._student_predictions = predictions_of(STUDENT, output.predictions)
+        return output._replace(predictions=predictions_of(TEACHER, output.predictions))
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Trainer's prediction step for each learner in turn.
+
+        Returns:
+            The teacher's loss, the logits by name of the learner (`None` if only losses are wanted), and the labels.
+        """
+        if self.pair is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        losses, logits, labels = {}, {}, None
+        for name, learner in self.pair.learners.items():
+            keys = ignore_keys or getattr(learner.config, "keys_to_ignore_at_inference", ["past_key_values"])
+            losses[name], logits[name], labels = super().prediction_step(
+                LearnerView(model, name), inputs, prediction_loss_only=False, ignore_keys=keys
+            )
+        if self._evaluation_meter is not None:
+            if losses[STUDENT] is not None:
+                repeated = losses[STUDENT].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own
+                self._evaluation_meter.add_losses(self.gather_function(repeated))
+            first, second = ({"logits": _first(logits[name])} for name in (TEACHER, STUDENT))
+            agreement = self.task.agreement(first, second, labels)
+            if agreement is not None:
+                self._evaluation_meter.add_agreement(*(self.gather_function(count) for count in agreement))
+        return losses[TEACHER], None if prediction_loss_only else logits, None if prediction_loss_only else labels
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        *,
+        student_predictions: bool = False,
+    ) -> PredictionOutput | CoDistillationPredictionOutput:
+        """The teacher's predictions and both models' metrics; see `Trainer.predict`.
+
+        Args:
+            test_dataset: The data set.
+            ignore_keys: Keys of the outputs that are no predictions.
+            metric_key_prefix: Prefix of the metrics.
+            student_predictions: Whether to return the student's predictions too, as a fourth field.
+        """
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        students, self._student_predictions = self._student_predictions, None
+        return CoDistillationPredictionOutput(*output, students) if student_predictions else output
+
+    # ---- Saving and loading ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the teacher in the folder as Trainer does, and the student complete in `student/`."""
+        super()._save(output_dir, state_dict)
+        if self.pair is None or not self.args.should_save:
+            return
+        folder = self.pair.folder_of(STUDENT, output_dir if output_dir is not None else self.args.output_dir)
+        processing_class = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint of both models, unless a loss was not finite: the last good one stays the last one."""
+        if self.pair is not None:
+            self._loss_meter.check(self.accelerator.gather)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load both models from a checkpoint folder.
+
+        Raises:
+            ValueError: The folder has no student.
+        """
+        if self.pair is None or model is not None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folders = {name: self.pair.folder_of(name, resume_from_checkpoint) for name in self.pair.learners}
+        for name, folder in folders.items():
+            if not os.path.isdir(folder):
+                raise ValueError(
+                    f"The checkpoint {resume_from_checkpoint!r} has no {name}: there is no folder {folder!r}. It was "
+                    "written by a trainer of one model. Resume from a checkpoint of both, or load its model with "
+                    "`from_pretrained`, pass it as `model` and start a new training."
+                )
+        for name, folder in folders.items():
+            learner = self.pair.learners[name]
+            if hasattr(learner, "load_adapter") and hasattr(learner, "peft_config"):
+                # Trainer would take the adapter in `student/` for a second one of the teacher.
+                learner.load_adapter(folder, learner.active_adapter, is_trainable=name not in self.pair.frozen)
+            else:
+                super()._load_from_checkpoint(folder, learner)
+
+    def _load_best_model(self) -> None:
+        """Load both models of the best checkpoint."""
+        if self.pair is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A model card for the teacher in the output folder and one for the student in `student/`; see `Trainer`."""
+        if self.pair is None:
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            bound = inspect.signature(super().create_model_card).bind(*args, **kwargs)
+            write_model_cards(self, **bound.arguments)
+
+
+def _first(logits: Any) -> Tensor:
+    return logits[0] if isinstance(logits, (tuple, list)) else logits

@@ -1,0 +1,222 @@
+"""Checks of what the user passes, made before any work starts. Each error names both values and a remedy."""
+
+import os
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .graph import Graph
+from .tasks import Task
+
+#: Columns that Trainer's data collators take as labels.
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+
+def check_roles(mode: str, graph: Graph, has_student: bool, has_pretrained: bool) -> None:
+    """The models that are given must be those that the mode uses.
+
+    Args:
+        mode: The `distillation_mode`.
+        graph: The graph that the arguments describe.
+        has_student: Whether a student is given.
+        has_pretrained: Whether a frozen pre-trained teacher is given.
+
+    Raises:
+        ValueError: A model is missing or has no use.
+    """
+    if not has_student:
+        raise ValueError(
+            f"`distillation_mode='{mode}'` needs a student, and `student_model` is None. Pass `student_model` (a "
+            "model, a name or a path) or `student_model_init`, or set `distillation_mode='standalone'` to train the "
+            "teacher alone."
+        )
+    if graph.uses_pretrained and not has_pretrained:
+        raise ValueError(
+            f"`distillation_mode='{mode}'` with its weights needs a frozen teacher, and `pretrained_teacher` is None. "
+            "Pass `pretrained_teacher`, or set `student_from_pretrained_weight` and `teacher_from_pretrained_weight` "
+            "to 0."
+        )
+    if has_pretrained and not graph.uses_pretrained:
+        raise ValueError(
+            f"A `pretrained_teacher` is given, but with `distillation_mode='{mode}'` nothing learns from it. Set "
+            "`distillation_mode='community'` (or one of `student_from_pretrained_weight` and "
+            "`teacher_from_pretrained_weight`), or leave it out."
+        )
+
+
+def check_models(task: Task, teacher: PreTrainedModel, others: Mapping[str, PreTrainedModel]) -> None:
+    """The models must be distinct and their predictions comparable.
+
+    Args:
+        task: The task of the teacher.
+        teacher: The teacher.
+        others: The other models by the name of their argument.
+
+    Raises:
+        ValueError: A model is given twice, two models share a parameter, or their heads do not fit together.
+    """
+    seen = {id(parameter): ("model", name) for name, parameter in teacher.named_parameters()}
+    models = {"model": teacher}
+    for argument, model in others.items():
+        for other, value in models.items():
+            if value is model:
+                raise ValueError(
+                    f"`{other}` and `{argument}` are the same object: a model cannot learn from itself. Pass two "
+                    "models, e.g. `student_model=create_student(model, num_hidden_layers=3)`."
+                )
+        models[argument] = model
+        for name, parameter in model.named_parameters():
+            if id(parameter) in seen:
+                other, other_name = seen[id(parameter)]
+                raise ValueError(
+                    f"`{other}` and `{argument}` share a parameter (`{other_name}` and `{name}`): each step would "
+                    "update it for both. Copy the weights instead, e.g. with `copy.deepcopy`."
+                )
+            seen[id(parameter)] = (argument, name)
+        task.check_pair(teacher.config, model.config, argument)
+
+
+def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
+    """A learner that the mode trains must have something to train.
+
+    Raises:
+        ValueError: None of its parameters requires gradients.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"`distillation_mode='{mode}'` trains the {learner}, but none of its parameters has `requires_grad=True` "
+            "(an earlier trainer may have frozen it). Call `requires_grad_(True)` on it, or choose a mode that "
+            f"freezes the {learner}."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, trained: Mapping[str, nn.Module]) -> None:
+    """An optimizer that the user passes must hold the parameters of every learner that is trained.
+
+    Args:
+        optimizer: The optimizer, `None` if Trainer makes it.
+        trained: The learners that are trained, by name.
+
+    Raises:
+        ValueError: It has none of a learner's parameters.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, model in trained.items():
+        if not any(id(parameter) in held for parameter in model.parameters()):
+            raise ValueError(
+                f"`optimizers` has an optimizer without any parameter of the {name}, which would never be trained. "
+                "Build it over both models, e.g. `AdamW([*teacher.parameters(), *student.parameters()])`, or pass "
+                "`optimizer_cls_and_kwargs` and let the trainer build it."
+            )
+
+
+def check_vocabularies(
+    teacher: PreTrainedModel, other: PreTrainedModel, argument: str, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Both models receive the same token ids, so the ids must mean the same to both.
+
+    Models whose embeddings are padded to different sizes over one tokenizer are accepted. Nothing is fetched: the
+    other model's tokenizer is compared where it lies in the folder that the model was loaded from.
+
+    Args:
+        teacher: The teacher.
+        other: The model that is paired with it.
+        argument: Name of the argument that gave it.
+        tokenizer: The trainer's `processing_class`, if that is a tokenizer.
+
+    Raises:
+        ValueError: The tokenizers differ, or the sizes do and the difference is no padding.
+    """
+    sizes = {"model": vocabulary_size(teacher), argument: vocabulary_size(other)}
+    if None in sizes.values():
+        return
+    if tokenizer is not None:
+        own = _saved_tokenizer(other)
+        vocabulary, other_vocabulary = tokenizer.get_vocab(), own.get_vocab() if own is not None else None
+        if other_vocabulary is not None and other_vocabulary != vocabulary:
+            pairs = {index: token for token, index in vocabulary.items()}
+            other_pairs = {index: token for token, index in other_vocabulary.items()}
+            index = next(i for i in sorted(pairs | other_pairs) if pairs.get(i) != other_pairs.get(i))
+            raise ValueError(
+                f"`{argument}` was trained with another tokenizer than `processing_class`: {own.name_or_path!r} has "
+                f"{len(other_pairs)} tokens and {tokenizer.name_or_path!r} has {len(pairs)}, and id {index} is "
+                f"{other_pairs.get(index)!r} for one and {pairs.get(index)!r} for the other. Choose a model that "
+                "shares the tokenizer, or cut one from the teacher with `create_student`."
+            )
+        if all(_is_padded(size, len(tokenizer)) for size in sizes.values()):
+            return
+        for name, size in sizes.items():
+            if size < len(tokenizer):
+                raise ValueError(
+                    f"`{name}` has `vocab_size={size}`, and the tokenizer has {len(tokenizer)} tokens: ids beyond the "
+                    f"embeddings of `{name}` would occur. Pass a model of the tokenizer's vocabulary."
+                )
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"`model` has `vocab_size={sizes['model']}` and `{argument}` has `vocab_size={sizes[argument]}`: they "
+            "receive the same token ids, which would mean different tokens to them. Choose a model that shares the "
+            "tokenizer, or cut one from the teacher with `create_student`."
+        )
+
+
+def vocabulary_size(model: PreTrainedModel) -> int | None:
+    """Number of token ids that a model's config states; `None` for a model of other inputs (images, audio)."""
+    return getattr(model.config.get_text_config(), "vocab_size", None)
+
+
+def _is_padded(size: int, num_tokens: int) -> bool:
+    """Whether a vocabulary size is the tokenizer's, or that one rounded up as is usual (to multiples of 8 or more)."""
+    return size == num_tokens or (size % 8 == 0 and 0 < size - num_tokens < 1024)
+
+
+def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the local folder that a model was loaded from, if there is one."""
+    folder = model.config.name_or_path
+    if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def check_dataset(dataset: Any, argument: str) -> None:
+    """A data set, or each of a dict of data sets, must have examples.
+
+    Raises:
+        ValueError: It is empty.
+    """
+    if isinstance(dataset, Mapping):
+        for name, part in dataset.items():
+            check_dataset(part, f"{argument}[{name!r}]")
+    elif isinstance(dataset, Sized) and len(dataset) == 0:
+        raise ValueError(f"`{argument}` is empty (0 examples). Check the file, the split or the filter it comes from.")
+
+
+def check_labels(task: Task, dataset: Any, argument: str) -> None:
+    """The labels of a data set that has them at hand (a `datasets.Dataset` or a list of dicts) must fit the task.
+
+    Other data sets (iterable, or computed on the fly) would have to be read whole, so they are not checked here.
+
+    Raises:
+        ValueError: A label does not fit the task; the message has the row and the value.
+    """
+    if isinstance(dataset, Mapping):
+        for name, part in dataset.items():
+            check_labels(task, part, f"{argument}[{name!r}]")
+        return
+    labels = None
+    if hasattr(dataset, "column_names") and isinstance(dataset, Sized):
+        column = next((name for name in LABEL_COLUMNS if name in (dataset.column_names or ())), None)
+        labels = dataset.with_format(None)[column] if column else None
+    elif isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
+        column = next((name for name in LABEL_COLUMNS if name in dataset[0]), None)
+        labels = [row[column] for row in dataset] if column else None
+    if labels is not None:
+        try:
+            task.check_labels(np.asarray(labels))
+        except ValueError as error:
+            raise ValueError(f"`{argument}`: {error}") from error
