@@ -30,7 +30,7 @@ class Task(Protocol):
         """Raise `ValueError` if a label of the data set does not fit the head."""
 
     def counted(self, labels: Tensor) -> Tensor:
-        """The labels as `num_items_in_batch` counts them: one entry per item, `IGNORE_INDEX` where it is not scored."""
+        """The labels as `num_items_in_batch` counts them: one entry per item, `IGNORE_INDEX` if not scored."""
 
     def trainable_labels(self, labels: Tensor) -> Tensor:
         """The labels to give to the model, made safe for a batch in which nothing is scored."""
@@ -193,9 +193,9 @@ class SequenceClassification:
         if same is None:
             return None
         same = same.reshape(same.shape[0], -1).float()
-        scored = (
-            torch.ones_like(same) if labels is None else self._scored(labels).unsqueeze(-1) * torch.ones_like(same)
-        )
+        scored = torch.ones_like(same)
+        if labels is not None:
+            scored *= self._scored(labels).unsqueeze(-1)
         return (same * scored).sum(-1), scored.sum(-1)
 
 

@@ -45,15 +45,15 @@ class DistillationArguments:
     student_from_pretrained_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the loss that trains the student on the frozen pre-trained teacher. Default: set by the "
-            "mode."
+            "help": "Weight of the loss that trains the student on the frozen pre-trained teacher. Default: set by "
+            "the mode."
         },
     )
     teacher_from_pretrained_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the loss that trains the teacher on the frozen pre-trained teacher. Default: set by the "
-            "mode."
+            "help": "Weight of the loss that trains the teacher on the frozen pre-trained teacher. Default: set by "
+            "the mode."
         },
     )
     temperature: float = field(
