@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -173,7 +173,9 @@ class CoDistillationTrainer(Trainer):
         """The plain student, whatever wraps the pair; `None` without a student."""
         return None if self.pair is None else self.pair.student
 
-    def _make_pair(self, teacher: PreTrainedModel, student: PreTrainedModel | str | None, trial: Any = None):
+    def _make_pair(
+        self, teacher: PreTrainedModel, student: PreTrainedModel | str | None, trial: Any = None
+    ) -> CoDistillationModel:
         """Bring the models together and check them, before anything else is done with them."""
         self.task = find_task(teacher)
         if student is None:
@@ -332,7 +334,7 @@ class CoDistillationTrainer(Trainer):
         return inputs
 
     def _share_of_batch(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """Share of this micro-batch in the whole accumulated batch, times the processes that gradients average over."""
+        """Share of this micro-batch in the accumulated batch, times the processes that gradients average over."""
         if num_items_in_batch is None:
             return 1.0
         num_items = self.task.counted(labels).ne(IGNORE_INDEX).sum()
@@ -379,7 +381,7 @@ class CoDistillationTrainer(Trainer):
         return merged
 
     @contextmanager
-    def _arguments_of(self, learner: str):
+    def _arguments_of(self, learner: str) -> Iterator[None]:
         """Let Trainer see the arguments of one learner, without a change to the user's object."""
         args = self.args
         self.args = learner_arguments(args, learner)

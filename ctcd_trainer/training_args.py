@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,15 +117,14 @@ class DistillationArguments:
         if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into
             parent.__post_init__()
 
-    def _check_choice(self, name: str, valid) -> None:
+    def _check_choice(self, name: str, valid: Collection[str]) -> None:
         if getattr(self, name) not in valid:
             raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Valid values: {', '.join(sorted(valid))}.")
 
     def _check_number(self, name: str, maximum: float = math.inf, zero: bool = True) -> None:
         value = getattr(self, name)
-        if not (
-            isinstance(value, (int, float)) and math.isfinite(value) and 0 <= value <= maximum and (zero or value)
-        ):
+        finite = isinstance(value, (int, float)) and math.isfinite(value)
+        if not (finite and 0 <= value <= maximum and (zero or value > 0)):
             limits = f"from 0 to {maximum}" if maximum < math.inf else "of 0 or more" if zero else "above 0"
             raise ValueError(f"`{name}={value}` is not valid: it must be a finite number {limits}.")
 
