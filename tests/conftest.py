@@ -1,0 +1,16 @@
+import os
+
+# Nothing in the tests may reach the network; set before transformers and datasets read it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers.utils import logging
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
