@@ -6,9 +6,8 @@ import re
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
-from .tasks import find_task
+from .tasks import TASKS, find_task
 
 
 def load_model(name_or_path: str, argument: str, like: PreTrainedModel | None = None) -> PreTrainedModel:
@@ -28,12 +27,9 @@ def load_model(name_or_path: str, argument: str, like: PreTrainedModel | None = 
         labels = {name: copy.copy(getattr(like.config, name)) for name in names}
         return find_task(like).auto_model.from_pretrained(name_or_path, **labels)
     config = AutoConfig.from_pretrained(name_or_path)
-    for name in config.architectures or ():
-        for mapping_name in dir(modeling_auto):
-            if re.fullmatch(r"MODEL_FOR_\w+_MAPPING", mapping_name):
-                model_class = getattr(modeling_auto, mapping_name).get(type(config))
-                if model_class is not None and model_class.__name__ == name:
-                    return model_class.from_pretrained(name_or_path)
+    for task in TASKS:
+        if task.model_names.intersection(config.architectures or ()):
+            return task.auto_model.from_pretrained(name_or_path)
     raise ValueError(
         f"`{argument}={name_or_path!r}` was saved as {config.architectures}, which has no head to train. Load it with "
         f"the `AutoModelFor...` class of your task and pass the model."
@@ -79,6 +75,7 @@ def create_student(teacher: PreTrainedModel, num_hidden_layers: int) -> PreTrain
         for name, module in teacher.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
+    stacks = [name for name in stacks if not any(name.startswith(f"{outer}.") for outer in stacks)]
     if len(stacks) != 1:
         raise ValueError(
             f"A {type(teacher).__name__} has {len(stacks)} stacks of {num_layers} layers {stacks}, and cutting needs "

@@ -132,9 +132,20 @@ class CoDistillationTrainer(Trainer):
         if isinstance(model, str):
             set_seed(seed)  # a new head is initialised
             model = load_model(model, "model")
+
+        def check_inputs() -> None:
+            others = {"student_model": self.pair.student, "pretrained_teacher": self.pretrained_teacher}
+            for argument, other in others.items():
+                if other is not None:
+                    validation.check_vocabularies(self.pair.teacher, other, argument, processing_class)
+            validation.check_optimizer(optimizers[0], self.pair.trained)
+            for argument, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+                validation.check_labels(self.task, dataset, argument)
+
         if paired and model is not None:
             set_seed(seed)
             self.pair = self._make_pair(model, student_model)
+            check_inputs()
 
         super().__init__(
             model=model,
@@ -152,9 +163,12 @@ class CoDistillationTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if paired:
+            if self.pair is None:  # `model_init` has only now been called
+                self.pair = self._make_pair(self.model, None)
+                check_inputs()
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
             # model is the pair.
-            self._install_pair(self.pair if self.pair is not None else self._make_pair(self.model, None))
+            self._install_pair()
 
     # ---- The pair ----
 
@@ -194,23 +208,16 @@ class CoDistillationTrainer(Trainer):
             validation.check_trainable(name, learners[name], self.distillation.distillation_mode)
         return CoDistillationModel(learners, frozen=self.graph.frozen)
 
-    def _install_pair(self, pair: CoDistillationModel) -> None:
+    def _install_pair(self) -> None:
         """Make the pair the trainer's model, and do for the other models what Trainer did for the teacher."""
-        tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
-        others = {"student_model": pair.student}
+        others = [self.student_model]
         if self.pretrained_teacher is not None:
-            self.pretrained_teacher.eval().requires_grad_(False)
-            others["pretrained_teacher"] = self.pretrained_teacher
-        for argument, model in others.items():
-            validation.check_vocabularies(pair.teacher, model, argument, tokenizer)
-            model.config.use_cache = pair.teacher.config.use_cache
+            others.append(self.pretrained_teacher.eval().requires_grad_(False))
+        for model in others:
+            model.config.use_cache = self.teacher_model.config.use_cache
             if self.place_model_on_device:
                 self._move_model_to_device(model, self.args.device)
-        validation.check_labels(self.task, self.train_dataset, "train_dataset")
-        validation.check_labels(self.task, self.eval_dataset, "eval_dataset")
-        validation.check_optimizer(self.optimizer, pair.trained)
-        self.pair = pair
-        self.model = self.model_wrapped = self.callback_handler.model = pair
+        self.model = self.model_wrapped = self.callback_handler.model = self.pair
         # Every term of the loss is divided by the item count of the whole accumulated batch (`compute_loss`).
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True

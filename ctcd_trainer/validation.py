@@ -116,9 +116,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, trained: Mapping[st
             )
 
 
-def check_vocabularies(
-    teacher: PreTrainedModel, other: PreTrainedModel, argument: str, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+def check_vocabularies(teacher: PreTrainedModel, other: PreTrainedModel, argument: str, processing_class: Any) -> None:
     """Both models receive the same token ids, so the ids must mean the same to both.
 
     Models whose embeddings are padded to different sizes over one tokenizer are accepted. Nothing is fetched: the
@@ -128,7 +126,7 @@ def check_vocabularies(
         teacher: The teacher.
         other: The model that is paired with it.
         argument: Name of the argument that gave it.
-        tokenizer: The trainer's `processing_class`, if that is a tokenizer.
+        processing_class: The trainer's; it counts if it is a tokenizer or has one.
 
     Raises:
         ValueError: The tokenizers differ, or the sizes do and the difference is no padding.
@@ -136,7 +134,8 @@ def check_vocabularies(
     sizes = {"model": vocabulary_size(teacher), argument: vocabulary_size(other)}
     if None in sizes.values():
         return
-    if tokenizer is not None:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
         own = _saved_tokenizer(other)
         vocabulary, other_vocabulary = tokenizer.get_vocab(), own.get_vocab() if own is not None else None
         if other_vocabulary is not None and other_vocabulary != vocabulary:

@@ -28,11 +28,15 @@ def assert_same_pair(first, second, tolerance=0.0):
 @pytest.mark.parametrize("rows", [32, 27], ids=["whole batches", "a smaller last accumulation"])
 def test_accumulating_eight_micro_batches_of_one_equals_one_batch_of_eight(problem, rows, tmp_path):
     data = tiny_rows(rows, problem, ragged=True)
-    settings = {"train_dataset": data, "max_steps": -1, "num_train_epochs": 2, "temperature": 2.0, "learning_rate": 1e-3}
+    settings = {
+        "train_dataset": data,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "temperature": 2.0,
+        "learning_rate": 1e-3,
+    }
     whole = tiny_trainer(tmp_path, problem, per_device_train_batch_size=8, **settings)
-    parts = tiny_trainer(
-        tmp_path, problem, per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings
-    )
+    parts = tiny_trainer(tmp_path, problem, per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
     whole.train()
     parts.train()
     assert whole.state.global_step == parts.state.global_step == 8
@@ -41,7 +45,12 @@ def test_accumulating_eight_micro_batches_of_one_equals_one_batch_of_eight(probl
 
 def test_accumulation_of_unequal_micro_batches_equals_one_batch(tmp_path):
     """Batches of 3 over 8 rows: micro-batches of 3, 3 and 2 rows count by their rows."""
-    settings = {"train_dataset": tiny_rows(8, ragged=True), "max_steps": -1, "num_train_epochs": 4, "learning_rate": 1e-3}
+    settings = {
+        "train_dataset": tiny_rows(8, ragged=True),
+        "max_steps": -1,
+        "num_train_epochs": 4,
+        "learning_rate": 1e-3,
+    }
     whole = tiny_trainer(tmp_path, per_device_train_batch_size=8, **settings)
     parts = tiny_trainer(tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=3, **settings)
     whole.train()

@@ -91,11 +91,23 @@ def tiny_args(output_dir: Path, **arguments: Any) -> CoDistillationTrainingArgum
 
 def tiny_trainer(output_dir: Path, problem: str = "single_label", **options: Any) -> CoDistillationTrainer:
     """A trainer of a 3-layer teacher and a 2-layer student; options are of the trainer or else of the arguments."""
-    names = (
-        "model student_model student_model_init pretrained_teacher train_dataset eval_dataset data_collator "
-        "compute_metrics compute_loss_func optimizers callbacks model_init preprocess_logits_for_metrics "
-        "processing_class optimizer_cls_and_kwargs"
-    ).split()
+    names = [
+        "model",
+        "student_model",
+        "student_model_init",
+        "pretrained_teacher",
+        "train_dataset",
+        "eval_dataset",
+        "data_collator",
+        "compute_metrics",
+        "compute_loss_func",
+        "optimizers",
+        "callbacks",
+        "model_init",
+        "preprocess_logits_for_metrics",
+        "processing_class",
+        "optimizer_cls_and_kwargs",
+    ]
     settings = {name: options.pop(name) for name in names if name in options}
     if "model_init" not in settings:
         settings.setdefault("model", tiny_bert(3, seed=1, problem=problem))
@@ -128,7 +140,9 @@ def assert_same_weights(
     first, second = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (actual, expected))
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            first[name], second[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def changed(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:

@@ -1,0 +1,257 @@
+"""Bad input: a clear error, with both values and a remedy, before anything is trained."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast, Trainer
+
+from ctcd_trainer import CoDistillationTrainer
+
+
+def test_a_different_number_of_labels_is_refused(tmp_path):
+    student = tiny_bert(2, 2, "multi_label", problem_type=None)
+    with pytest.raises(
+        ValueError, match=r"`model` has `num_labels=3` and `student_model` has `num_labels=4`.*num_labels=3"
+    ):
+        tiny_trainer(tmp_path, student_model=student)
+
+
+def test_a_different_problem_type_is_refused(tmp_path):
+    student = tiny_bert(2, 2, problem_type="multi_label_classification")
+    message = "`problem_type='single_label_classification'` and `student_model` has `problem_type='multi_label"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, student_model=student)
+
+
+def test_a_pretrained_teacher_must_fit_as_well(tmp_path):
+    with pytest.raises(ValueError, match="`pretrained_teacher` has `num_labels=5`"):
+        tiny_trainer(tmp_path, distillation_mode="community", pretrained_teacher=tiny_bert(2, 3, num_labels=5))
+
+
+@pytest.mark.parametrize("as_dataset", [True, False], ids=["Dataset", "list"])
+@pytest.mark.parametrize("label", [3, -1])
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_a_label_out_of_range_is_refused(which, label, as_dataset, tmp_path):
+    rows = tiny_rows(6)
+    rows[4]["labels"] = label
+    data = Dataset.from_list(rows) if as_dataset else rows
+    with pytest.raises(
+        ValueError, match=rf"`{which}`: Label {label} of row 4 is out of range.*`num_labels=3`.* 0 to 2"
+    ):
+        tiny_trainer(tmp_path / "out", **{which: data})
+    assert not (tmp_path / "out").exists(), "nothing is written before the check"
+
+
+def test_labels_of_the_wrong_shape_or_value_are_refused(tmp_path):
+    rows = tiny_rows(6, "multi_label")
+    rows[2]["labels"] = [0.0, 1.0, 2.0, 0.0]
+    with pytest.raises(ValueError, match=r"row 2 is \[0.0, 1.0, 2.0, 0.0\]: every value must be from 0 to 1"):
+        tiny_trainer(tmp_path, "multi_label", train_dataset=rows)
+    rows = [{**row, "labels": row["labels"][:3]} for row in tiny_rows(6, "multi_label")]
+    with pytest.raises(ValueError, match=r"`num_labels=4` and the labels have shape \(6, 3\)"):
+        tiny_trainer(tmp_path, "multi_label", train_dataset=rows)
+    rows = tiny_rows(6, "regression")
+    rows[3]["labels"] = math.nan
+    with pytest.raises(ValueError, match="The score of row 3 is nan: scores must be finite"):
+        tiny_trainer(tmp_path, "regression", train_dataset=rows)
+
+
+@pytest.mark.parametrize("mode", ["ctcd", "kd", "reversed", "community"])
+def test_a_mode_that_needs_a_student_is_refused_without_one(mode, tmp_path):
+    with pytest.raises(ValueError, match=f"`distillation_mode='{mode}'` needs a student.*`student_model` is None"):
+        CoDistillationTrainer(tiny_bert(), tiny_args(tmp_path, distillation_mode=mode), train_dataset=tiny_rows())
+
+
+@pytest.mark.parametrize("mode", ["ctcd", "kd", "reversed", "standalone"])
+def test_a_pretrained_teacher_in_a_mode_that_has_no_use_for_it_is_refused(mode, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"`pretrained_teacher` is given, but with `distillation_mode='{mode}'` nothing"
+    ):
+        tiny_trainer(tmp_path, distillation_mode=mode, pretrained_teacher=tiny_bert(2, 3))
+
+
+def test_community_without_a_pretrained_teacher_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="'community'` with its weights needs a frozen teacher.*`pretrained_teacher` is None"
+    ):
+        tiny_trainer(tmp_path, distillation_mode="community", pretrained_teacher=None)
+
+
+def test_the_same_object_twice_is_refused(tmp_path):
+    model = tiny_bert()
+    with pytest.raises(ValueError, match="`model` and `student_model` are the same object"):
+        tiny_trainer(tmp_path, model=model, student_model=model)
+    student = tiny_bert(2, 2)
+    with pytest.raises(ValueError, match="`student_model` and `pretrained_teacher` are the same object"):
+        tiny_trainer(tmp_path, student_model=student, pretrained_teacher=student, distillation_mode="community")
+
+
+def test_shared_parameters_are_refused_by_name(tmp_path):
+    teacher, student = tiny_bert(3, 1), tiny_bert(2, 2)
+    student.bert.embeddings.word_embeddings = teacher.bert.embeddings.word_embeddings
+    with pytest.raises(
+        ValueError, match=r"share a parameter \(`bert.embeddings.word_embeddings.weight` and `bert.emb"
+    ):
+        tiny_trainer(tmp_path, model=teacher, student_model=student)
+
+
+def tokenizer_of(size, prefix="w"):
+    words = {"[PAD]": 0, "[UNK]": 1, **{f"{prefix}{i}": i for i in range(2, size)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")), pad_token="[PAD]", unk_token="[UNK]"
+    )
+
+
+def test_a_student_of_another_vocabulary_size_is_refused(tmp_path):
+    message = "`model` has `vocab_size=48` and `student_model` has `vocab_size=60`"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, student_model=tiny_bert(2, 2, vocab_size=60))
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, student_model=tiny_bert(2, 2, vocab_size=60), processing_class=tokenizer_of(48))
+
+
+def test_a_student_that_is_too_small_for_the_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`student_model` has `vocab_size=40`, and the tokenizer has 48 tokens"):
+        tiny_trainer(tmp_path, student_model=tiny_bert(2, 2, vocab_size=40), processing_class=tokenizer_of(48))
+
+
+def test_a_student_saved_with_another_tokenizer_is_refused_with_the_first_id_that_differs(tmp_path):
+    tiny_bert(2, 2).save_pretrained(tmp_path / "student")
+    tokenizer_of(48, prefix="other").save_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match="another tokenizer.*id 2 is 'other2' for one and 'w2' for the other"):
+        tiny_trainer(tmp_path, student_model=str(tmp_path / "student"), processing_class=tokenizer_of(48))
+    tokenizer_of(48).save_pretrained(tmp_path / "student")
+    tiny_trainer(tmp_path, student_model=str(tmp_path / "student"), processing_class=tokenizer_of(48)).train()
+
+
+def test_a_student_with_embeddings_padded_over_the_same_tokenizer_is_accepted(tmp_path):
+    trainer = tiny_trainer(tmp_path, student_model=tiny_bert(2, 2, vocab_size=64), processing_class=tokenizer_of(48))
+    trainer.train()
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_an_empty_data_set_is_refused(which, tmp_path):
+    with pytest.raises(ValueError, match=rf"`{which}` is empty \(0 examples\)"):
+        tiny_trainer(tmp_path, **{which: []})
+
+
+def test_one_empty_set_of_several_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"`eval_dataset\['second'\]` is empty"):
+        tiny_trainer(tmp_path, eval_dataset={"first": tiny_rows(3), "second": []})
+
+
+def test_a_checkpoint_without_a_student_is_refused(tmp_path):
+    args = tiny_args(tmp_path, save_strategy="steps", save_steps=2)
+    Trainer(tiny_bert(3, 1), args, data_collator=collate, train_dataset=tiny_rows()).train()
+    trainer = tiny_trainer(tmp_path)
+    before = weights_of(trainer.pair)
+    with pytest.raises(ValueError, match=r"checkpoint-5' has no student: there is no folder '.*checkpoint-5/student'"):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.pair.state_dict().items())
+
+
+def poisoned(layers, seed, after):
+    """A model whose logits become NaN in the given forward of its training."""
+
+    class Poisoned(type(tiny_bert())):
+        calls = 0
+
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            type(self).calls += self.training
+            self.classifier.bias.data += math.nan if self.calls > after else 0.0
+            return super().forward(input_ids, attention_mask, labels=labels)
+
+    return Poisoned(tiny_bert(layers, seed).config)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2, 500])
+@pytest.mark.parametrize("broken", ["teacher", "student"])
+def test_a_loss_that_is_not_finite_names_the_model_the_component_and_the_step(broken, logging_steps, tmp_path):
+    learners = {"model": tiny_bert(3, 1), "student_model": tiny_bert(2, 2)}
+    learners["model" if broken == "teacher" else "student_model"] = poisoned(2, 3, after=3)
+    trainer = tiny_trainer(
+        tmp_path, **learners, max_steps=8, logging_steps=logging_steps, save_strategy="steps", save_steps=2
+    )
+    with pytest.raises(
+        FloatingPointError, match=rf"loss of the {broken} became NaN .* at step 4 \({broken}_hard_loss"
+    ):
+        trainer.train()
+    saved = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
+    assert saved == ["checkpoint-2"], "no checkpoint of broken weights is written, and the last good one is kept"
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+def test_a_loss_that_breaks_in_the_last_step_is_not_missed(tmp_path):
+    trainer = tiny_trainer(tmp_path, student_model=poisoned(2, 3, after=4), max_steps=5)
+    with pytest.raises(FloatingPointError, match="student .* at step 5"):
+        trainer.train()
+
+
+def test_a_head_that_is_not_supported_is_refused(tmp_path):
+    config = BertConfig(
+        vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    for cls in (BertModel, BertForMaskedLM):
+        with pytest.raises(
+            ValueError, match=f"`model` is a {cls.__name__}, a head that cannot be co-distilled.*AutoModel"
+        ):
+            tiny_trainer(tmp_path, model=cls(config))
+
+
+def test_a_batch_without_labels_is_refused(tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "labels"} for row in tiny_rows()]
+    with pytest.raises(ValueError, match=r"The batch has no `labels`, only \['attention_mask', 'input_ids'\]"):
+        tiny_trainer(tmp_path, train_dataset=rows).train()
+
+
+def test_a_model_that_an_earlier_trainer_froze_is_refused_where_it_is_to_be_trained(tmp_path):
+    teacher = tiny_bert(3, 1)
+    tiny_trainer(tmp_path, model=teacher, distillation_mode="kd")
+    with pytest.raises(
+        ValueError, match="'ctcd'` trains the teacher, but none of its parameters has `requires_grad=True`"
+    ):
+        tiny_trainer(tmp_path, model=teacher)
+
+
+def test_an_optimizer_without_the_student_is_refused(tmp_path):
+    teacher = tiny_bert(3, 1)
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="an optimizer without any parameter of the student"):
+        tiny_trainer(tmp_path, model=teacher, optimizers=(optimizer, None))
+
+
+def test_a_batched_metric_function_whose_state_both_models_would_share_is_refused(tmp_path):
+    def running(prediction, compute_result):
+        return {}
+
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_rows(3), compute_metrics=running, batch_eval_metrics=True)
+    with pytest.raises(ValueError, match=r"`batch_eval_metrics=True` with two models needs .* object with `__call__`"):
+        trainer.evaluate()
+    assert trainer.compute_metrics is running
+
+
+def test_two_sources_of_the_student_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`student_model` and `student_model_init` are both given"):
+        tiny_trainer(tmp_path, student_model=tiny_bert(2, 2), student_model_init=lambda: tiny_bert(2, 2))
+
+
+def test_a_model_init_with_a_student_that_is_not_made_anew_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`model_init` makes a new teacher .* pass `student_model_init`"):
+        tiny_trainer(tmp_path, model_init=lambda: tiny_bert(3, 1), student_model=tiny_bert(2, 2))
+
+
+def test_the_models_are_untouched_after_a_refusal(tmp_path):
+    teacher, student = tiny_bert(3, 1), tiny_bert(2, 2, num_labels=4)
+    before = copy.deepcopy(teacher.config.to_dict()), copy.deepcopy(student.config.to_dict())
+    with pytest.raises(ValueError, match="num_labels"):
+        tiny_trainer(tmp_path / "out", model=teacher, student_model=student, distillation_mode="kd")
+    assert (teacher.config.to_dict(), student.config.to_dict()) == before
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,523 @@
+"""What a user of Trainer relies on keeps working, for both models."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import (
+    assert_same_weights,
+    collate,
+    tiny_args,
+    tiny_bert,
+    tiny_rows,
+    tiny_trainer,
+    train_alone,
+    weights_of,
+)
+from transformers import (
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ctcd_trainer import CoDistillationTrainer
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def logits_of(model, rows, batch_size=5):
+    model.eval()
+    with torch.no_grad():
+        parts = [model(**collate(rows[i : i + batch_size])).logits for i in range(0, len(rows), batch_size)]
+    return torch.cat(parts).numpy()
+
+
+# ---- The pair ----
+
+
+def test_the_plain_models_are_at_hand_at_any_time(tmp_path):
+    teacher, student = tiny_bert(3, 1), tiny_bert(2, 2)
+    trainer = tiny_trainer(tmp_path, model=teacher, student_model=student)
+    for _ in range(2):
+        assert trainer.teacher_model is teacher
+        assert trainer.student_model is student
+        trainer.train()
+    assert CoDistillationTrainer(teacher, TrainingArguments(tmp_path, use_cpu=True)).teacher_model is teacher
+    assert CoDistillationTrainer(teacher, TrainingArguments(tmp_path, use_cpu=True)).student_model is None
+
+
+def test_a_plain_training_arguments_with_a_student_means_the_defaults(tmp_path):
+    plain = TrainingArguments(
+        tmp_path, max_steps=3, learning_rate=1e-2, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    rows = tiny_rows(24)
+    trainer = CoDistillationTrainer(tiny_bert(3, 1), plain, collate, rows, student_model=tiny_bert(2, 2))
+    trainer.train()
+    own = tiny_trainer(
+        tmp_path,
+        train_dataset=rows,
+        max_steps=3,
+        adam_epsilon=1e-8,
+        per_device_train_batch_size=8,
+        train_sampling_strategy="random",
+    )
+    own.train()
+    assert trainer.args is plain
+    assert_same_weights(trainer.student_model, own.student_model)
+
+
+def test_models_are_given_by_path(tmp_path):
+    for name, layers in (("teacher", 3), ("student", 2), ("pretrained", 2)):
+        tiny_bert(layers, layers).save_pretrained(tmp_path / name)
+    trainer = tiny_trainer(
+        tmp_path / "out",
+        model=str(tmp_path / "teacher"),
+        student_model=str(tmp_path / "student"),
+        pretrained_teacher=str(tmp_path / "pretrained"),
+        distillation_mode="community",
+    )
+    assert_same_weights(trainer.teacher_model, tiny_bert(3, 3))
+    assert_same_weights(trainer.student_model, tiny_bert(2, 2))
+    trainer.train()
+
+
+def test_model_init_and_student_model_init_make_both_models_anew_for_each_training(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, model_init=lambda: tiny_bert(3, 1), student_model_init=lambda trial: tiny_bert(2, 2)
+    )
+    trainer.train()
+    first = weights_of(trainer.teacher_model), weights_of(trainer.student_model)
+    trainer.train()
+    assert_same_weights(trainer.teacher_model, first[0])
+    assert_same_weights(trainer.student_model, first[1])
+    expected = tiny_trainer(tmp_path)
+    expected.train()
+    assert_same_weights(trainer.student_model, expected.student_model)
+
+
+def test_a_student_of_another_family_gets_only_the_inputs_that_it_takes(tmp_path):
+    config = DistilBertConfig(vocab_size=48, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=3)
+    rows = [{**row, "token_type_ids": [0] * len(row["input_ids"]), "unused": 1} for row in tiny_rows()]
+    seen = []
+
+    def collate_types(batch):
+        seen.append(set(batch[0]))
+        return {**collate(batch), "token_type_ids": torch.tensor([row["token_type_ids"] for row in batch])}
+
+    student = DistilBertForSequenceClassification(config)
+    before = weights_of(student)
+    trainer = tiny_trainer(tmp_path, student_model=student, train_dataset=rows, data_collator=collate_types)
+    trainer.train()
+    assert not torch.equal(before["classifier.weight"], student.state_dict()["classifier.weight"])
+    assert seen[0] == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+
+
+def test_callbacks_receive_the_pair_with_the_teachers_config(tmp_path):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            seen["pair"], seen["config"] = model, model.config
+
+    trainer = tiny_trainer(tmp_path, callbacks=[Look()])
+    trainer.train()
+    assert seen["pair"].student is trainer.student_model
+    assert seen["config"] is trainer.teacher_model.config
+
+
+# ---- Losses and optimisation ----
+
+
+def test_label_smoothing_and_a_custom_loss_apply_to_both_models(tmp_path):
+    """A custom loss that is the smoothed one gives the same training as `label_smoothing_factor`."""
+
+    def smoothed(outputs, labels, num_items_in_batch=None):
+        log_probs = torch.log_softmax(outputs.logits, -1)
+        own = -log_probs.gather(-1, labels[:, None]).sum()
+        return (0.8 * own - 0.2 * log_probs.sum() / log_probs.shape[-1]) / num_items_in_batch
+
+    pairs = []
+    for options in ({"label_smoothing_factor": 0.2}, {"compute_loss_func": smoothed}):
+        trainer = tiny_trainer(tmp_path, gradient_accumulation_steps=2, learning_rate=1e-3, **options)
+        trainer.train()
+        pairs.append(trainer)
+    assert_same_weights(pairs[0].teacher_model, pairs[1].teacher_model, tolerance=1e-6)
+    assert_same_weights(pairs[0].student_model, pairs[1].student_model, tolerance=1e-6)
+    plain = tiny_trainer(tmp_path, gradient_accumulation_steps=2, learning_rate=1e-3)
+    plain.train()
+    assert not torch.allclose(
+        plain.student_model.classifier.weight, pairs[0].student_model.classifier.weight, atol=1e-5
+    )
+
+
+def test_a_models_own_loss_is_used(tmp_path):
+    """A user's model that weighs its loss in `forward` trains as it does with Trainer alone."""
+
+    class Doubled(type(tiny_bert())):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            outputs = super().forward(input_ids, attention_mask, labels=labels)
+            outputs["loss"] = 2 * outputs["loss"]
+            return outputs
+
+    def doubled():
+        model = Doubled(tiny_bert(2, 2).config)
+        model.load_state_dict(tiny_bert(2, 2).state_dict())
+        return model
+
+    options = {"optim": "sgd", "max_grad_norm": 0.0}
+    pair = tiny_trainer(tmp_path, student_model=doubled(), distillation_mode="standalone", **options)
+    pair.train()
+    assert_same_weights(pair.student_model, train_alone(doubled(), tmp_path, **options))
+    single = train_alone(tiny_bert(2, 2), tmp_path, **options)
+    assert not torch.equal(pair.student_model.classifier.weight, single.classifier.weight)
+
+
+def test_an_optimizer_and_a_scheduler_of_the_user_train_both_models(tmp_path):
+    teacher, student = tiny_bert(3, 1), tiny_bert(2, 2)
+    optimizer = torch.optim.SGD([*teacher.parameters(), *student.parameters()], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=100)
+    trainer = tiny_trainer(tmp_path, model=teacher, student_model=student, optimizers=(optimizer, scheduler))
+    trainer.train()
+    expected = tiny_trainer(tmp_path, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant")
+    expected.train()
+    assert_same_weights(teacher, expected.teacher_model)
+    assert_same_weights(student, expected.student_model)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop"])
+def test_optimizers_of_trainer_give_each_model_what_they_give_it_alone(optim, tmp_path):
+    options = {"optim": optim, "weight_decay": 0.1}
+    pair = tiny_trainer(tmp_path, distillation_mode="standalone", **options)
+    pair.train()
+    assert_same_weights(pair.teacher_model, train_alone(tiny_bert(3, 1), tmp_path, **options))
+    assert_same_weights(pair.student_model, train_alone(tiny_bert(2, 2), tmp_path, **options))
+
+
+def test_an_optimizer_class_of_the_user_is_built_for_each_model(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.01}), student_learning_rate=0.02
+    )
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.Adagrad)
+    assert {group["learner"] for group in trainer.optimizer.param_groups} == {"teacher", "student"}
+
+
+def test_gradient_checkpointing_and_neftune_hold_for_both_models(tmp_path):
+    plain = tiny_trainer(tmp_path)
+    plain.train()
+    checkpointing = tiny_trainer(tmp_path, gradient_checkpointing=True)
+    checkpointing.train()
+    assert_same_weights(plain.student_model, checkpointing.student_model, tolerance=1e-6)
+    assert checkpointing.student_model.is_gradient_checkpointing
+    noisy = tiny_trainer(tmp_path, neftune_noise_alpha=5.0)
+    noisy.train()
+    for name in ("teacher", "student"):
+        own, noisy_own = plain.pair.learners[name], noisy.pair.learners[name]
+        assert not torch.equal(own.classifier.weight, noisy_own.classifier.weight)
+        assert not noisy_own.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
+def test_every_sampling_strategy_trains_on_every_row(strategy, tmp_path):
+    rows = tiny_rows(22, ragged=True)
+    seen = []
+
+    def spy(batch):
+        seen.extend(tuple(row["input_ids"]) for row in batch)
+        return collate(batch)
+
+    trainer = tiny_trainer(
+        tmp_path,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=spy,
+        train_sampling_strategy=strategy,
+        max_steps=-1,
+        num_train_epochs=1,
+    )
+    trainer.train()
+    assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in rows)
+
+
+# ---- Logs ----
+
+
+def test_logs_carry_the_mean_of_each_component_and_both_gradient_norms(tmp_path):
+    rows = tiny_rows(16, ragged=True)
+    options = {"train_dataset": rows, "max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "temperature": 2.0}
+    trainer = tiny_trainer(
+        tmp_path, gradient_accumulation_steps=2, student_hard_weight=0.5, student_learning_rate=0.0, **options
+    )
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    batch = collate(rows)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        z_t, z_s = (model.eval()(**batch).logits for model in (trainer.teacher_model, trainer.student_model))
+    p, q = (torch.softmax(z / 2, -1) for z in (z_t, z_s))
+    expected = {
+        "teacher_hard_loss": torch.nn.functional.cross_entropy(z_t, labels).item(),
+        "student_hard_loss": torch.nn.functional.cross_entropy(z_s, labels).item(),
+        "student_from_teacher_loss": 4 * (p * (p / q).log()).sum(-1).mean().item(),
+        "teacher_from_student_loss": 4 * (q * (q / p).log()).sum(-1).mean().item(),
+    }
+    for name, value in expected.items():
+        assert logs[name] == pytest.approx(value, rel=1e-4), name
+    total = expected["teacher_hard_loss"] + 0.5 * expected["student_hard_loss"]
+    total += expected["student_from_teacher_loss"] + expected["teacher_from_student_loss"]
+    assert logs["loss"] == pytest.approx(total, rel=1e-4)
+    assert logs["grad_norm"] == pytest.approx(np.hypot(logs["teacher_grad_norm"], logs["student_grad_norm"]))
+    assert logs["student_learning_rate"] == 0.0
+
+
+def test_components_are_averaged_since_the_last_log(tmp_path):
+    whole = tiny_trainer(tmp_path, max_steps=4, logging_steps=4)
+    whole.train()
+    each = tiny_trainer(tmp_path, max_steps=4, logging_steps=1)
+    each.train()
+    values = [log["student_from_teacher_loss"] for log in each.state.log_history if "loss" in log]
+    assert len(values) == 4
+    assert whole.state.log_history[0]["student_from_teacher_loss"] == pytest.approx(np.mean(values))
+
+
+# ---- Evaluation and prediction ----
+
+
+@pytest.mark.parametrize("with_metrics", [True, False])
+def test_an_evaluation_gives_each_model_what_trainer_gives_it_alone(with_metrics, tmp_path):
+    rows = tiny_rows(13, ragged=True)
+    compute_metrics = accuracy if with_metrics else None
+    models = [tiny_bert(layers, seed, initializer_range=1.5) for layers, seed in ((3, 1), (2, 2))]
+    trainer = tiny_trainer(
+        tmp_path, model=models[0], student_model=models[1], eval_dataset=rows, compute_metrics=compute_metrics
+    )
+    metrics = trainer.evaluate()
+    for prefix, model in zip(("eval_", "eval_student_"), models, strict=True):
+        alone = Trainer(
+            model, tiny_args(tmp_path), data_collator=collate, eval_dataset=rows, compute_metrics=compute_metrics
+        ).evaluate()
+        assert metrics[f"{prefix}loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+        if with_metrics:
+            assert metrics[f"{prefix}accuracy"] == alone["eval_accuracy"]
+    first, second = (logits_of(model, rows) for model in models)
+    assert metrics["eval_agreement"] == pytest.approx((first.argmax(-1) == second.argmax(-1)).mean())
+    assert 0 < metrics["eval_agreement"] < 1
+    assert [name for name in metrics if "student" in name and name.endswith("loss")] == ["eval_student_loss"]
+
+
+def test_agreement_counts_labels_for_multi_label_and_is_left_out_for_regression(tmp_path):
+    rows = tiny_rows(9, "multi_label")
+    metrics = tiny_trainer(tmp_path, "multi_label", eval_dataset=rows).evaluate()
+    first, second = logits_of(tiny_bert(3, 1, "multi_label"), rows), logits_of(tiny_bert(2, 2, "multi_label"), rows)
+    assert metrics["eval_agreement"] == pytest.approx(((first > 0) == (second > 0)).mean())
+    metrics = tiny_trainer(tmp_path, "regression", eval_dataset=tiny_rows(9, "regression")).evaluate()
+    assert "eval_agreement" not in metrics
+    assert "eval_student_loss" in metrics
+
+
+def test_several_evaluation_sets_have_their_names_in_the_keys(tmp_path):
+    sets = {"first": tiny_rows(6), "second": tiny_rows(7, seed=1)}
+    metrics = tiny_trainer(tmp_path, eval_dataset=sets, compute_metrics=accuracy).evaluate()
+    for name in sets:
+        assert {
+            f"eval_{name}_{key}" for key in ("loss", "student_loss", "accuracy", "student_accuracy", "agreement")
+        } <= set(metrics)
+
+
+def test_predict_gives_the_teachers_predictions_and_the_students_when_asked(tmp_path):
+    rows = tiny_rows(13, ragged=True)
+    trainer = tiny_trainer(tmp_path, compute_metrics=accuracy)
+    predictions, labels, metrics = trainer.predict(rows)
+    np.testing.assert_allclose(predictions, logits_of(tiny_bert(3, 1), rows), atol=1e-6)
+    assert labels.tolist() == [row["labels"] for row in rows]
+    assert {"test_loss", "test_accuracy", "test_student_loss", "test_student_accuracy", "test_agreement"} <= set(
+        metrics
+    )
+    output = trainer.predict(rows, student_predictions=True)
+    np.testing.assert_allclose(output.student_predictions, logits_of(tiny_bert(2, 2), rows), atol=1e-6)
+    np.testing.assert_array_equal(output.predictions, predictions)
+
+
+def test_predict_works_without_labels(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in tiny_rows(6)]
+    output = tiny_trainer(tmp_path).predict(rows)
+    assert output.label_ids is None
+    assert "test_loss" not in output.metrics
+    assert 0 <= output.metrics["test_agreement"] <= 1
+
+
+def test_logits_are_preprocessed_per_model_before_the_metrics(tmp_path):
+    rows = tiny_rows(11)
+    trainer = tiny_trainer(
+        tmp_path,
+        eval_dataset=rows,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        compute_metrics=lambda p: {
+            "accuracy": float((p.predictions == p.label_ids).mean()),
+            "ndim": p.predictions.ndim,
+        },
+    )
+    metrics = trainer.evaluate()
+    expected = tiny_trainer(tmp_path, eval_dataset=rows, compute_metrics=accuracy).evaluate()
+    assert (metrics["eval_ndim"], metrics["eval_student_ndim"]) == (1, 1)
+    for name in ("eval_accuracy", "eval_student_accuracy", "eval_agreement"):
+        assert metrics[name] == expected[name]
+
+
+def test_metrics_may_see_inputs_and_each_models_own_losses(tmp_path):
+    rows = tiny_rows(7)
+    seen = []
+
+    def look(prediction):
+        seen.append((prediction.inputs, prediction.losses))
+        return {}
+
+    trainer = tiny_trainer(tmp_path, eval_dataset=rows, compute_metrics=look, include_for_metrics=["inputs", "loss"])
+    metrics = trainer.evaluate()
+    (teacher_inputs, teacher_losses), (student_inputs, student_losses) = seen
+    np.testing.assert_array_equal(teacher_inputs, student_inputs)
+    assert teacher_losses.mean() == pytest.approx(metrics["eval_loss"])
+    assert student_losses.mean() == pytest.approx(metrics["eval_student_loss"])
+    assert len(student_losses) == len(teacher_losses) == 7
+
+
+class RunningAccuracy:
+    """Keeps counts between its calls, as `batch_eval_metrics` asks for."""
+
+    def __init__(self):
+        self.right, self.seen = 0, 0
+
+    def __call__(self, prediction, compute_result):
+        self.right += int((prediction.predictions.argmax(-1) == prediction.label_ids).sum())
+        self.seen += len(prediction.label_ids)
+        return {"accuracy": self.right / self.seen} if compute_result else {}
+
+
+def test_batched_metrics_keep_a_state_for_each_model(tmp_path):
+    rows = tiny_rows(13)
+    expected = tiny_trainer(tmp_path, eval_dataset=rows, compute_metrics=accuracy).evaluate()
+    trainer = tiny_trainer(tmp_path, eval_dataset=rows, compute_metrics=RunningAccuracy(), batch_eval_metrics=True)
+    metrics = trainer.evaluate()
+    for name in ("eval_accuracy", "eval_student_accuracy"):
+        assert metrics[name] == pytest.approx(expected[name])
+
+
+def test_unconcatenated_batches_reach_the_metrics_per_model(tmp_path):
+    shapes = []
+
+    def look(prediction):
+        shapes.append([batch.shape for batch in prediction.predictions])
+        return {}
+
+    tiny_trainer(tmp_path, eval_dataset=tiny_rows(7), compute_metrics=look, eval_do_concat_batches=False).evaluate()
+    assert shapes == [[(5, 3), (2, 3)]] * 2
+
+
+# ---- Choosing and stopping ----
+
+
+@pytest.mark.parametrize("metric", ["loss", "student_loss", "eval_student_accuracy", "agreement"])
+def test_the_best_model_by_any_metric_is_loaded_for_both(metric, tmp_path):
+    rows = tiny_rows(24)
+    trainer = tiny_trainer(
+        tmp_path,
+        eval_dataset=tiny_rows(15, seed=3),
+        train_dataset=rows,
+        compute_metrics=accuracy,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better="loss" not in metric,
+        learning_rate=5e-2,
+    )
+    trainer.train()
+    key = metric if metric.startswith("eval_") else f"eval_{metric}"
+    values = [log[key] for log in trainer.state.log_history if key in log]
+    best = max(values) if "loss" not in metric else min(values)
+    assert trainer.state.best_metric == best
+    assert trainer.evaluate()[key] == pytest.approx(best)
+    step = trainer.state.best_global_step
+    for model, folder in ((trainer.teacher_model, ""), (trainer.student_model, "student")):
+        saved = type(model).from_pretrained(tmp_path / f"checkpoint-{step}" / folder)
+        assert_same_weights(model, saved)
+
+
+def test_early_stopping_watches_the_students_metric(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        eval_dataset=tiny_rows(6),
+        max_steps=20,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="student_loss",
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_save_total_limit_treats_the_two_models_as_one(tmp_path):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    kept = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-5"]
+    assert (tmp_path / "checkpoint-5" / "student" / "model.safetensors").is_file()
+
+
+# ---- Data ----
+
+
+def test_a_datasets_dataset_with_a_tokenizer_and_the_default_collator(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    data = Dataset.from_dict({"text": ["a b", "c", "d e f", "g h a b"] * 4, "label": [0, 1, 2, 0] * 4})
+    data = data.map(lambda row: tokenizer(row["text"]))
+    models_ = [tiny_bert(n, n, vocab_size=10) for n in (3, 2)]
+    trainer = CoDistillationTrainer(
+        models_[0],
+        tiny_args(tmp_path, train_sampling_strategy="group_by_length"),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        student_model=models_[1],
+    )
+    assert isinstance(trainer.data_collator, DataCollatorWithPadding)
+    trainer.train()
+    assert "eval_student_loss" in trainer.evaluate()
+
+
+def test_a_pair_can_be_saved_and_counted_like_a_model(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    pair = trainer.model
+    assert pair.num_parameters() == trainer.teacher_model.num_parameters() + trainer.student_model.num_parameters()
+    pair.save_pretrained(tmp_path / "saved")
+    assert_same_weights(type(trainer.student_model).from_pretrained(tmp_path / "saved" / "student"), tiny_bert(2, 2))
+
+
+def test_a_training_logs_no_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny_trainer(tmp_path, eval_dataset=tiny_rows(5), save_strategy="steps", save_steps=2)
+        trainer.train()
+        trainer.evaluate()
+        tiny_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [record.message for record in caplog.records if "ctcd_trainer" in record.name] == []
