@@ -95,9 +95,7 @@ def test_the_same_object_twice_is_refused(tmp_path):
 def test_shared_parameters_are_refused_by_name(tmp_path):
     teacher, student = tiny_bert(3, 1), tiny_bert(2, 2)
     student.bert.embeddings.word_embeddings = teacher.bert.embeddings.word_embeddings
-    with pytest.raises(
-        ValueError, match=r"share a parameter \(`bert.embeddings.word_embeddings.weight` and `bert.emb"
-    ):
+    with pytest.raises(ValueError, match=r"share a parameter \(`bert.embeddings.word_embeddings.weight` and `bert"):
         tiny_trainer(tmp_path, model=teacher, student_model=student)
 
 

@@ -65,10 +65,10 @@ def test_a_weight_that_is_given_wins_over_the_mode(tmp_path):
 
 def test_it_parses_from_the_command_line(tmp_path):
     parser = HfArgumentParser(CoDistillationTrainingArguments)
-    (args,) = parser.parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--distillation_mode", "kd", "--temperature", "2.5", "--soft_loss", "js"]
-        + ["--student_learning_rate", "1e-4", "--report_to", "none", "--use_cpu", "true"]
-    )
+    own = {"distillation_mode": "kd", "temperature": "2.5", "soft_loss": "js", "student_learning_rate": "1e-4"}
+    common = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": "true"}
+    line = [word for name, value in {**own, **common}.items() for word in (f"--{name}", value)]
+    (args,) = parser.parse_args_into_dataclasses(line)
     assert (args.distillation_mode, args.temperature, args.soft_loss) == ("kd", 2.5, "js")
     assert (args.student_learning_rate, args.student_from_teacher_weight) == (1e-4, 1.0)
 

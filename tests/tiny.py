@@ -1,6 +1,7 @@
 """Tiny models and data for the tests: made from configs, without a network."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,24 +92,8 @@ def tiny_args(output_dir: Path, **arguments: Any) -> CoDistillationTrainingArgum
 
 def tiny_trainer(output_dir: Path, problem: str = "single_label", **options: Any) -> CoDistillationTrainer:
     """A trainer of a 3-layer teacher and a 2-layer student; options are of the trainer or else of the arguments."""
-    names = [
-        "model",
-        "student_model",
-        "student_model_init",
-        "pretrained_teacher",
-        "train_dataset",
-        "eval_dataset",
-        "data_collator",
-        "compute_metrics",
-        "compute_loss_func",
-        "optimizers",
-        "callbacks",
-        "model_init",
-        "preprocess_logits_for_metrics",
-        "processing_class",
-        "optimizer_cls_and_kwargs",
-    ]
-    settings = {name: options.pop(name) for name in names if name in options}
+    own_names = inspect.signature(CoDistillationTrainer).parameters.keys() - {"args"}
+    settings = {name: options.pop(name) for name in own_names if name in options}
     if "model_init" not in settings:
         settings.setdefault("model", tiny_bert(3, seed=1, problem=problem))
     if "student_model_init" not in settings:
