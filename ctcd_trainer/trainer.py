@@ -383,7 +383,10 @@ class CoDistillationTrainer(Trainer):
                 group["learner"] = learner
                 if merged is not None:
                     merged.add_param_group(group)
-            merged = optimizer if merged is None else merged
+            if merged is None:
+                merged = optimizer
+            else:
+                merged.state.update(optimizer.state)  # some optimizers (Adagrad) fill it when they are made
         self.optimizer = merged
         return merged
 
