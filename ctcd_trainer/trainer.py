@@ -22,7 +22,6 @@ from transformers.trainer_utils import (
     PredictionOutput,
     TrainOutput,
     align_special_tokens,
-    number_of_arguments,
 )
 
 from . import validation
@@ -30,8 +29,10 @@ from .graph import PRETRAINED, STUDENT, TEACHER, Graph
 from .metrics import EvaluationMeter, LossMeter, MetricsOfEach, predictions_of
 from .model_card import write_model_cards
 from .modeling import CoDistillationModel, LearnerView, forward_parameters
+from .objective import loss_terms
+from .pairing import ModelSources
 from .student import load_model
-from .tasks import IGNORE_INDEX, Task, base_model, find_task
+from .tasks import IGNORE_INDEX, Task, base_model
 from .training_args import DistillationArguments, learner_arguments
 
 
@@ -99,54 +100,36 @@ class CoDistillationTrainer(Trainer):
     ) -> None:
         self.pair: CoDistillationModel | None = None
         self.task: Task | None = None
-        self.pretrained_teacher = pretrained_teacher
-        self.student_model_init = student_model_init
         self.distillation = args if isinstance(args, DistillationArguments) else DistillationArguments()
         self._loss_meter = LossMeter()
         self._evaluation_meter: EvaluationMeter | None = None
         self._grad_norms: dict[str, Tensor] = {}
         self._student_predictions: Any = None
 
-        has_student = student_model is not None or student_model_init is not None
-        plain = not isinstance(args, DistillationArguments) or args.distillation_mode == "standalone"
-        paired = has_student or pretrained_teacher is not None or not plain
         seed = args.seed if args is not None else TrainingArguments.seed
-        if paired:
-            if student_model is not None and student_model_init is not None:
-                raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
-            if model_init is not None and student_model_init is None:
-                raise ValueError(
-                    "`model_init` makes a new teacher for each training, and the student must be new as well: pass "
-                    "`student_model_init` instead of `student_model`."
-                )
-            validation.check_roles(
-                self.distillation.distillation_mode, self.graph, has_student, pretrained_teacher is not None
-            )
-            if args is not None and args.use_liger_kernel:
-                raise ValueError(
-                    "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the "
-                    "logits of two. Set it to False."
-                )
-            validation.check_dataset(train_dataset, "train_dataset")
-            validation.check_dataset(eval_dataset, "eval_dataset")
+        self._sources = ModelSources(self.distillation, student_model, student_model_init, pretrained_teacher, seed)
+        plain = not isinstance(args, DistillationArguments) or args.distillation_mode == "standalone"
+        paired = self._sources.given or not plain
         if isinstance(model, str):
             set_seed(seed)  # a new head is initialised
             model = load_model(model, "model")
+        if paired:
+            self._sources.check_roles(has_model_init=model_init is not None)
+            validation.check_arguments(args)
+            for argument, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+                validation.check_dataset(dataset, argument)
 
-        def check_inputs() -> None:
-            others = {"student_model": self.pair.student, "pretrained_teacher": self.pretrained_teacher}
+        def make_learners(teacher: PreTrainedModel) -> dict[str, nn.Module]:
+            self.task, learners = self._sources.learners(teacher)
+            others = {"student_model": learners[STUDENT], "pretrained_teacher": self._sources.pretrained}
             for argument, other in others.items():
-                if other is not None:
-                    validation.check_vocabularies(self.pair.teacher, other, argument, processing_class)
-            validation.check_optimizer(optimizers[0], self.pair.trained)
+                validation.check_vocabularies(teacher, other, argument, processing_class)
+            validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained})
             for argument, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
                 validation.check_labels(self.task, dataset, argument)
+            return learners
 
-        if paired and model is not None:
-            set_seed(seed)
-            self.pair = self._make_pair(model, student_model)
-            check_inputs()
-
+        learners = make_learners(model) if paired and model is not None else None
         super().__init__(
             model=model,
             args=args,
@@ -163,12 +146,9 @@ class CoDistillationTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if paired:
-            if self.pair is None:  # `model_init` has only now been called
-                self.pair = self._make_pair(self.model, None)
-                check_inputs()
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
             # model is the pair.
-            self._install_pair()
+            self._install_pair(learners or make_learners(self.model))
 
     # ---- The pair ----
 
@@ -187,36 +167,21 @@ class CoDistillationTrainer(Trainer):
         """The plain student, whatever wraps the pair; `None` without a student."""
         return None if self.pair is None else self.pair.student
 
-    def _make_pair(
-        self, teacher: PreTrainedModel, student: PreTrainedModel | str | None, trial: Any = None
-    ) -> CoDistillationModel:
-        """Bring the models together and check them, before anything else is done with them."""
-        self.task = find_task(teacher)
-        if student is None:
-            takes_trial = number_of_arguments(self.student_model_init) == 1
-            student = self.student_model_init(trial) if takes_trial else self.student_model_init()
-        elif isinstance(student, str):
-            student = load_model(student, "student_model", like=teacher)
-        others = {"student_model": student}
-        if isinstance(self.pretrained_teacher, str):
-            self.pretrained_teacher = load_model(self.pretrained_teacher, "pretrained_teacher", like=teacher)
-        if self.pretrained_teacher is not None:
-            others["pretrained_teacher"] = self.pretrained_teacher
-        validation.check_models(self.task, teacher, others)
-        learners = {TEACHER: teacher, STUDENT: student}
-        for name in self.graph.trained:
-            validation.check_trainable(name, learners[name], self.distillation.distillation_mode)
-        return CoDistillationModel(learners, frozen=self.graph.frozen)
+    @property
+    def pretrained_teacher(self) -> PreTrainedModel | None:
+        """The frozen teacher from which both learn (Community KD), outside of the pair; `None` without one."""
+        return self._sources.pretrained
 
-    def _install_pair(self) -> None:
+    def _install_pair(self, learners: dict[str, nn.Module]) -> None:
         """Make the pair the trainer's model, and do for the other models what Trainer did for the teacher."""
-        others = [self.student_model]
+        others = [learners[STUDENT]]
         if self.pretrained_teacher is not None:
             others.append(self.pretrained_teacher.eval().requires_grad_(False))
         for model in others:
-            model.config.use_cache = self.teacher_model.config.use_cache
+            model.config.use_cache = learners[TEACHER].config.use_cache
             if self.place_model_on_device:
                 self._move_model_to_device(model, self.args.device)
+        self.pair = CoDistillationModel(learners, frozen=self.graph.frozen)
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
         # Every term of the loss is divided by the item count of the whole accumulated batch (`compute_loss`).
         self.loss_is_scaled_for_ga = True
@@ -226,12 +191,9 @@ class CoDistillationTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new teacher from `model_init`, paired with a new student from `student_model_init`."""
         teacher = super().call_model_init(trial)
-        if self.pair is None:  # Trainer is still being set up, or there is no student
-            return teacher
-        self.pair = self._make_pair(teacher, None, trial)
-        if self.place_model_on_device:
-            self._move_model_to_device(self.pair, self.args.device)
-        return self.pair
+        if self.pair is not None:  # otherwise Trainer is still being set up, or there is no student
+            self._install_pair(self._sources.learners(teacher, trial)[1])
+        return self.model if self.pair is not None else teacher
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that either model's `forward` names."""
@@ -310,26 +272,17 @@ class CoDistillationTrainer(Trainer):
         sources = dict(outputs)
         if self.pretrained_teacher is not None:
             sources[PRETRAINED] = self._pretrained_outputs(inputs)
-        warmup = self.distillation.soft_weight_factor(self.state.global_step, self.state.max_steps)
-        components, weights = {}, []
-        for learner in self.graph.trained:
-            if self.graph.hard_weights[learner] > 0:
-                components[f"{learner}_hard_loss"] = self._hard_loss(
-                    outputs[learner], labels, share, num_items_in_batch
-                )
-                weights.append(self.graph.hard_weights[learner])
-        for edge in self.graph.edges:
-            soft_loss = self.task.soft_loss(
-                outputs[edge.learner],
-                sources[edge.source],
-                labels,
-                self.distillation.soft_loss,
-                self.distillation.temperature,
-            )
-            components[edge.loss_name] = soft_loss * share
-            weights.append(edge.weight * warmup)
-        self._loss_meter.add(components, self.state.global_step + 1)
-        loss = sum(weight * component for weight, component in zip(weights, components.values(), strict=True))
+        terms = loss_terms(
+            self.task,
+            self.distillation,
+            sources,
+            labels,
+            hard_loss=lambda output: self._hard_loss(output, labels, share, num_items_in_batch),
+            share=share,
+            warmup=self.distillation.soft_weight_factor(self.state.global_step, self.state.max_steps),
+        )
+        self._loss_meter.add({name: term.value for name, term in terms.items()}, self.state.global_step + 1)
+        loss = sum(term.weight * term.value for term in terms.values())
         return (loss, outputs) if return_outputs else loss
 
     def _model_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:

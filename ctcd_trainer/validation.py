@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .graph import Graph
 from .tasks import Task
@@ -45,6 +45,19 @@ def check_roles(mode: str, graph: Graph, has_student: bool, has_pretrained: bool
             f"A `pretrained_teacher` is given, but with `distillation_mode='{mode}'` nothing learns from it. Set "
             "`distillation_mode='community'` (or one of `student_from_pretrained_weight` and "
             "`teacher_from_pretrained_weight`), or leave it out."
+        )
+
+
+def check_arguments(args: TrainingArguments | None) -> None:
+    """Arguments of Trainer that cannot hold for two models at once.
+
+    Raises:
+        ValueError: `use_liger_kernel` is set.
+    """
+    if args is not None and args.use_liger_kernel:
+        raise ValueError(
+            "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the logits of "
+            "two. Set it to False."
         )
 
 
@@ -116,7 +129,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, trained: Mapping[st
             )
 
 
-def check_vocabularies(teacher: PreTrainedModel, other: PreTrainedModel, argument: str, processing_class: Any) -> None:
+def check_vocabularies(
+    teacher: PreTrainedModel, other: PreTrainedModel | None, argument: str, processing_class: Any
+) -> None:
     """Both models receive the same token ids, so the ids must mean the same to both.
 
     Models whose embeddings are padded to different sizes over one tokenizer are accepted. Nothing is fetched: the
@@ -124,13 +139,15 @@ def check_vocabularies(teacher: PreTrainedModel, other: PreTrainedModel, argumen
 
     Args:
         teacher: The teacher.
-        other: The model that is paired with it.
+        other: The model that is paired with it, if there is one.
         argument: Name of the argument that gave it.
         processing_class: The trainer's; it counts if it is a tokenizer or has one.
 
     Raises:
         ValueError: The tokenizers differ, or the sizes do and the difference is no padding.
     """
+    if other is None:
+        return
     sizes = {"model": vocabulary_size(teacher), argument: vocabulary_size(other)}
     if None in sizes.values():
         return

@@ -1,0 +1,88 @@
+"""Bringing the models together: where each comes from, and whether they fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import number_of_arguments
+
+from . import validation
+from .graph import STUDENT, TEACHER
+from .student import load_model
+from .tasks import Task, find_task
+from .training_args import DistillationArguments
+
+
+@dataclass
+class ModelSources:
+    """The models besides the teacher, as the user gave them.
+
+    Attributes:
+        arguments: The distillation arguments.
+        student: A model, a name or a path, or `None`.
+        student_init: Makes the student, with no argument or with the trial of a hyperparameter search, or `None`.
+        pretrained: The frozen pre-trained teacher: a model, a name or a path, or `None`.
+        seed: Seed of the weights that loading or making a student draws.
+    """
+
+    arguments: DistillationArguments
+    student: PreTrainedModel | str | None
+    student_init: Callable[..., PreTrainedModel] | None
+    pretrained: PreTrainedModel | str | None
+    seed: int
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any model besides the teacher."""
+        return any(source is not None for source in (self.student, self.student_init, self.pretrained))
+
+    def check_roles(self, has_model_init: bool) -> None:
+        """The models that are given must be those that the mode uses; see `validation.check_roles`.
+
+        Args:
+            has_model_init: Whether the teacher is made by `model_init`.
+        """
+        if self.student is not None and self.student_init is not None:
+            raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
+        if has_model_init and self.student_init is None and self.student is not None:
+            raise ValueError(
+                "`model_init` makes a new teacher for each training, and the student must be new as well: pass "
+                "`student_model_init` instead of `student_model`."
+            )
+        has_student = self.student is not None or self.student_init is not None
+        validation.check_roles(
+            self.arguments.distillation_mode, self.arguments.graph, has_student, self.pretrained is not None
+        )
+
+    def learners(self, teacher: PreTrainedModel, trial: Any = None) -> tuple[Task, dict[str, nn.Module]]:
+        """Load or make the other models, and check that all fit together.
+
+        Afterwards `pretrained` is a model if it was a name or a path.
+
+        Args:
+            teacher: The teacher.
+            trial: Trial of a hyperparameter search.
+
+        Returns:
+            The task of the models, and the learners by name.
+        """
+        set_seed(self.seed)  # a new head, or a student from a config
+        task = find_task(teacher)
+        if self.student_init is not None:
+            student = self.student_init(trial) if number_of_arguments(self.student_init) else self.student_init()
+        elif isinstance(self.student, str):
+            student = load_model(self.student, "student_model", like=teacher)
+        else:
+            student = self.student
+        if isinstance(self.pretrained, str):
+            self.pretrained = load_model(self.pretrained, "pretrained_teacher", like=teacher)
+        others = {"student_model": student}
+        if self.pretrained is not None:
+            others["pretrained_teacher"] = self.pretrained
+        validation.check_models(task, teacher, others)
+        learners = {TEACHER: teacher, STUDENT: student}
+        for name in self.arguments.graph.trained:
+            validation.check_trainable(name, learners[name], self.arguments.distillation_mode)
+        return task, learners
