@@ -1,6 +1,5 @@
 """The trainer: Trainer's hooks, overridden for a pair of models that teach each other."""
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +25,8 @@ from transformers.trainer_utils import (
 
 from . import validation
 from .graph import PRETRAINED, STUDENT, TEACHER, Graph
+from .hub import PairHubMixin
 from .metrics import EvaluationMeter, LossMeter, MetricsOfEach, predictions_of
-from .model_card import write_model_cards
 from .modeling import CoDistillationModel, LearnerView, forward_parameters
 from .objective import loss_terms
 from .pairing import ModelSources
@@ -45,7 +44,7 @@ class CoDistillationPredictionOutput(NamedTuple):
     student_predictions: Any
 
 
-class CoDistillationTrainer(Trainer):
+class CoDistillationTrainer(PairHubMixin, Trainer):
     """`transformers.Trainer` for a teacher and a student that are trained together (CTCD, arXiv 2311.02849).
 
     Takes Trainer's own arguments in Trainer's own order; `model` is the teacher. Without a student it is a plain
@@ -527,14 +526,6 @@ class CoDistillationTrainer(Trainer):
         if self.pair is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """A model card for the teacher in the output folder and one for the student in `student/`; see `Trainer`."""
-        if self.pair is None:
-            return super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            bound = inspect.signature(super().create_model_card).bind(*args, **kwargs)
-            write_model_cards(self, **bound.arguments)
 
 
 def _first(logits: Any) -> Tensor:
