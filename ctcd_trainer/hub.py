@@ -2,7 +2,7 @@
 
 import inspect
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import Trainer
@@ -13,11 +13,8 @@ from .graph import STUDENT
 from .model_card import write_model_cards
 from .modeling import CoDistillationModel
 
-# At run time it is mixed into a Trainer; the bare object keeps the order of base classes free.
-_Base = Trainer if TYPE_CHECKING else object
 
-
-class PairHubMixin(_Base):
+class PairHubTrainer(Trainer):
     """What Trainer does for the Hub, for two models.
 
     `hub_model_id` receives the output folder, with the teacher at the root and the student in `student/`;

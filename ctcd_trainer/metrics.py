@@ -53,12 +53,13 @@ class LossMeter:
         if first == float("inf"):
             return
         names = [name for name, step in zip(self._names, bad_steps, strict=True) if step == first]
-        hard = [name for name in names if name.endswith("_hard_loss")]  # soft losses only follow a broken model
-        models = " and ".join(name.split("_")[0] for name in hard or names[:1])
+        broken = [name.removesuffix("_hard_loss") for name in names if name.endswith("_hard_loss")]
+        if not broken:  # a soft loss alone: its source is frozen, so it has no loss of its own
+            broken = [name.removesuffix("_loss").split("_from_")[1] for name in names]
         raise FloatingPointError(
-            f"The loss of the {models} became NaN or infinite at step {int(first)} ({', '.join(names)}). The last "
-            "checkpoint was written before and is intact. Lower the learning rate of that model, check its inputs and "
-            "labels, or train in bf16 or fp32 instead of fp16."
+            f"The loss of the {' and '.join(dict.fromkeys(broken))} became NaN or infinite at step {int(first)} "
+            f"({', '.join(names)}). No checkpoint was written since. Lower the learning rate of that model if it is "
+            "trained, check its weights, inputs and labels, or train in bf16 or fp32 instead of fp16."
         )
 
     def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -110,36 +111,27 @@ class MetricsOfEach:
     """Calls the user's `compute_metrics` once per model, each time with an ordinary `EvalPrediction`.
 
     Args:
-        compute_metrics: The user's function.
-        primary: Name of the learner whose metrics get no prefix.
-        others: Names of the learners whose metrics get their name as prefix.
+        functions: The user's function by name of the learner; with `batch_eval_metrics` the others have copies of it
+            (`copy_of_metrics`).
+        primary: Name of the learner whose metrics get no prefix; those of the others get their name.
         meter: Where the losses of the others are.
-        batched: Whether it is called batch by batch (`batch_eval_metrics`). Such a function keeps a state between its
-            calls, so each model gets a copy of it.
-
-    Raises:
-        ValueError: `batched`, and the function is not an object that can be copied.
+        batched: Whether it is called batch by batch (`batch_eval_metrics`).
+        metric_key_prefix: Prefix of the evaluation, which the user's keys may already have.
     """
 
     def __init__(
         self,
-        compute_metrics: Callable[..., dict[str, Any]],
+        functions: Mapping[str, Callable[..., dict[str, Any]]],
         primary: str,
-        others: tuple[str, ...],
         meter: EvaluationMeter,
         batched: bool,
+        metric_key_prefix: str,
     ) -> None:
-        if batched and (inspect.isroutine(compute_metrics) or inspect.isclass(compute_metrics)):
-            raise ValueError(
-                f"`batch_eval_metrics=True` with two models needs `compute_metrics` to be an object with `__call__`, "
-                f"of which each model gets a copy, but it is {compute_metrics!r}, whose state both would share. Pass "
-                "an instance of a class, or set `batch_eval_metrics=False`."
-            )
+        self._functions = functions
         self._primary = primary
         self._meter = meter
         self._batched = batched
-        self._functions = {primary: compute_metrics}
-        self._functions |= {name: copy.deepcopy(compute_metrics) if batched else compute_metrics for name in others}
+        self._prefix = f"{metric_key_prefix}_"
 
     def __call__(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
         """The metrics of all models; `prediction.predictions` has the predictions of each by name."""
@@ -155,8 +147,24 @@ class MetricsOfEach:
                 inputs=prediction.inputs,
                 losses=losses,
             )
-            metrics |= {f"{prefix}{key}": value for key, value in (function(own, **kwargs) or {}).items()}
+            values = function(own, **kwargs) or {}
+            metrics |= {f"{prefix}{key.removeprefix(self._prefix)}": value for key, value in values.items()}
         return metrics
+
+
+def copy_of_metrics(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A copy, for another model, of a `compute_metrics` that keeps a state between its calls (`batch_eval_metrics`).
+
+    Raises:
+        ValueError: It is no object that can be copied, but a function or a class, whose state all would share.
+    """
+    if inspect.isroutine(compute_metrics) or inspect.isclass(compute_metrics):
+        raise ValueError(
+            f"`batch_eval_metrics=True` with two models needs `compute_metrics` to be an object with `__call__`, of "
+            f"which each model gets a copy, but it is {compute_metrics!r}, whose state both would share. Pass an "
+            "instance of a class, or set `batch_eval_metrics=False`."
+        )
+    return copy.deepcopy(compute_metrics)
 
 
 def predictions_of(learner: str, predictions: Any) -> Any:

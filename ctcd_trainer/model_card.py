@@ -1,11 +1,13 @@
 """Model cards: Trainer's own summary of a training, once for each of the two models."""
 
+import copy
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.modelcard import TrainingSummary
+from transformers import Trainer
 
-from .tasks import base_model
 from .training_args import learner_arguments
 
 if TYPE_CHECKING:
@@ -21,34 +23,29 @@ The {learner} of a pair that was trained together by co-training and co-distilla
 
 
 class _OneOfThePair:
-    """What `TrainingSummary` reads of a trainer, as if it had trained this learner alone."""
+    """What Trainer's `create_model_card` reads of a trainer, as if it had trained this learner alone."""
 
     def __init__(self, trainer: "CoDistillationTrainer", learner: str) -> None:
         self._trainer = trainer
-        self.model = base_model(trainer.pair.learners[learner])
-        self.args = learner_arguments(trainer.args, learner)
-        self.state = _State([_logs_of(learner, trainer, logs) for logs in trainer.state.log_history])
+        self.model = trainer.pair.learners[learner]
+        self.args = copy.copy(learner_arguments(trainer.args, learner))
+        self.args.output_dir = trainer.pair.folder_of(learner, trainer.args.output_dir)
+        self.state = copy.copy(trainer.state)
+        others = [name for name in trainer.pair.learners if name != trainer.pair.primary]
+        self.state.log_history = [_logs_of(learner, others, logs) for logs in trainer.state.log_history]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)
 
 
-class _State:
-    def __init__(self, log_history: list[dict[str, float]]) -> None:
-        self.log_history = log_history
-
-
-def _logs_of(learner: str, trainer: "CoDistillationTrainer", logs: dict[str, float]) -> dict[str, float]:
+def _logs_of(learner: str, others: list[str], logs: dict[str, float]) -> dict[str, float]:
     """The evaluation logs of one learner under the names that a Trainer of it alone would have given them."""
-    others = [name for name in trainer.pair.learners if name != trainer.pair.primary]
     own = {}
     for key, value in logs.items():
-        prefixes = [name for name in others if key.startswith(f"eval_{name}_")]
-        if prefixes == [learner]:
-            own[key.replace(f"eval_{learner}_", "eval_", 1)] = value
-        elif not prefixes and (
-            learner == trainer.pair.primary or not key.startswith("eval_") or key == "eval_agreement"
-        ):
+        match = re.fullmatch(rf"(eval_(?:.+_)?)({'|'.join(others)})_(.+)", key)
+        if match is not None and match[2] == learner:
+            own[f"{match[1]}{match[3]}"] = value
+        elif match is None and (learner not in others or not key.startswith("eval_") or key.endswith("agreement")):
             own[key] = value
     return own
 
@@ -67,18 +64,15 @@ def write_model_cards(trainer: "CoDistillationTrainer", model_name: str | None =
     for learner in pair.learners:
         partner = next(name for name in pair.learners if name != learner)
         own_name = model_name if learner == pair.primary else f"{model_name}-{learner}"
-        summary = TrainingSummary.from_trainer(_OneOfThePair(trainer, learner), model_name=own_name, **kwargs)
-        card = summary.to_model_card().replace(
-            _PLACEHOLDER,
-            _DESCRIPTION.format(
-                learner=learner,
-                mode=trainer.distillation.distillation_mode,
-                parameters=millions[learner],
-                partner=partner,
-                partner_parameters=millions[partner],
-            ),
+        one = _OneOfThePair(trainer, learner)
+        os.makedirs(one.args.output_dir, exist_ok=True)
+        Trainer.create_model_card(one, model_name=own_name, **copy.deepcopy(kwargs))
+        path = Path(one.args.output_dir, "README.md")
+        description = _DESCRIPTION.format(
+            learner=learner,
+            mode=trainer.distillation.distillation_mode,
+            parameters=millions[learner],
+            partner=partner,
+            partner_parameters=millions[partner],
         )
-        folder = pair.folder_of(learner, trainer.args.output_dir)
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-            file.write(card)
+        path.write_text(path.read_text(encoding="utf-8").replace(_PLACEHOLDER, description), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The pair as one module, so that one wrap, one backward, one scaler and one checkpoint call serve all learners."""
 
+import functools
 import inspect
 import os
 from collections.abc import Collection, Mapping
@@ -24,12 +25,16 @@ class CoDistillationModel(PreTrainedModel):
         learners: The models by name, the primary (the teacher) first.
         frozen: Names of the learners that are not trained. They stay in evaluation mode (no dropout, no update of
             running statistics), run without gradients, and their parameters have `requires_grad=False`.
+        bystanders: Models that are run on the same batches outside of the pair. No learner is given an input that only
+            they name.
     """
 
     config_class = PreTrainedConfig
     supports_gradient_checkpointing = True
 
-    def __init__(self, learners: Mapping[str, nn.Module], frozen: Collection[str] = ()) -> None:
+    def __init__(
+        self, learners: Mapping[str, nn.Module], frozen: Collection[str] = (), bystanders: Collection[nn.Module] = ()
+    ) -> None:
         super().__init__(PreTrainedConfig())
         self.learners = nn.ModuleDict(learners)
         self.primary = next(iter(learners))
@@ -37,7 +42,8 @@ class CoDistillationModel(PreTrainedModel):
         self.frozen = frozenset(frozen)
         for name in self.frozen:
             self.learners[name].requires_grad_(False)
-        self._parameters_of = {name: forward_parameters(model) for name, model in learners.items()}
+        #: The inputs that any of the models names.
+        self.known_inputs = frozenset().union(*map(forward_parameters, [*learners.values(), *bystanders]))
         self.train(self.training)
 
     @property
@@ -87,11 +93,21 @@ class CoDistillationModel(PreTrainedModel):
         return {name: self._run(name, inputs) for name in self.learners}
 
     def _run(self, name: str, inputs: Mapping[str, Any]) -> Any:
-        known = frozenset().union(*self._parameters_of.values())
-        accepted = self._parameters_of[name]
-        inputs = {key: value for key, value in inputs.items() if key in accepted or key not in known}
+        model = self.learners[name]
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-            return self.learners[name](**inputs)
+            return model(**self.inputs_of(model, inputs))
+
+    def inputs_of(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a batch that a model takes: what its `forward` names, and what nobody names.
+
+        Caches for generation are as Trainer sets them for the primary learner (`use_cache`), without a change to the
+        config of the others.
+        """
+        accepted = forward_parameters(model)
+        own = {key: value for key, value in inputs.items() if key in accepted or key not in self.known_inputs}
+        if "use_cache" in accepted:
+            own.setdefault("use_cache", getattr(self.config, "use_cache", False))
+        return own
 
     def save_pretrained(
         self,
@@ -138,5 +154,10 @@ class LearnerView:
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the inputs that a model's `forward` declares (those of the model inside a PEFT wrapper)."""
-    parameters = inspect.signature(base_model(model).forward).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    return _parameters_of_class(type(base_model(model)))
+
+
+@functools.cache
+def _parameters_of_class(model_class: type[nn.Module]) -> frozenset[str]:
+    parameters = inspect.signature(model_class.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)) - {"self"}

@@ -1,5 +1,6 @@
 """Bringing the models together: where each comes from, and whether they fit."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,11 @@ from transformers.trainer_utils import number_of_arguments
 from . import validation
 from .graph import STUDENT, TEACHER
 from .student import load_model
-from .tasks import Task, find_task
+from .tasks import Task
 from .training_args import DistillationArguments
+
+#: What `from_pretrained` takes.
+NAME_OR_PATH = (str, os.PathLike)
 
 
 @dataclass
@@ -28,9 +32,9 @@ class ModelSources:
     """
 
     arguments: DistillationArguments
-    student: PreTrainedModel | str | None
+    student: PreTrainedModel | str | os.PathLike | None
     student_init: Callable[..., PreTrainedModel] | None
-    pretrained: PreTrainedModel | str | None
+    pretrained: PreTrainedModel | str | os.PathLike | None
     seed: int
 
     @property
@@ -69,19 +73,19 @@ class ModelSources:
             The task of the models, and the learners by name.
         """
         set_seed(self.seed)  # a new head, or a student from a config
-        task = find_task(teacher)
+        frozen = STUDENT in self.arguments.graph.frozen
         if self.student_init is not None:
             student = self.student_init(trial) if number_of_arguments(self.student_init) else self.student_init()
-        elif isinstance(self.student, str):
-            student = load_model(self.student, "student_model", like=teacher)
+        elif isinstance(self.student, NAME_OR_PATH):
+            student = load_model(self.student, "student_model", like=teacher, frozen=frozen)
         else:
             student = self.student
-        if isinstance(self.pretrained, str):
-            self.pretrained = load_model(self.pretrained, "pretrained_teacher", like=teacher)
+        if isinstance(self.pretrained, NAME_OR_PATH):
+            self.pretrained = load_model(self.pretrained, "pretrained_teacher", like=teacher, frozen=True)
         others = {"student_model": student}
         if self.pretrained is not None:
             others["pretrained_teacher"] = self.pretrained
-        validation.check_models(task, teacher, others)
+        task = validation.check_models(teacher, others)
         learners = {TEACHER: teacher, STUDENT: student}
         for name in self.arguments.graph.trained:
             validation.check_trainable(name, learners[name], self.arguments.distillation_mode)

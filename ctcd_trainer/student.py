@@ -1,39 +1,53 @@
 """Where a student comes from: a name or path, or a teacher with some of its layers left out."""
 
 import copy
+import os
 import re
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .tasks import TASKS, find_task
+from .tasks import TASKS, find_task, is_peft_model, own_labels
 
 
-def load_model(name_or_path: str, argument: str, like: PreTrainedModel | None = None) -> PreTrainedModel:
+def load_model(
+    name_or_path: str | os.PathLike, argument: str, like: PreTrainedModel | None = None, frozen: bool = False
+) -> PreTrainedModel:
     """Load a model by name or path, as `from_pretrained` takes them.
 
     Args:
         name_or_path: A folder or the name of a repository on the Hub.
         argument: Name of the argument that gave it, for the message.
-        like: A model that it will be paired with: its head and its label settings are used. Without it, the head is
-            the one that the checkpoint was saved with.
+        like: A model that it will be paired with: its head is used, and its labels unless the checkpoint has its own.
+            Without it, the head is the one that the checkpoint was saved with.
+        frozen: Whether it will only be learnt from, so that it needs a trained head.
 
     Raises:
-        ValueError: There is no model to take the head from, and the checkpoint has none.
+        ValueError: There is no model to take the head from and the checkpoint has none, or it is frozen and some of
+            its weights are not in the checkpoint.
     """
-    if like is not None:
-        names = ("num_labels", "id2label", "label2id", "problem_type")
-        labels = {name: copy.copy(getattr(like.config, name)) for name in names}
-        return find_task(like).auto_model.from_pretrained(name_or_path, **labels)
     config = AutoConfig.from_pretrained(name_or_path)
-    for task in TASKS:
-        if task.model_names.intersection(config.architectures or ()):
-            return task.auto_model.from_pretrained(name_or_path)
-    raise ValueError(
-        f"`{argument}={name_or_path!r}` was saved as {config.architectures}, which has no head to train. Load it with "
-        f"the `AutoModelFor...` class of your task and pass the model."
-    )
+    if like is not None:
+        auto_model = find_task(like).auto_model
+        if own_labels(config) is None:
+            config.id2label, config.label2id = dict(like.config.id2label), dict(like.config.label2id)
+        config.problem_type = config.problem_type or like.config.problem_type
+    else:
+        names = set(config.architectures or ())
+        auto_model = next((task.auto_model for task in TASKS if task.model_names & names), None)
+        if auto_model is None:
+            raise ValueError(
+                f"`{argument}={str(name_or_path)!r}` was saved as {config.architectures}, which has no head that is "
+                "supported. Load it with the `AutoModelFor...` class of your task and pass the model."
+            )
+    model, report = auto_model.from_pretrained(name_or_path, config=config, output_loading_info=True)
+    if frozen and report["missing_keys"]:
+        raise ValueError(
+            f"`{argument}={str(name_or_path)!r}` is frozen, and has no trained weights for "
+            f"{sorted(report['missing_keys'])}: what it teaches would be random. Fine-tune it on this task first."
+        )
+    return model
 
 
 def uniform_layers(num_layers: int, num_kept: int) -> list[int]:
@@ -62,8 +76,14 @@ def create_student(teacher: PreTrainedModel, num_hidden_layers: int) -> PreTrain
         An ordinary model of the teacher's class, in the teacher's dtype and on its device.
 
     Raises:
-        ValueError: The number of layers is out of range, or the model has no such stack of layers.
+        ValueError: The number of layers is out of range, or the model has no such stack of layers or is wrapped by
+            PEFT.
     """
+    if is_peft_model(teacher):
+        raise ValueError(
+            "`teacher` is wrapped by PEFT. Cut the student from the model inside (`teacher.get_base_model()`) before "
+            "adapters are added, or merge them first (`merge_and_unload`)."
+        )
     num_layers = teacher.config.num_hidden_layers
     if not 1 <= num_hidden_layers <= num_layers:
         raise ValueError(
@@ -97,7 +117,9 @@ def create_student(teacher: PreTrainedModel, num_hidden_layers: int) -> PreTrain
             state_dict[name] = value
         elif match[1] in new_index:
             state_dict[f"{stacks[0]}.{new_index[match[1]]}.{match[2]}"] = value
-    with torch.random.fork_rng():  # the random initialisation is overwritten: it must not move the user's seed
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the random initialisation is overwritten: it must not move the user's seed
         student = type(teacher)(config)
     student.load_state_dict(state_dict)
     return student.to(device=teacher.device, dtype=teacher.dtype)

@@ -86,7 +86,7 @@ class SequenceClassification:
         return families[self._problem_type_of(labels)]()
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """Both models must have the same number of labels and the same problem type.
+        """Both models must have the same number of labels, with the same meaning, and the same problem type.
 
         Args:
             teacher: Config of the teacher.
@@ -96,9 +96,19 @@ class SequenceClassification:
         Raises:
             ValueError: They differ; the message has both values.
         """
-        for name in ("num_labels", "problem_type"):
+        # Where a config does not say, one output is a regression and several are none (`problem_type`).
+        types = [
+            config.problem_type or ("regression" if config.num_labels == 1 else None) for config in (teacher, student)
+        ]
+        same_type = types[0] == types[1] or (None in types and "regression" not in types)
+        labels = [own_labels(config) for config in (teacher, student)]
+        for name, same in {
+            "num_labels": teacher.num_labels == student.num_labels,
+            "problem_type": same_type,
+            "id2label": None in labels or labels[0] == labels[1],
+        }.items():
             ours, theirs = getattr(teacher, name), getattr(student, name)
-            if ours != theirs and not (name == "problem_type" and None in (ours, theirs)):
+            if not same:
                 raise ValueError(
                     f"`model` has `{name}={ours!r}` and `{role}` has `{name}={theirs!r}`: their predictions cannot be "
                     f"compared. Load both with the same `{name}`, e.g. "
@@ -115,7 +125,14 @@ class SequenceClassification:
             ValueError: A class index out of range, a multi-label row of another length or with values other than 0
                 to 1, a score that is not finite.
         """
-        problem_type = self.problem_type(np.issubdtype(labels.dtype, np.integer))
+        integers = np.issubdtype(labels.dtype, np.integer)
+        problem_type = self.problem_type(integers)
+        if integers != (problem_type == "single_label_classification") and problem_type != "regression":
+            raise ValueError(
+                f"The labels are of type {labels.dtype}, and `problem_type={problem_type!r}` needs "
+                f"{'floats' if integers else 'integers'}. Convert them, or load both models with another "
+                "`problem_type`."
+            )
         if problem_type == "single_label_classification":
             wrong = (labels != IGNORE_INDEX) & ~((labels >= 0) & (labels < self.num_labels))
             if wrong.any():
@@ -203,26 +220,38 @@ class SequenceClassification:
 TASKS: tuple[type, ...] = (SequenceClassification,)
 
 
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether a model is wrapped by PEFT (told by what it has, so that PEFT need not be imported)."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The model itself, or the one inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return model.get_base_model() if is_peft_model(model) else model
 
 
-def find_task(model: PreTrainedModel) -> Task:
+def own_labels(config: PreTrainedConfig) -> list[str] | None:
+    """Names of the labels in the order of the outputs; `None` if they are the default ones, which mean nothing."""
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+def find_task(model: PreTrainedModel, argument: str = "model") -> Task:
     """Recognise the head of a model by its class (or a class it inherits from).
 
     Args:
         model: A model with a head, PEFT-wrapped or not.
+        argument: Name of the argument that gave it, for the message.
 
     Raises:
         ValueError: The head is not supported.
     """
     names = [cls.__name__ for cls in type(base_model(model)).__mro__]
     for task in TASKS:
-        if task.model_names.intersection(names):
+        if task.model_names.intersection(names) and hasattr(model, "config"):
             return task(model.config)
     supported = ", ".join(task.auto_model.__name__ for task in TASKS)
     raise ValueError(
-        f"`model` is a {names[0]}, a head that cannot be co-distilled. Supported: the models that "
+        f"`{argument}` is a {names[0]}, a head that cannot be co-distilled. Supported: the models that "
         f"{supported} loads, and subclasses of them."
     )

@@ -11,7 +11,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -25,13 +24,13 @@ from transformers.trainer_utils import (
 
 from . import validation
 from .graph import PRETRAINED, STUDENT, TEACHER, Graph
-from .hub import PairHubMixin
-from .metrics import EvaluationMeter, LossMeter, MetricsOfEach, predictions_of
-from .modeling import CoDistillationModel, LearnerView, forward_parameters
+from .hub import PairHubTrainer
+from .metrics import EvaluationMeter, LossMeter, MetricsOfEach, copy_of_metrics, predictions_of
+from .modeling import CoDistillationModel, LearnerView
 from .objective import loss_terms
-from .pairing import ModelSources
+from .pairing import NAME_OR_PATH, ModelSources
 from .student import load_model
-from .tasks import IGNORE_INDEX, Task, base_model
+from .tasks import IGNORE_INDEX, Task, base_model, is_peft_model
 from .training_args import DistillationArguments, learner_arguments
 
 
@@ -44,7 +43,7 @@ class CoDistillationPredictionOutput(NamedTuple):
     student_predictions: Any
 
 
-class CoDistillationTrainer(PairHubMixin, Trainer):
+class CoDistillationTrainer(PairHubTrainer):
     """`transformers.Trainer` for a teacher and a student that are trained together (CTCD, arXiv 2311.02849).
 
     Takes Trainer's own arguments in Trainer's own order; `model` is the teacher. Without a student it is a plain
@@ -61,7 +60,8 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
             An optimizer that is passed in must hold the parameters of both models.
         student_model: The student: a model, or a name or path.
         student_model_init: Makes the student, like `model_init` the teacher (which it belongs with).
-        pretrained_teacher: A frozen model from which both learn (Community KD): a model, or a name or path.
+        pretrained_teacher: A model from which both learn (Community KD): a model, or a name or path. It is set to
+            evaluation mode and `requires_grad=False`.
 
     Raises:
         ValueError: The models, the arguments and the data do not fit together; see `validation.py`.
@@ -79,7 +79,7 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str | None = None,
+        model: PreTrainedModel | nn.Module | str | os.PathLike | None = None,
         args: TrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
@@ -93,9 +93,9 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        student_model: PreTrainedModel | str | None = None,
+        student_model: PreTrainedModel | str | os.PathLike | None = None,
         student_model_init: Callable[..., PreTrainedModel] | None = None,
-        pretrained_teacher: PreTrainedModel | str | None = None,
+        pretrained_teacher: PreTrainedModel | str | os.PathLike | None = None,
     ) -> None:
         self.pair: CoDistillationModel | None = None
         self.task: Task | None = None
@@ -103,27 +103,30 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
         self._loss_meter = LossMeter()
         self._evaluation_meter: EvaluationMeter | None = None
         self._grad_norms: dict[str, Tensor] = {}
+        self._student_rates: list[float] = []
         self._student_predictions: Any = None
 
         seed = args.seed if args is not None else TrainingArguments.seed
         self._sources = ModelSources(self.distillation, student_model, student_model_init, pretrained_teacher, seed)
         plain = not isinstance(args, DistillationArguments) or args.distillation_mode == "standalone"
         paired = self._sources.given or not plain
-        if isinstance(model, str):
-            set_seed(seed)  # a new head is initialised
-            model = load_model(model, "model")
         if paired:
             self._sources.check_roles(has_model_init=model_init is not None)
             validation.check_arguments(args)
+            if args is not None and args.batch_eval_metrics and compute_metrics is not None:
+                self._student_metrics = copy_of_metrics(compute_metrics)
             for argument, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
                 validation.check_dataset(dataset, argument)
+        if isinstance(model, NAME_OR_PATH):
+            set_seed(seed)  # the head may be new
+            model = load_model(model, "model", frozen=paired and TEACHER in self.graph.frozen)
 
         def make_learners(teacher: PreTrainedModel) -> dict[str, nn.Module]:
             self.task, learners = self._sources.learners(teacher)
             others = {"student_model": learners[STUDENT], "pretrained_teacher": self._sources.pretrained}
             for argument, other in others.items():
                 validation.check_vocabularies(teacher, other, argument, processing_class)
-            validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained})
+            validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
             for argument, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
                 validation.check_labels(self.task, dataset, argument)
             return learners
@@ -177,10 +180,9 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
         if self.pretrained_teacher is not None:
             others.append(self.pretrained_teacher.eval().requires_grad_(False))
         for model in others:
-            model.config.use_cache = learners[TEACHER].config.use_cache
-            if self.place_model_on_device:
+            if self.place_model_on_device and getattr(model, "quantization_method", None) is None:
                 self._move_model_to_device(model, self.args.device)
-        self.pair = CoDistillationModel(learners, frozen=self.graph.frozen)
+        self.pair = CoDistillationModel(learners, frozen=self.graph.frozen, bystanders=others[1:])
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
         # Every term of the loss is divided by the item count of the whole accumulated batch (`compute_loss`).
         self.loss_is_scaled_for_ga = True
@@ -195,10 +197,9 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
         return self.model if self.pair is not None else teacher
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that either model's `forward` names."""
+        """Keep the columns that any model's `forward` names."""
         if self.pair is not None and self._signature_columns is None:
-            names = [forward_parameters(model) for model in self.pair.learners.values()]
-            self._signature_columns = sorted(frozenset().union(*names) | {"label", "label_ids", *self.label_names})
+            self._signature_columns = sorted({*self.pair.known_inputs, "label", "label_ids", *self.label_names})
         super()._set_signature_columns_if_needed()
 
     # ---- Training ----
@@ -211,7 +212,6 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
         """
         if self.pair is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        self._loss_meter = LossMeter()
         # What follows Trainer does for the teacher.
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
             align_special_tokens(self.student_model, self.processing_class)
@@ -223,6 +223,11 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             deactivate_neftune(student, handle)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Start the sums of the loss components anew: `auto_find_batch_size` runs the loop several times."""
+        self._loss_meter = LossMeter()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Count what the task scores, over the whole accumulated batch and all processes."""
@@ -310,20 +315,27 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
             return loss * self._process_scale() if num_items_in_batch is not None else loss
-        loss = self.label_smoother(outputs, labels) if self.label_smoother is not None else outputs["loss"]
-        return loss * share
+        if self.label_smoother is not None:
+            return self.label_smoother(outputs, self.task.trainable_labels(labels)) * share
+        return outputs["loss"] * share
 
     def _pretrained_outputs(self, inputs: dict[str, Tensor | Any]) -> Any:
         """Outputs of the frozen teacher, once per batch."""
-        names = forward_parameters(self.pretrained_teacher) - {"labels"}
         with torch.no_grad(), self.accelerator.autocast():
-            return self.pretrained_teacher(**{name: value for name, value in inputs.items() if name in names})
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            return self.pretrained_teacher(**self.pair.inputs_of(self.pretrained_teacher, inputs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer with the parameter groups that Trainer would make for each learner alone.
 
         A group carries the name of its learner under the key `"learner"`. Frozen learners have none.
         """
+        if self.pair is not None and self.pair.frozen != set(self.graph.frozen):
+            raise ValueError(
+                f"`distillation_mode={self.distillation.distillation_mode!r}` and its weights freeze "
+                f"{sorted(self.graph.frozen)}, and the trainer was made for arguments that freeze "
+                f"{sorted(self.pair.frozen)}. Make a new trainer for other arguments."
+            )
         if self.pair is None or self.optimizer is not None:
             return super().create_optimizer(model)
         merged = None
@@ -331,8 +343,11 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
             self.optimizer = None
             with self._arguments_of(learner):
                 optimizer = super().create_optimizer(learner_model)
+            own_rate = getattr(self.args, f"{learner}_learning_rate", None)
             for group in optimizer.param_groups:
                 group["learner"] = learner
+                if own_rate is not None:  # `optimizer_cls_and_kwargs` brings a rate for both
+                    group["lr"] = own_rate
                 if merged is not None:
                     merged.add_param_group(group)
             if merged is None:
@@ -363,6 +378,8 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
             )
             for name, learner in self.pair.trained.items()
         }
+        # Trainer logs the learning rate of the step that is about to be made.
+        self._student_rates = [group["lr"] for group in self.optimizer.param_groups if group.get("learner") == STUDENT]
         return torch.stack(list(self._grad_norms.values())).norm()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
@@ -383,9 +400,8 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
             if "loss" in logs:
                 logs |= self._loss_meter.drain(self.accelerator.gather)
                 logs |= {f"{name}_grad_norm": float(norm) for name, norm in self._grad_norms.items()}
-                if getattr(self.args, "student_learning_rate", None) is not None:
-                    groups = [group for group in self.optimizer.param_groups if group.get("learner") == STUDENT]
-                    logs |= {"student_learning_rate": groups[0]["lr"]} if groups else {}
+                if self._student_rates and getattr(self.args, "student_learning_rate", None) is not None:
+                    logs["student_learning_rate"] = self._student_rates[0]
         super().log(logs, start_time)
 
     # ---- Evaluation and prediction ----
@@ -408,12 +424,17 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+        if self.is_in_train:
+            self._loss_meter.check(self.accelerator.gather)  # before metrics fail on predictions of broken weights
         self._evaluation_meter = meter = EvaluationMeter()
         users = self.compute_metrics, self.preprocess_logits_for_metrics
         try:
             if self.compute_metrics is not None:
+                functions = {TEACHER: self.compute_metrics, STUDENT: self.compute_metrics}
+                if self.args.batch_eval_metrics:
+                    functions[STUDENT] = self._student_metrics
                 self.compute_metrics = MetricsOfEach(
-                    self.compute_metrics, TEACHER, (STUDENT,), meter, self.args.batch_eval_metrics
+                    functions, TEACHER, meter, self.args.batch_eval_metrics, metric_key_prefix
                 )
             if self.preprocess_logits_for_metrics is not None:
                 self.preprocess_logits_for_metrics = lambda logits, labels: {
@@ -426,7 +447,8 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
             self.compute_metrics, self.preprocess_logits_for_metrics = users
             self._evaluation_meter = None
         output.metrics.update(meter.metrics(metric_key_prefix))
-        self._student_predictions = predictions_of(STUDENT, output.predictions)
+        if description == "Prediction":  # of an evaluation, which nobody asks for them, they are let go
+            self._student_predictions = predictions_of(STUDENT, output.predictions)
         return output._replace(predictions=predictions_of(TEACHER, output.predictions))
 
     def prediction_step(
@@ -515,7 +537,7 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
                 )
         for name, folder in folders.items():
             learner = self.pair.learners[name]
-            if hasattr(learner, "load_adapter") and hasattr(learner, "peft_config"):
+            if is_peft_model(learner):
                 # Trainer would take the adapter in `student/` for a second one of the teacher.
                 learner.load_adapter(folder, learner.active_adapter, is_trainable=name not in self.pair.frozen)
             else:
@@ -523,7 +545,8 @@ class CoDistillationTrainer(PairHubMixin, Trainer):
 
     def _load_best_model(self) -> None:
         """Load both models of the best checkpoint."""
-        if self.pair is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        there = os.path.isdir(self.state.best_model_checkpoint)  # if not, Trainer warns
+        if self.pair is None or self.is_deepspeed_enabled or self.is_fsdp_enabled or not there:
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 

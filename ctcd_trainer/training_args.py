@@ -12,6 +12,10 @@ from .graph import EDGES, MODES, STUDENT, TEACHER, Edge, Graph
 from .losses import SOFT_LOSSES
 
 
+class ModeDefault(float):
+    """A weight that the mode filled in: it follows the mode when that is changed (`dataclasses.replace`, a search)."""
+
+
 @dataclass
 class DistillationArguments:
     """The arguments of co-distillation alone, to be mixed into any `TrainingArguments` class.
@@ -91,8 +95,7 @@ class DistillationArguments:
         self._check_choice("soft_loss", SOFT_LOSSES)
         mode = MODES[self.distillation_mode]
         for edge in EDGES:
-            if getattr(self, edge.weight_name) is None:
-                setattr(self, edge.weight_name, mode.default_weight(edge.source, edge.learner))
+            setattr(self, edge.weight_name, self._weight(edge))
         for name in (f"{TEACHER}_hard_weight", f"{STUDENT}_hard_weight", *(edge.weight_name for edge in EDGES)):
             self._check_number(name)
         self._check_number("temperature", zero=False)
@@ -100,12 +103,12 @@ class DistillationArguments:
         for name in ("student_learning_rate", "student_weight_decay", "student_max_grad_norm"):
             if getattr(self, name) is not None:
                 self._check_number(name)
-        for edge in EDGES:
-            weight = getattr(self, edge.weight_name)
-            if weight > 0 and edge.learner not in mode.trained:
+        own = [(f"{name}_hard_weight", name, 1.0) for name in (TEACHER, STUDENT)]
+        for name, learner, default in [*own, *((edge.weight_name, edge.learner, 0.0) for edge in EDGES)]:
+            if getattr(self, name) not in (default, 0.0) and learner not in mode.trained:
                 raise ValueError(
-                    f"`{edge.weight_name}={weight}` has no effect: `distillation_mode='{self.distillation_mode}'` "
-                    f"freezes the {edge.learner}. Set the weight to 0 or choose a mode that trains the {edge.learner}."
+                    f"`{name}={getattr(self, name)}` has no effect: `distillation_mode='{self.distillation_mode}'` "
+                    f"freezes the {learner}. Leave the weight out or choose a mode that trains the {learner}."
                 )
         if not self.graph.trained:
             raise ValueError(
@@ -117,16 +120,24 @@ class DistillationArguments:
         if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into
             parent.__post_init__()
 
+    def _weight(self, edge: Edge) -> float:
+        """Weight of an edge: the one that was given, or the one of the mode."""
+        weight = getattr(self, edge.weight_name)
+        if weight is None or isinstance(weight, ModeDefault):
+            return ModeDefault(MODES[self.distillation_mode].default_weight(edge.source, edge.learner))
+        return weight
+
     def _check_choice(self, name: str, valid: Collection[str]) -> None:
         if getattr(self, name) not in valid:
             raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Valid values: {', '.join(sorted(valid))}.")
 
     def _check_number(self, name: str, maximum: float = math.inf, zero: bool = True) -> None:
         value = getattr(self, name)
-        finite = isinstance(value, (int, float)) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        finite = number and math.isfinite(value)
         if not (finite and 0 <= value <= maximum and (zero or value > 0)):
             limits = f"from 0 to {maximum}" if maximum < math.inf else "of 0 or more" if zero else "above 0"
-            raise ValueError(f"`{name}={value}` is not valid: it must be a finite number {limits}.")
+            raise ValueError(f"`{name}={value!r}` is not valid: it must be a finite number {limits}.")
 
     @property
     def graph(self) -> Graph:
@@ -135,7 +146,7 @@ class DistillationArguments:
         hard_weights = {
             name: getattr(self, f"{name}_hard_weight") if name in mode.trained else 0.0 for name in (TEACHER, STUDENT)
         }
-        edges = (Edge(edge.source, edge.learner, getattr(self, edge.weight_name)) for edge in EDGES)
+        edges = (Edge(edge.source, edge.learner, float(self._weight(edge))) for edge in EDGES)
         return Graph(hard_weights, tuple(edge for edge in edges if edge.weight > 0))
 
     def soft_weight_factor(self, step: int, max_steps: int) -> float:

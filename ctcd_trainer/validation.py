@@ -1,7 +1,7 @@
 """Checks of what the user passes, made before any work starts. Each error names both values and a remedy."""
 
 import os
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .graph import Graph
-from .tasks import Task
+from .tasks import IGNORE_INDEX, Task, find_task
 
 #: Columns that Trainer's data collators take as labels.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -52,8 +52,14 @@ def check_arguments(args: TrainingArguments | None) -> None:
     """Arguments of Trainer that cannot hold for two models at once.
 
     Raises:
-        ValueError: `use_liger_kernel` is set.
+        ValueError: `use_liger_kernel` is set, or one process would drive several devices (`nn.DataParallel`).
     """
+    if args is not None and args.n_gpu > 1:
+        raise ValueError(
+            f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "
+            "Start one process per device with `torchrun` or `accelerate launch`, or show it one device with "
+            "`CUDA_VISIBLE_DEVICES=0`."
+        )
     if args is not None and args.use_liger_kernel:
         raise ValueError(
             "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the logits of "
@@ -61,36 +67,56 @@ def check_arguments(args: TrainingArguments | None) -> None:
         )
 
 
-def check_models(task: Task, teacher: PreTrainedModel, others: Mapping[str, PreTrainedModel]) -> None:
+def check_models(teacher: PreTrainedModel, others: Mapping[str, PreTrainedModel]) -> Task:
     """The models must be distinct and their predictions comparable.
 
     Args:
-        task: The task of the teacher.
         teacher: The teacher.
         others: The other models by the name of their argument.
 
+    Returns:
+        The task of all of them.
+
     Raises:
-        ValueError: A model is given twice, two models share a parameter, or their heads do not fit together.
+        ValueError: One is no model with a supported head, one is given twice, two share a parameter, or their heads do
+            not fit together.
     """
-    seen = {id(parameter): ("model", name) for name, parameter in teacher.named_parameters()}
+    task = find_task(teacher)
     models = {"model": teacher}
+    owners = _storage_of(teacher, "model")
     for argument, model in others.items():
+        if type(find_task(model, argument)) is not type(task):
+            raise ValueError(
+                f"`model` is a {type(teacher).__name__} and `{argument}` is a {type(model).__name__}: their heads are "
+                "for different tasks. Load both with the same `AutoModelFor...` class."
+            )
         for other, value in models.items():
             if value is model:
                 raise ValueError(
                     f"`{other}` and `{argument}` are the same object: a model cannot learn from itself. Pass two "
                     "models, e.g. `student_model=create_student(model, num_hidden_layers=3)`."
                 )
+        own = _storage_of(model, argument)
+        shared = next((storage for storage in own if storage in owners), None)
+        if shared is not None:
+            (other, other_name), (_, name) = owners[shared], own[shared]
+            raise ValueError(
+                f"`{other}` and `{argument}` share a parameter (`{other_name}` and `{name}`): each step would update "
+                "it for both. Copy the weights instead, e.g. with `copy.deepcopy`."
+            )
         models[argument] = model
-        for name, parameter in model.named_parameters():
-            if id(parameter) in seen:
-                other, other_name = seen[id(parameter)]
-                raise ValueError(
-                    f"`{other}` and `{argument}` share a parameter (`{other_name}` and `{name}`): each step would "
-                    "update it for both. Copy the weights instead, e.g. with `copy.deepcopy`."
-                )
-            seen[id(parameter)] = (argument, name)
+        owners |= own
         task.check_pair(teacher.config, model.config, argument)
+    return task
+
+
+def _storage_of(model: nn.Module, argument: str) -> dict[int, tuple[str, str]]:
+    """The memory that a model's parameters lie in, with the argument and the name of a parameter in it."""
+    return {
+        parameter.untyped_storage().data_ptr(): (argument, name)
+        for name, parameter in model.named_parameters()
+        if parameter.device.type != "meta" and parameter.numel() > 0
+    }
 
 
 def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
@@ -107,15 +133,18 @@ def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
         )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | None, trained: Mapping[str, nn.Module]) -> None:
+def check_optimizer(
+    optimizer: torch.optim.Optimizer | None, trained: Mapping[str, nn.Module], args: TrainingArguments | None
+) -> None:
     """An optimizer that the user passes must hold the parameters of every learner that is trained.
 
     Args:
         optimizer: The optimizer, `None` if Trainer makes it.
         trained: The learners that are trained, by name.
+        args: The arguments.
 
     Raises:
-        ValueError: It has none of a learner's parameters.
+        ValueError: It has none of a learner's parameters, or arguments are set that it does not heed.
     """
     if optimizer is None:
         return
@@ -127,6 +156,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, trained: Mapping[st
                 "Build it over both models, e.g. `AdamW([*teacher.parameters(), *student.parameters()])`, or pass "
                 "`optimizer_cls_and_kwargs` and let the trainer build it."
             )
+    for name in ("student_learning_rate", "student_weight_decay"):
+        if getattr(args, name, None) is not None:
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` has no effect on the optimizer that is passed as `optimizers`. Set "
+                "it in the parameter groups of that optimizer, or pass `optimizer_cls_and_kwargs`."
+            )
 
 
 def check_vocabularies(
@@ -135,7 +170,7 @@ def check_vocabularies(
     """Both models receive the same token ids, so the ids must mean the same to both.
 
     Models whose embeddings are padded to different sizes over one tokenizer are accepted. Nothing is fetched: the
-    other model's tokenizer is compared where it lies in the folder that the model was loaded from.
+    other model's tokenizer is compared where it lies in the folder that the model was loaded from or in the cache.
 
     Args:
         teacher: The teacher.
@@ -154,16 +189,21 @@ def check_vocabularies(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         own = _saved_tokenizer(other)
-        vocabulary, other_vocabulary = tokenizer.get_vocab(), own.get_vocab() if own is not None else None
-        if other_vocabulary is not None and other_vocabulary != vocabulary:
-            pairs = {index: token for token, index in vocabulary.items()}
-            other_pairs = {index: token for token, index in other_vocabulary.items()}
-            index = next(i for i in sorted(pairs | other_pairs) if pairs.get(i) != other_pairs.get(i))
+        tokens, other_tokens = (
+            {index: token for token, index in one.get_vocab().items()} if one is not None else {}
+            for one in (tokenizer, own)
+        )
+        # Ids that only one of them has are added tokens; whether the embeddings reach that far is checked below.
+        different = [
+            index for index in sorted(tokens.keys() & other_tokens.keys()) if tokens[index] != other_tokens[index]
+        ]
+        if different:
+            index = different[0]
             raise ValueError(
                 f"`{argument}` was trained with another tokenizer than `processing_class`: {own.name_or_path!r} has "
-                f"{len(other_pairs)} tokens and {tokenizer.name_or_path!r} has {len(pairs)}, and id {index} is "
-                f"{other_pairs.get(index)!r} for one and {pairs.get(index)!r} for the other. Choose a model that "
-                "shares the tokenizer, or cut one from the teacher with `create_student`."
+                f"{len(other_tokens)} tokens and {tokenizer.name_or_path!r} has {len(tokens)}, and id {index} is "
+                f"{other_tokens[index]!r} for one and {tokens[index]!r} for the other. Choose a model that shares the "
+                "tokenizer, or cut one from the teacher with `create_student`."
             )
         if all(_is_padded(size, len(tokenizer)) for size in sizes.values()):
             return
@@ -192,11 +232,14 @@ def _is_padded(size: int, num_tokens: int) -> bool:
 
 
 def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the local folder that a model was loaded from, if there is one."""
-    folder = model.config.name_or_path
-    if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+    """The tokenizer that a model was saved with, if it is in a local folder or in the cache of the Hub."""
+    name = getattr(model.config, "name_or_path", "")
+    if not name or (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json"))):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):  # the folder or the cache has none
+        return None
 
 
 def check_dataset(dataset: Any, argument: str) -> None:
@@ -233,6 +276,29 @@ def check_labels(task: Task, dataset: Any, argument: str) -> None:
         labels = [row[column] for row in dataset] if column else None
     if labels is not None:
         try:
-            task.check_labels(np.asarray(labels))
+            task.check_labels(_as_array(labels))
         except ValueError as error:
             raise ValueError(f"`{argument}`: {error}") from error
+
+
+def _as_array(labels: Iterable[Any]) -> np.ndarray:
+    """Labels as an array of numbers.
+
+    Raises:
+        ValueError: A row has none, a text, or another number of values than the first one; names it.
+    """
+    labels = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+    shape = np.shape(labels[0]) if labels and labels[0] is not None else ()
+    for row, label in enumerate(labels):
+        values = label if isinstance(label, (list, tuple)) else [label]
+        if any(not isinstance(value, (int, float)) for value in values):
+            raise ValueError(
+                f"Label {label!r} of row {row} is no number. Encode labels as numbers (`Dataset.class_encode_column`)"
+                f", and drop rows without a label or give them the label {IGNORE_INDEX}."
+            )
+        if np.shape(label) != shape:
+            raise ValueError(
+                f"Label {label!r} of row {row} has the shape {np.shape(label)}, and the one of row 0 has {shape}. "
+                "Give every row the same number of values."
+            )
+    return np.asarray(labels)
