@@ -9,7 +9,14 @@ import torch
 from datasets import Dataset
 from tiny import collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights_of
 from tokenizers import Tokenizer, models
-from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
 
 from ctcd_trainer import CoDistillationTrainer
 
@@ -128,6 +135,20 @@ def test_a_student_saved_with_another_tokenizer_is_refused_with_the_first_id_tha
     tiny_trainer(tmp_path, student_model=str(tmp_path / "student"), processing_class=tokenizer_of(48)).train()
 
 
+def test_tokens_that_were_added_to_the_tokenizer_are_no_other_tokenizer(tmp_path):
+    tiny_bert(2, 2).save_pretrained(tmp_path / "student")
+    tokenizer_of(48).save_pretrained(tmp_path / "student")
+    tokenizer = tokenizer_of(48)
+    tokenizer.add_tokens(["new"])
+    student = type(tiny_bert()).from_pretrained(tmp_path / "student")
+    teacher = tiny_bert(3, 1)
+    with pytest.raises(ValueError, match="`model` has `vocab_size=48`, and the tokenizer has 49 tokens"):
+        tiny_trainer(tmp_path, model=teacher, student_model=student, processing_class=tokenizer)
+    for model in (teacher, student):
+        model.resize_token_embeddings(49)
+    tiny_trainer(tmp_path, model=teacher, student_model=student, processing_class=tokenizer).train()
+
+
 def test_a_student_with_embeddings_padded_over_the_same_tokenizer_is_accepted(tmp_path):
     trainer = tiny_trainer(tmp_path, student_model=tiny_bert(2, 2, vocab_size=64), processing_class=tokenizer_of(48))
     trainer.train()
@@ -201,6 +222,128 @@ def test_a_head_that_is_not_supported_is_refused(tmp_path):
             ValueError, match=f"`model` is a {cls.__name__}, a head that cannot be co-distilled.*AutoModel"
         ):
             tiny_trainer(tmp_path, model=cls(config))
+
+
+def test_a_model_of_another_head_is_refused_whichever_it_is(tmp_path):
+    config = BertConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    message = "`student_model` is a BertForTokenClassification, a head that cannot be co-distilled"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, student_model=BertForTokenClassification(config))
+    with pytest.raises(ValueError, match="`pretrained_teacher` is a BertModel, a head"):
+        tiny_trainer(tmp_path, pretrained_teacher=BertModel(config), distillation_mode="community")
+    with pytest.raises(ValueError, match="`student_model` is a NoneType, a head"):
+        tiny_trainer(tmp_path, student_model=None, student_model_init=lambda: None)
+
+
+def test_parameters_that_share_memory_are_refused_though_they_are_two_objects(tmp_path):
+    teacher, student = tiny_bert(2, 1), tiny_bert(2, 2)
+    student.load_state_dict(teacher.state_dict(), assign=True)
+    with pytest.raises(ValueError, match="`model` and `student_model` share a parameter"):
+        tiny_trainer(tmp_path, model=teacher, student_model=student)
+
+
+def test_labels_in_another_order_are_refused(tmp_path):
+    names = ["bad", "fair", "good"]
+    teacher, student = (
+        tiny_bert(2, 1, id2label=dict(enumerate(order)), label2id={n: i for i, n in enumerate(order)})
+        for order in (names, names[::-1])
+    )
+    with pytest.raises(ValueError, match=r"`id2label=\{0: 'bad'.*`student_model` has `id2label=\{0: 'good'"):
+        tiny_trainer(tmp_path, model=teacher, student_model=student)
+    student.save_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match=r"`student_model` has `id2label=\{0: 'good'"):
+        tiny_trainer(tmp_path, model=teacher, student_model=str(tmp_path / "student"))
+
+
+def test_a_problem_type_that_is_not_set_may_not_come_out_as_another_one(tmp_path):
+    teacher = tiny_bert(2, 1, problem_type="regression")
+    with pytest.raises(ValueError, match="`problem_type='regression'` and `student_model` has `problem_type=None`"):
+        tiny_trainer(tmp_path, model=teacher, student_model=tiny_bert(2, 2, problem_type=None))
+    tiny_trainer(tmp_path, student_model=tiny_bert(2, 2, problem_type=None)).train()
+
+
+@pytest.mark.parametrize("role", ["pretrained_teacher", "student_model", "model"])
+def test_a_frozen_model_without_a_trained_head_is_refused(role, tmp_path):
+    config = BertConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
+    BertModel(config).save_pretrained(tmp_path / "headless")
+    mode = {"pretrained_teacher": "community", "student_model": "reversed", "model": "kd"}[role]
+    if role == "model":  # its class is taken from the checkpoint, so give it a head's name and no head
+        path = tmp_path / "headless" / "config.json"
+        path.write_text(path.read_text().replace("BertModel", "BertForSequenceClassification"))
+    message = rf"`{role}=.*headless'` is frozen, and has no trained weights for \['classifier.bias'"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, distillation_mode=mode, **{role: tmp_path / "headless"})
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (None, "Label None of row 2 is no number"),
+        ("good", "Label 'good' of row 2 is no number"),
+        ([1, 0], r"Label \[1, 0\] of row 2 has the shape \(2,\), and the one of row 0 has \(\)"),
+        (1.5, "The labels are of type float64, and `problem_type='single_label_classification'` needs integers"),
+    ],
+    ids=["None", "text", "list", "float"],
+)
+def test_labels_that_are_no_class_indices_are_refused_by_row(label, message, tmp_path):
+    rows = tiny_rows(4)
+    rows[2]["labels"] = label
+    with pytest.raises(ValueError, match=f"`train_dataset`: {message}"):
+        tiny_trainer(tmp_path, train_dataset=rows)
+
+
+def test_integer_labels_of_a_multi_label_task_are_refused(tmp_path):
+    rows = [{**row, "labels": [int(value) for value in row["labels"]]} for row in tiny_rows(4, "multi_label")]
+    with pytest.raises(
+        ValueError, match="of type int64, and `problem_type='multi_label_classification'` needs floats"
+    ):
+        tiny_trainer(tmp_path, "multi_label", train_dataset=rows)
+
+
+def test_per_model_arguments_that_a_given_optimizer_does_not_heed_are_refused(tmp_path):
+    models = tiny_bert(3, 1), tiny_bert(2, 2)
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"`student_learning_rate=0.01` has no effect on the optimizer"):
+        tiny_trainer(
+            tmp_path,
+            model=models[0],
+            student_model=models[1],
+            optimizers=(optimizer, None),
+            student_learning_rate=0.01,
+        )
+
+
+def test_arguments_changed_to_freeze_another_model_are_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.args.distillation_mode = "kd"
+    with pytest.raises(ValueError, match=r"'kd'` and its weights freeze \['teacher'\].*Make a new trainer"):
+        trainer.train()
+
+
+def test_liger_kernels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`use_liger_kernel=True` replaces the loss inside one model"):
+        tiny_trainer(tmp_path, use_liger_kernel=True)
+
+
+def test_a_frozen_model_that_is_broken_is_named_and_not_the_one_that_learns_from_it(tmp_path):
+    teacher = tiny_bert(3, 1)
+    teacher.classifier.bias.data.fill_(math.nan)
+    trainer = tiny_trainer(tmp_path, model=teacher, distillation_mode="kd")
+    with pytest.raises(FloatingPointError, match=r"loss of the teacher .* step 1 \(student_from_teacher_loss\)"):
+        trainer.train()
+
+
+def test_a_broken_loss_is_reported_before_metrics_fail_on_it(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        student_model=poisoned(2, 3, after=1),
+        eval_dataset=tiny_rows(4),
+        eval_strategy="steps",
+        eval_steps=3,
+        compute_metrics=lambda prediction: 1 / 0,
+    )
+    with pytest.raises(FloatingPointError, match="student .* at step 2"):
+        trainer.train()
 
 
 def test_a_batch_without_labels_is_refused(tmp_path):

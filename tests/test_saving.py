@@ -116,6 +116,19 @@ def test_a_student_of_another_family_is_written_whole(tmp_path):
     assert_same_weights(GPT2ForSequenceClassification.from_pretrained(tmp_path / "student"), student)
 
 
+def test_cards_keep_what_trainer_writes_of_adapters_and_of_several_evaluation_sets(tmp_path):
+    trainer = tiny_trainer(tmp_path, student_model=lora(tiny_bert(2, 2)), eval_dataset={"dev": tiny_rows(6)})
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card(tags=["mine"])
+    teacher, student = ((tmp_path / name).read_text() for name in ("README.md", "student/README.md"))
+    assert "library_name: peft" in student
+    assert "library_name: transformers" in teacher
+    assert "- mine\n" in teacher
+    assert f"{metrics['eval_dev_student_loss']:.4f}" not in teacher
+
+
 # ---- PEFT ----
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, weights_of
 from transformers import (
     AutoModelForSequenceClassification,
@@ -93,6 +94,18 @@ def test_cutting_a_student_does_not_move_the_random_state():
 def test_a_number_of_layers_that_the_teacher_cannot_give_is_refused(layers):
     with pytest.raises(ValueError, match=f"`num_hidden_layers={layers}` is not valid: the teacher has 4 layers"):
         create_student(tiny_bert(4), layers)
+
+
+def test_a_model_with_adapters_is_refused():
+    adapted = get_peft_model(tiny_bert(4), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ValueError, match="`teacher` is wrapped by PEFT.*merge_and_unload"):
+        create_student(adapted, 2)
+
+
+def test_a_student_by_path_keeps_labels_of_its_own(tmp_path):
+    own = {0: "a", 1: "b", 2: "c"}
+    tiny_bert(2, id2label=own, label2id={"a": 0, "b": 1, "c": 2}).save_pretrained(tmp_path)
+    assert load_model(tmp_path, "student_model", like=tiny_bert(3)).config.id2label == own
 
 
 def test_a_model_of_two_stacks_is_refused():

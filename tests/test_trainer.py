@@ -1,6 +1,7 @@
 """What a user of Trainer relies on keeps working, for both models."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -16,15 +17,19 @@ from tiny import (
     train_alone,
     weights_of,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DataCollatorWithPadding,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     EarlyStoppingCallback,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from ctcd_trainer import CoDistillationTrainer
@@ -121,6 +126,101 @@ def test_a_student_of_another_family_gets_only_the_inputs_that_it_takes(tmp_path
     assert seen[0] == {"input_ids", "attention_mask", "token_type_ids", "labels"}
 
 
+def test_a_frozen_teacher_gets_inputs_that_no_learner_takes(tmp_path):
+    """Columns are kept for any of the models, and each gets its own."""
+    config = DistilBertConfig(vocab_size=48, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=3)
+    seen = {}
+
+    class Spy(type(tiny_bert())):
+        def forward(self, input_ids=None, attention_mask=None, token_type_ids=None):
+            seen["token_type_ids"] = token_type_ids
+            return super().forward(input_ids, attention_mask, token_type_ids)
+
+    data = Dataset.from_list([{**row, "token_type_ids": [1] * len(row["input_ids"])} for row in tiny_rows()])
+    trainer = tiny_trainer(
+        tmp_path,
+        model=DistilBertForSequenceClassification(config),
+        student_model=DistilBertForSequenceClassification(config),
+        pretrained_teacher=Spy(tiny_bert(2, 3).config),
+        distillation_mode="community",
+        train_dataset=data,
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    assert (seen["token_type_ids"] == 1).all()
+
+
+def test_the_columns_of_the_student_are_kept_when_the_teacher_takes_fewer(tmp_path):
+    config = DistilBertConfig(vocab_size=48, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=3)
+    rows = [{**row, "token_type_ids": [1] * len(row["input_ids"])} for row in tiny_rows()]
+    students = []
+    for data in (rows, [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows]):
+        torch.manual_seed(0)
+        trainer = tiny_trainer(
+            tmp_path,
+            model=DistilBertForSequenceClassification(config),
+            train_dataset=Dataset.from_list(data),
+            data_collator=default_data_collator,
+        )
+        trainer.train()
+        students.append(trainer.student_model.classifier.weight)
+    assert not torch.equal(*students)
+
+
+def test_special_tokens_of_both_configs_are_aligned_with_the_tokenizer(tmp_path):
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(48)}, unk_token="w1"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w5", unk_token="w1")
+    trainer = tiny_trainer(tmp_path, processing_class=tokenizer)
+    trainer.train()
+    assert (trainer.teacher_model.config.pad_token_id, trainer.student_model.config.pad_token_id) == (5, 5)
+
+
+def test_configs_of_the_other_models_keep_their_cache_setting_and_no_cache_is_made(tmp_path):
+    def gpt2():
+        return GPT2ForSequenceClassification(
+            GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, pad_token_id=0)
+        )
+
+    student, pretrained = gpt2(), gpt2()
+    trainer = tiny_trainer(
+        tmp_path, model=gpt2(), student_model=student, pretrained_teacher=pretrained, distillation_mode="community"
+    )
+    trainer.train()
+    outputs = trainer.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert all(output.past_key_values is None for output in outputs.values())
+    assert student.config.use_cache
+    assert pretrained.config.use_cache
+
+
+def test_bf16_autocast_trains_both_models_close_to_fp32(tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        trainer = tiny_trainer(tmp_path, bf16=bf16, learning_rate=1e-3, max_steps=6, logging_steps=6)
+        trainer.train()
+        losses.append(trainer.state.log_history[0])
+    for name in ("teacher_hard_loss", "student_hard_loss", "student_from_teacher_loss", "teacher_from_student_loss"):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.05)
+        assert losses[1][name] != losses[0][name]
+
+
+def test_auto_find_batch_size_logs_the_components_of_the_attempt_that_fits(tmp_path):
+    class OutOfMemoryOnce(TrainerCallback):
+        failed = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+
+    trainer = tiny_trainer(
+        tmp_path, auto_find_batch_size=True, max_steps=4, logging_steps=4, callbacks=[OutOfMemoryOnce()]
+    )
+    trainer.train()
+    logs = next(log for log in trainer.state.log_history if "loss" in log)
+    parts = sum(value for name, value in logs.items() if name.endswith("_loss"))
+    assert logs["loss"] == pytest.approx(parts, rel=1e-5)
+
+
 def test_callbacks_receive_the_pair_with_the_teachers_config(tmp_path):
     seen = {}
 
@@ -208,7 +308,8 @@ def test_an_optimizer_class_of_the_user_is_built_for_each_model(tmp_path):
     )
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.Adagrad)
-    assert {group["learner"] for group in trainer.optimizer.param_groups} == {"teacher", "student"}
+    rates = {group["learner"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {"teacher": 0.01, "student": 0.02}
 
 
 def test_gradient_checkpointing_and_neftune_hold_for_both_models(tmp_path):
@@ -288,6 +389,15 @@ def test_components_are_averaged_since_the_last_log(tmp_path):
     assert whole.state.log_history[0]["student_from_teacher_loss"] == pytest.approx(np.mean(values))
 
 
+def test_the_students_learning_rate_is_logged_like_the_teachers(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=4, logging_steps=1, student_learning_rate=2e-2)
+    trainer.train()
+    rates = [
+        (log["learning_rate"], log["student_learning_rate"]) for log in trainer.state.log_history if "loss" in log
+    ]
+    assert rates == [pytest.approx((1e-2 * share, 2e-2 * share)) for share in (1.0, 0.75, 0.5, 0.25)]
+
+
 # ---- Evaluation and prediction ----
 
 
@@ -295,19 +405,19 @@ def test_components_are_averaged_since_the_last_log(tmp_path):
 def test_an_evaluation_gives_each_model_what_trainer_gives_it_alone(with_metrics, tmp_path):
     rows = tiny_rows(13, ragged=True)
     compute_metrics = accuracy if with_metrics else None
-    models = [tiny_bert(layers, seed, initializer_range=1.5) for layers, seed in ((3, 1), (2, 2))]
+    pair = [tiny_bert(layers, seed, initializer_range=1.5) for layers, seed in ((3, 1), (2, 2))]
     trainer = tiny_trainer(
-        tmp_path, model=models[0], student_model=models[1], eval_dataset=rows, compute_metrics=compute_metrics
+        tmp_path, model=pair[0], student_model=pair[1], eval_dataset=rows, compute_metrics=compute_metrics
     )
     metrics = trainer.evaluate()
-    for prefix, model in zip(("eval_", "eval_student_"), models, strict=True):
+    for prefix, model in zip(("eval_", "eval_student_"), pair, strict=True):
         alone = Trainer(
             model, tiny_args(tmp_path), data_collator=collate, eval_dataset=rows, compute_metrics=compute_metrics
         ).evaluate()
         assert metrics[f"{prefix}loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
         if with_metrics:
             assert metrics[f"{prefix}accuracy"] == alone["eval_accuracy"]
-    first, second = (logits_of(model, rows) for model in models)
+    first, second = (logits_of(model, rows) for model in pair)
     assert metrics["eval_agreement"] == pytest.approx((first.argmax(-1) == second.argmax(-1)).mean())
     assert 0 < metrics["eval_agreement"] < 1
     assert [name for name in metrics if "student" in name and name.endswith("loss")] == ["eval_student_loss"]
@@ -408,6 +518,9 @@ def test_batched_metrics_keep_a_state_for_each_model(tmp_path):
     metrics = trainer.evaluate()
     for name in ("eval_accuracy", "eval_student_accuracy"):
         assert metrics[name] == pytest.approx(expected[name])
+    first = trainer.compute_metrics.right, trainer._student_metrics.right
+    trainer.evaluate()  # this object never starts anew, so both go on, each from its own counts
+    assert (trainer.compute_metrics.right, trainer._student_metrics.right) == (2 * first[0], 2 * first[1])
 
 
 def test_unconcatenated_batches_reach_the_metrics_per_model(tmp_path):
@@ -484,8 +597,6 @@ def test_save_total_limit_treats_the_two_models_as_one(tmp_path):
 
 
 def test_a_datasets_dataset_with_a_tokenizer_and_the_default_collator(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -512,6 +623,36 @@ def test_a_pair_can_be_saved_and_counted_like_a_model(tmp_path):
     assert pair.num_parameters() == trainer.teacher_model.num_parameters() + trainer.student_model.num_parameters()
     pair.save_pretrained(tmp_path / "saved")
     assert_same_weights(type(trainer.student_model).from_pretrained(tmp_path / "saved" / "student"), tiny_bert(2, 2))
+
+
+def test_keys_that_already_have_the_prefix_get_it_once(tmp_path):
+    metrics = tiny_trainer(tmp_path, eval_dataset=tiny_rows(4), compute_metrics=lambda p: {"eval_f1": 0.5}).evaluate()
+    assert (metrics["eval_f1"], metrics["eval_student_f1"]) == (0.5, 0.5)
+
+
+def test_a_best_checkpoint_that_is_gone_is_a_warning_as_with_trainer(tmp_path):
+    class Remove(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == args.max_steps:
+                control.should_save = False
+
+        def on_save(self, args, state, control, **kwargs):
+            shutil.rmtree(state.best_model_checkpoint)
+
+    trainer = tiny_trainer(
+        tmp_path,
+        eval_dataset=tiny_rows(4),
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        callbacks=[Remove()],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_a_training_logs_no_warning(tmp_path, caplog):

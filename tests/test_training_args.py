@@ -1,7 +1,9 @@
 """The arguments: defaults, the table of modes, the command line, and errors that name argument, value and remedy."""
 
 import dataclasses
+import json
 import math
+import pickle
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -134,3 +136,25 @@ def test_arguments_of_a_learner_are_a_view_that_leaves_the_users_object_alone(tm
     assert (view.learning_rate, view.weight_decay, view.max_grad_norm) == (2e-3, args.weight_decay, 0.0)
     assert args.learning_rate == 1e-3
     assert learner_arguments(args, "teacher") is args
+
+
+def test_weights_that_the_mode_filled_follow_the_mode(tmp_path):
+    args = make(tmp_path, student_from_teacher_weight=0.5)
+    kd = dataclasses.replace(args, distillation_mode="kd")
+    assert (kd.student_from_teacher_weight, kd.teacher_from_student_weight) == (0.5, 0.0)
+    args.distillation_mode = "standalone"  # as a hyperparameter search sets it
+    assert [(edge.source, edge.learner, edge.weight) for edge in args.graph.edges] == [("teacher", "student", 0.5)]
+    json.dumps(args.to_dict())
+    assert pickle.loads(pickle.dumps(args)).graph == args.graph
+
+
+def test_a_hard_weight_of_a_model_that_the_mode_freezes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`teacher_hard_weight=5.0` has no effect.*'kd'` freezes the teacher"):
+        make(tmp_path, distillation_mode="kd", teacher_hard_weight=5.0)
+    make(tmp_path, distillation_mode="kd", teacher_hard_weight=0.0)
+
+
+@pytest.mark.parametrize("value", ["5e-5", True])
+def test_what_is_no_number_is_refused_and_shown_as_it_is(value, tmp_path):
+    with pytest.raises(ValueError, match=f"`student_learning_rate={value!r}` is not valid"):
+        make(tmp_path, student_learning_rate=value)
