@@ -1,0 +1,287 @@
+"""What does co-training cost, compared with training the same two models one after the other?
+
+Three things are measured on the CPU for BERT-like sequence classifiers with random weights and random tokens, at fp32:
+
+1. One optimizer step (forward, backward, clipping, AdamW, zeroing) of `CoDistillationTrainer` against the sum of the
+   same step of a plain `transformers.Trainer` for the teacher and one for the student. The three take turns, step by
+   step, in one process, so that whatever else the machine does slows all of them alike.
+2. A whole `trainer.train()` against the two plain ones in sequence, on the same data, from the same initial weights.
+3. The peak memory of each of the three, in a process of its own.
+
+A ratio is the median over the rounds of co-training / (teacher alone + student alone), with the smallest and the
+largest one. It is a measurement and no test: it exits with 0 whatever it finds.
+
+Example:
+    python examples/benchmarks/bench_sequence_classification.py --markdown
+"""
+
+import argparse
+import copy
+import datetime
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+
+CO_TRAINING, TEACHER, STUDENT = VARIANTS = ("co-training", "teacher alone", "student alone")
+STEP_TARGET, TRAIN_TARGET = 1.03, 1.0
+
+
+class Workload:
+    """The models, the data and the arguments that all measurements share.
+
+    Args:
+        quick: Whether to use tiny models and batches, which shows that it works and nothing else.
+        steps: Optimizer steps of one `trainer.train()`.
+        folder: Output folder that Trainer asks for; nothing is saved.
+    """
+
+    def __init__(self, quick: bool, steps: int, folder: str) -> None:
+        self.batch_size, self.length = (4, 16) if quick else (32, 128)
+        self.teacher_layers, self.student_layers = (2, 1) if quick else (6, 3)
+        self.hidden = 32 if quick else 384
+        self.heads = 2 if quick else 12
+        self.vocabulary = 100 if quick else 30522
+        self.steps = steps
+        self.folder = folder
+        torch.manual_seed(0)
+        self.models = [self._make_model(layers) for layers in (self.teacher_layers, self.student_layers)]
+        self.rows = [
+            {
+                "input_ids": torch.randint(self.vocabulary, (self.length,)),
+                "attention_mask": torch.ones(self.length, dtype=torch.long),
+                "labels": index % 2,
+            }
+            for index in range(self.batch_size * steps)
+        ]
+        self.batch = default_data_collator(self.rows[: self.batch_size])
+
+    def _make_model(self, layers: int) -> BertForSequenceClassification:
+        config = BertConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.hidden,
+        )
+        return BertForSequenceClassification(config)
+
+    def make_trainer(self, variant: str) -> Trainer:
+        """A trainer of one variant, with new copies of the same models."""
+        teacher, student = copy.deepcopy(self.models)
+        arguments = {
+            "output_dir": self.folder,
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.batch_size,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+        data = {"train_dataset": self.rows, "data_collator": default_data_collator}
+        if variant == CO_TRAINING:
+            trainer = CoDistillationTrainer(
+                teacher, CoDistillationTrainingArguments(**arguments), student_model=student, **data
+            )
+        else:
+            trainer = Trainer(teacher if variant == TEACHER else student, TrainingArguments(**arguments), **data)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def __str__(self) -> str:
+        return (
+            f"BERT of {self.teacher_layers} and {self.student_layers} layers, hidden size {self.hidden}, "
+            f"{self.heads} heads, vocabulary {self.vocabulary}; batch {self.batch_size} x {self.length} tokens; fp32"
+        )
+
+
+def optimizer_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
+    """One optimizer step as the loop of Trainer does it (`Trainer._run_epoch`)."""
+    batches, num_items = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
+    model = trainer.model_wrapped
+    trainer.training_step(model, batches[0], num_items)
+    trainer._get_grad_norm(model, grad_norm=trainer._clip_grad_norm(model))
+    trainer.optimizer.step()
+    model.zero_grad()
+
+
+def in_turns(actions: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds that each action takes, one after the other in each round, and backwards in every second round.
+
+    Args:
+        actions: What to time, by name.
+        rounds: Number of timed rounds.
+        warmup: Number of rounds before them that are not timed.
+
+    Returns:
+        The times of the rounds by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(-warmup, rounds):
+        for name in list(actions)[:: -1 if number % 2 else 1]:
+            start = time.perf_counter()
+            actions[name]()
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def measure_steps(workload: Workload, rounds: int) -> dict[str, list[float]]:
+    """Seconds of one optimizer step of each variant, by round."""
+    trainers = {variant: workload.make_trainer(variant) for variant in VARIANTS}
+    for trainer in trainers.values():
+        trainer.args.max_steps = 1
+        trainer.train()  # makes the optimizer, and warms up
+    actions = {
+        variant: lambda trainer=trainer: optimizer_step(trainer, workload.batch)
+        for variant, trainer in trainers.items()
+    }
+    return in_turns(actions, rounds, warmup=1)
+
+
+def measure_trainings(workload: Workload, rounds: int) -> dict[str, list[float]]:
+    """Seconds of `trainer.train()` of each variant, by round; each from the same models in a new trainer."""
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        actions = {variant: workload.make_trainer(variant).train for variant in VARIANTS}
+        for variant, own in in_turns(actions, rounds=1, warmup=0).items():
+            times[variant] += own
+    return times
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process so far, in MB.
+
+    On Linux `ru_maxrss` of a new process starts at the peak of the one that started it, so the kernel's other figure
+    is taken there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:") / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def measure_memory(quick: bool) -> dict[str, float]:
+    """Peak memory in MB of a short training of each variant in a new process, above what the imports take."""
+
+    def run(variant: str) -> float:
+        command = [sys.executable, __file__, "--memory_of", variant, *["--quick"] * quick]
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(VARIANTS, pool.map(run, VARIANTS), strict=True))
+
+
+def make_rows(
+    steps: dict[str, list[float]], trainings: dict[str, list[float]], memory: dict[str, float]
+) -> list[list]:
+    """The lines of the report: what, the three medians, ratio, target, verdict."""
+    rows = []
+    for what, times, target in (
+        ("one step (s)", steps, STEP_TARGET),
+        ("trainer.train() (s)", trainings, TRAIN_TARGET),
+    ):
+        ratios = [both / (teacher + student) for both, teacher, student in zip(*map(times.get, VARIANTS), strict=True)]
+        ratio = statistics.median(ratios)
+        rows.append(
+            [
+                what,
+                *(f"{statistics.median(times[variant]):.3f}" for variant in VARIANTS),
+                f"{ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+                f"<= {target:.2f}",
+                "pass" if ratio <= target else "above target",
+            ]
+        )
+    alone = [memory[TEACHER], memory[STUDENT]]
+    for what, base in (("of the sum", sum(alone)), ("of the larger", max(alone))):
+        values = (f"{memory[variant]:.0f}" for variant in VARIANTS)
+        rows.append([f"peak memory (MB), ratio {what}", *values, f"{memory[CO_TRAINING] / base:.3f}", "-", "-"])
+    return rows
+
+
+def format_table(rows: list[list[str]], markdown: bool) -> str:
+    """The report as text in aligned columns, or as a Markdown table."""
+    lines = [["", *VARIANTS, "ratio (min to max)", "target", "verdict"], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    start, gap, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
+    return "\n".join(
+        start + gap.join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + end for line in lines
+    )
+
+
+def describe_machine() -> str:
+    """Processor, cores and versions."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"
+        ]
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{cpu}, {cores} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def main() -> None:
+    """Measure, and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test whose figures mean nothing")
+    parser.add_argument("--rounds", type=int, help="rounds of the steps (default 10, quick 2); a third for train()")
+    parser.add_argument("--steps", type=int, help="optimizer steps of one train() (default 6, quick 2)")
+    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
+    parser.add_argument("--memory_of", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rounds = args.rounds or (2 if args.quick else 10)
+    steps = args.steps or (2 if args.quick else 6)
+    transformers.logging.set_verbosity_error()
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory_of is not None:
+            before = peak_memory()
+            Workload(args.quick, min(steps, 3), folder).make_trainer(args.memory_of).train()
+            print(peak_memory() - before)
+            return
+        memory = measure_memory(args.quick)
+        workload = Workload(args.quick, steps, folder)
+        step_times = measure_steps(workload, rounds)
+        training_times = measure_trainings(workload, max(2, rounds // 3))
+
+    print(f"{'### ' if args.markdown else ''}Co-training against two trainings, sequence classification\n")
+    print(format_table(make_rows(step_times, training_times, memory), args.markdown))
+    bullet = "- " if args.markdown else ""
+    print(
+        f"\n{bullet}{workload}\n"
+        f"{bullet}{rounds} rounds of one step, {max(2, rounds // 3)} rounds of train() over {steps} steps; medians\n"
+        f"{bullet}Peak memory of a process that trains for a few steps, less that of Python with its imports\n"
+        f"{bullet}{describe_machine()}\n"
+        f"{bullet}{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Put the models of several training runs side by side: size, latency, metrics and learning curves.
+
+A run is an output folder of `run_glue_ctcd.py` (or of Hugging Face's `run_glue.py`): the teacher at its root, the
+student, if there is one, in `student/`. The models are read with plain transformers.
+
+Example:
+    python examples/compare_runs.py outputs/ctcd outputs/alone --labels co-trained alone --output comparison.png
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging
+
+MODELS = ("teacher", "student")
+#: Keys of an evaluation that say how fast it was, not how good the model is.
+SPEED_KEYS = re.compile(r"_(runtime|samples|\w+_per_second|model_preparation_time)(_mm)?$")
+#: The metrics that are preferred for the third panel; then the first one that there is.
+MAIN_METRICS = ("accuracy", "matthews_correlation")
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: Its output folder.
+        label: Its name in the table and in the figure.
+        results: What the evaluation at its end gave, by key (`eval_accuracy`, `eval_student_accuracy`, ...).
+        log_history: The logs of its training.
+        models: Folder of each model by name.
+    """
+
+    folder: Path
+    label: str
+    results: dict[str, float]
+    log_history: list[dict[str, float]]
+    models: dict[str, Path] = field(default_factory=dict)
+
+    def metrics(self, model: str) -> dict[str, float]:
+        """Final metrics of one model without prefix; the agreement belongs to both."""
+        return metrics_of(self.results, model)
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a key of the logs; of a key that was only evaluated at the end, that one point."""
+        points: dict[int, float] = {}
+        for entry in self.log_history:
+            if key in entry:
+                points.setdefault(entry["step"], entry[key])
+        if not points and key in self.results and self.log_history:
+            points[self.log_history[-1]["step"]] = self.results[key]
+        return list(points), list(points.values())
+
+
+def metrics_of(evaluation: dict[str, float], model: str) -> dict[str, float]:
+    """The metrics of one model in what an evaluation gave, without prefix; `loss` first."""
+    metrics = {}
+    for key, value in evaluation.items():
+        if key.startswith("eval_") and not SPEED_KEYS.search(key):
+            name = key.removeprefix("eval_")
+            of_student = name.startswith("student_")
+            if name.startswith("agreement") or of_student == (model == "student"):
+                metrics[name.removeprefix("student_")] = value
+    return dict(
+        sorted(metrics.items(), key=lambda item: (not item[0].startswith("loss"), item[0].startswith("agree")))
+    )
+
+
+def load_run(folder: Path, label: str) -> Run:
+    """Read the results of a run; its models are loaded later.
+
+    Raises:
+        FileNotFoundError: The folder does not hold a finished run; names it, what is missing and the remedy.
+    """
+    results = next(
+        (folder / name for name in ("all_results.json", "eval_results.json") if (folder / name).exists()), None
+    )
+    missing = [name for name in ("config.json", "trainer_state.json") if not (folder / name).exists()]
+    if missing or results is None:
+        missing += [] if results is not None else ["all_results.json"]
+        reason = f"it has no {', no '.join(missing)}" if folder.is_dir() else "there is no such folder"
+        raise FileNotFoundError(
+            f"{str(folder)!r} is not the folder of a finished run: {reason}. Pass the --output_dir of a run of "
+            "run_glue_ctcd.py that was started with --do_train --do_eval and has ended."
+        )
+    return Run(
+        folder=folder,
+        label=label,
+        results=json.loads(results.read_text()),
+        log_history=json.loads((folder / "trainer_state.json").read_text())["log_history"],
+        models={
+            name: path
+            for name, path in zip(MODELS, (folder, folder / "student"), strict=True)
+            if (path / "config.json").exists()
+        },
+    )
+
+
+@torch.inference_mode()
+def measure_latencies(models: list[PreTrainedModel], sequence_length: int, repeats: int) -> list[float]:
+    """Median time in milliseconds of each model for one sequence.
+
+    The models take turns, so that whatever else the machine does meanwhile slows all of them alike.
+
+    Args:
+        models: The models, in evaluation mode.
+        sequence_length: Length of the sequence in tokens, which are random.
+        repeats: Number of timed calls of each model, after three that are not timed.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    for repeat in range(-3, repeats):
+        for model, own in zip(models, times, strict=True):
+            input_ids = torch.randint(model.config.get_text_config().vocab_size, (1, sequence_length))
+            start = time.perf_counter()
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+            if repeat >= 0:
+                own.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]
+
+
+def make_rows(runs: list[Run], sequence_length: int, repeats: int) -> list[dict[str, Any]]:
+    """One row of the table for each model of each run, by column."""
+    places = [(run, name, path) for run in runs for name, path in run.models.items()]
+    models = [AutoModelForSequenceClassification.from_pretrained(path).eval() for _, _, path in places]
+    rows = []
+    for (run, name, path), model, latency in zip(
+        places, models, measure_latencies(models, sequence_length, repeats), strict=True
+    ):
+        weights = [file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern)]
+        rows.append(
+            {
+                "run": run.label,
+                "model": name,
+                "parameters (M)": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+                "on disk (MB)": sum(file.stat().st_size for file in weights) / 1e6,
+                "latency (ms)": latency,
+                **run.metrics(name),
+            }
+        )
+    return rows
+
+
+def format_table(rows: list[dict[str, Any]], markdown: bool) -> str:
+    """The rows as text in aligned columns, or as a Markdown table."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns.sort(key=lambda column: column.startswith("agreement"))  # it belongs to both models: last
+
+    def cell(column: str, value: str | float | None) -> str:
+        if isinstance(value, float):
+            return f"{value:.1f}" if column.endswith(")") else f"{value:.4f}"
+        return value or "-"
+
+    lines = [columns, *([cell(column, row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    if markdown:
+        lines[1] = [rule if index < 2 else f"{rule[1:]}:" for index, rule in enumerate(lines[1])]
+    start, gap, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
+    return "\n".join(
+        start
+        + gap.join(
+            text.ljust(width) if index < 2 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        + end
+        for line in lines
+    )
+
+
+def main_metric(runs: list[Run]) -> str | None:
+    """Name of the metric that the figure shows; `None` if no run was evaluated with any."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics("teacher")))
+    names = [name for name in names if not name.startswith(("loss", "agreement"))]
+    return next((name for name in MAIN_METRICS if name in names), names[0] if names else None)
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw training loss, validation loss and main metric of all models over the steps.
+
+    Runs differ by colour and marker, teacher and student by line style and by whether the markers are filled, so the
+    figure can be read in grey too.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metric = main_metric(runs)
+    panels = [
+        ("Training: own task loss", "loss", ("teacher_hard_loss", "student_hard_loss")),
+        ("Validation: task loss", "loss", ("eval_loss", "eval_student_loss")),
+    ]
+    if metric is not None:
+        title = f"Validation: {metric.replace('_', ' ')}"
+        panels.append((title, metric.replace("_", " "), (f"eval_{metric}", f"eval_student_{metric}")))
+    # Dark to light, so that neighbours differ in grey.
+    colours = ("#08306b", "#e6550d", "#31a354", "#9e9ac8", "#fdae6b")
+    markers = "os^Dv"
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4.4), dpi=150, layout="constrained")
+    for axis, (title, unit, keys) in zip(axes, panels, strict=True):
+        for index, run in enumerate(runs):
+            for model, key in zip(MODELS, keys, strict=True):
+                steps, values = run.curve(key)
+                if model == "teacher" and not steps and key == "teacher_hard_loss":
+                    steps, values = run.curve("loss")  # a run of one model
+                if model not in run.models or not steps:
+                    continue
+                colour = colours[index % len(colours)]
+                axis.plot(
+                    steps,
+                    values,
+                    color=colour,
+                    linestyle="-" if model == "teacher" else "--",
+                    linewidth=1.8,
+                    marker=markers[index % len(markers)],
+                    markersize=6,
+                    markerfacecolor=colour if model == "teacher" else "white",
+                    markevery=max(1, len(steps) // 8),
+                    label=f"{run.label}: {model}",
+                )
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axis.grid(color="0.85", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        handlelength=3.5,
+    )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Read the runs, print the table and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a finished run")
+    parser.add_argument("--labels", nargs="+", help="names of the runs, in order (default: the names of the folders)")
+    parser.add_argument("--output", type=Path, help="write a figure of the learning curves to this file")
+    parser.add_argument("--json", type=Path, help="write the rows of the table to this file")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--sequence_length", type=int, default=128, help="tokens of the timed sequence")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls of each model")
+    args = parser.parse_args()
+    labels = args.labels or [folder.name for folder in args.run_dirs]
+    if len(labels) != len(args.run_dirs):
+        parser.error(f"--labels has {len(labels)} names for {len(args.run_dirs)} runs: give one name for each run.")
+    if len(set(labels)) < len(labels):
+        parser.error(f"two runs have the same name in {labels}: tell them apart with --labels.")
+    try:
+        runs = [load_run(folder, label) for folder, label in zip(args.run_dirs, labels, strict=True)]
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+    logging.disable_progress_bar()
+    rows = make_rows(runs, args.sequence_length, args.repeats)
+    print(format_table(rows, args.markdown))
+    conditions = {
+        "device": "cpu",
+        "batch_size": 1,
+        "sequence_length": args.sequence_length,
+        "torch_threads": torch.get_num_threads(),
+        "repeats": args.repeats,
+    }
+    print(
+        f"\nLatency: one sequence of {args.sequence_length} tokens on the CPU, {torch.get_num_threads()} torch "
+        f"thread(s), median of {args.repeats} calls of each model in turn after 3 to warm up. Size: the weight files."
+    )
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"latency_conditions": conditions, "rows": rows}, indent=2) + "\n")
+        print(f"Table written to {args.json}")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        draw(runs, args.output)
+        print(f"Figure written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
