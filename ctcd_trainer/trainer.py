@@ -204,30 +204,25 @@ class CoDistillationTrainer(PairHubTrainer):
 
     # ---- Training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train both models; see `Trainer.train`.
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Do for the student what `Trainer.train` has done for the teacher, and train.
 
         Raises:
             FloatingPointError: A loss of either model is not finite; names the model, the component and the step.
         """
         if self.pair is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        # What follows Trainer does for the teacher.
+            return super()._inner_training_loop(*args, **kwargs)
+        self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
             align_special_tokens(self.student_model, self.processing_class)
         if self.neftune_noise_alpha is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super()._inner_training_loop(*args, **kwargs)
         student = base_model(self.student_model)
         handle = activate_neftune(student, self.neftune_noise_alpha)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super()._inner_training_loop(*args, **kwargs)
         finally:
             deactivate_neftune(student, handle)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Start the sums of the loss components anew: `auto_find_batch_size` runs the loop several times."""
-        self._loss_meter = LossMeter()
-        return super()._inner_training_loop(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Count what the task scores, over the whole accumulated batch and all processes."""
