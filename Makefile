@@ -40,7 +40,7 @@ DEMO_RUN = HF_HUB_OFFLINE=1 $(BIN)/python examples/run_glue_ctcd.py \
 	--train_file $(DEMO)/data/train.csv --validation_file $(DEMO)/data/validation.csv --do_train --do_eval \
 	--num_train_epochs 2 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 \
 	--learning_rate 5e-5 --student_learning_rate 1e-4 --warmup_steps 0.1 --no_pad_to_max_length \
-	--train_sampling_strategy group_by_length --eval_strategy steps --eval_steps 52 --logging_steps 13 \
+	--train_sampling_strategy group_by_length --eval_strategy steps --eval_steps 50 --logging_steps 50 \
 	--save_strategy no --dataloader_pin_memory False --report_to none
 
 demo: $(STAMP)  ## Co-train two models on synthetic sentences, and compare with training them alone (about 5 minutes)

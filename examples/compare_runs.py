@@ -155,7 +155,7 @@ def format_table(rows: list[dict[str, Any]], markdown: bool) -> str:
     columns.sort(key=lambda column: column.startswith("agreement"))  # it belongs to both models: last
 
     def cell(column: str, value: str | float | None) -> str:
-        if isinstance(value, float):
+        if isinstance(value, int | float):
             return f"{value:.1f}" if column.endswith(")") else f"{value:.4f}"
         return value or "-"
 
