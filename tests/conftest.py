@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 # Nothing in the tests may reach the network; set before transformers and datasets read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,3 +15,11 @@ from transformers.utils import logging
 def _quiet() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_verbosity() -> Iterator[None]:
+    """A script that makes transformers silent must not silence the warnings that another test looks for."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
