@@ -110,12 +110,13 @@ class CoDistillationTrainer(PairHubTrainer):
         self._sources = ModelSources(self.distillation, student_model, student_model_init, pretrained_teacher, seed)
         plain = not isinstance(args, DistillationArguments) or args.distillation_mode == "standalone"
         paired = self._sources.given or not plain
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if paired:
             self._sources.check_roles(has_model_init=model_init is not None)
             validation.check_arguments(args)
             if args is not None and args.batch_eval_metrics and compute_metrics is not None:
                 self._student_metrics = copy_of_metrics(compute_metrics)
-            for argument, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+            for argument, dataset in datasets.items():
                 validation.check_dataset(dataset, argument)
         if isinstance(model, NAME_OR_PATH):
             set_seed(seed)  # the head may be new
@@ -127,7 +128,7 @@ class CoDistillationTrainer(PairHubTrainer):
             for argument, other in others.items():
                 validation.check_vocabularies(teacher, other, argument, processing_class)
             validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
-            for argument, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+            for argument, dataset in datasets.items():
                 validation.check_labels(self.task, dataset, argument)
             return learners
 
@@ -262,12 +263,11 @@ class CoDistillationTrainer(PairHubTrainer):
             )
         labels = inputs["labels"]
         share = self._share_of_batch(labels, num_items_in_batch)
+        outputs = model(**self._model_inputs(inputs))
         if isinstance(model, LearnerView):
-            outputs = model(**self._model_inputs(inputs))
             loss = self._hard_loss(outputs, labels, share, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
-        outputs = model(**self._model_inputs(inputs))
         sources = dict(outputs)
         if self.pretrained_teacher is not None:
             sources[PRETRAINED] = self._pretrained_outputs(inputs)

@@ -54,13 +54,15 @@ def check_arguments(args: TrainingArguments | None) -> None:
     Raises:
         ValueError: `use_liger_kernel` is set, or one process would drive several devices (`nn.DataParallel`).
     """
-    if args is not None and args.n_gpu > 1:
+    if args is None:
+        return
+    if args.n_gpu > 1:
         raise ValueError(
             f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "
             "Start one process per device with `torchrun` or `accelerate launch`, or show it one device with "
             "`CUDA_VISIBLE_DEVICES=0`."
         )
-    if args is not None and args.use_liger_kernel:
+    if args.use_liger_kernel:
         raise ValueError(
             "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the logits of "
             "two. Set it to False."
