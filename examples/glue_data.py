@@ -1,12 +1,12 @@
-"""Sequence classification data in the manner of GLUE: where it comes from, what its labels mean, and its tokens."""
+"""Sequence classification data in the manner of GLUE: its parts, what its labels mean, and its tokens."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict
+from script_common import first_rows
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 #: The GLUE tasks and their columns of text.
@@ -21,47 +21,12 @@ TASK_TO_TEXT: Mapping[str, tuple[str, ...]] = {
     "stsb": ("sentence1", "sentence2"),
     "wnli": ("sentence1", "sentence2"),
 }
-#: How files are read, by the end of their name.
-FILE_READERS: Mapping[str, str] = {"csv": "csv", "json": "json", "jsonl": "json"}
 LABEL = "label"
 #: What GLUE's unlabelled test sets have as label.
 UNLABELLED = -1
 
 
-# ---- Loading ----
-
-
-def file_reader(path: str, argument: str) -> str:
-    """Name of the `datasets` reader for a file.
-
-    Args:
-        path: Path of the file.
-        argument: Name of the argument that gave it, for the message.
-
-    Raises:
-        ValueError: It is not named as a CSV or JSON file.
-    """
-    extension = os.path.basename(path).rpartition(".")[2].lower()
-    if extension not in FILE_READERS:
-        raise ValueError(f"`--{argument} {path}` is not supported: the name must end in .{', .'.join(FILE_READERS)}.")
-    return FILE_READERS[extension]
-
-
-def load_files(files: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:
-    """Load one CSV or JSON file per split. The splits may have different columns: a test file needs no labels.
-
-    Args:
-        files: Paths by split: `train`, `validation`, `test`.
-        cache_dir: Where `datasets` keeps what it reads.
-    """
-    return DatasetDict(
-        {
-            split: load_dataset(
-                file_reader(path, f"{split}_file"), data_files={split: path}, split=split, cache_dir=cache_dir
-            )
-            for split, path in files.items()
-        }
-    )
+# ---- Selecting ----
 
 
 def splits_of(task: str | None, split: str) -> dict[str, str]:
@@ -97,7 +62,7 @@ def select_rows(raw: DatasetDict, task: str | None, limits: Mapping[str, int | N
             if name not in raw:
                 argument = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
                 raise ValueError(f"`--{argument}` needs the split {name!r}, and the data has only {list(raw)}.")
-            rows = raw[name] if limit is None else raw[name].select(range(min(limit, len(raw[name]))))
+            rows = first_rows(raw[name], limit)
             if split == "test" and LABEL in rows.column_names:
                 rows = rows.remove_columns(LABEL)
             selected[split][result] = rows

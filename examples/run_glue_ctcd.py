@@ -17,86 +17,56 @@ Your own files (columns `label` and one or two of text), a student of its own, a
 The teacher is saved in the output folder and the student in its folder `student`; both load without this project.
 """
 
-import copy
-import logging
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-import datasets
-import transformers
-from datasets import Dataset, DatasetDict, load_dataset
-from glue_data import TASK_TO_TEXT, Labels, Preprocessor, file_reader, load_files, select_rows, text_columns
+from datasets import Dataset
+from glue_data import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_columns
 from glue_metric import metrics_for
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-    set_seed,
+from script_common import (
+    DataArguments,
+    ModelArguments,
+    allowed_length,
+    check_arguments,
+    checkpoint_to_resume,
+    evaluate,
+    finish,
+    in_order,
+    load_config,
+    load_model,
+    load_models,
+    load_raw_data,
+    load_tokenizer,
+    logger,
+    parse_arguments,
+    set_up_logging,
+    train,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    default_data_collator,
+)
 
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, create_student
-
-logger = logging.getLogger(__name__)
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 
 # ---- Arguments ----
 
 
 @dataclass
-class ModelArguments:
+class GlueModelArguments(ModelArguments):
     """Which models are trained, and where they come from."""
 
-    model_name_or_path: str = field(metadata={"help": "The teacher: a folder or the name of a model on the Hub."})
-    student_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The student: a folder or the name of a model with the same tokenizer."}
-    )
-    student_num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "Cut the student from the teacher, with this number of its layers."}
-    )
-    pretrained_teacher_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A frozen model, trained on this task before, from which both learn (`community`)."},
-    )
-    config_name: str | None = field(default=None, metadata={"help": "The teacher's config, if it is elsewhere."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "The tokenizer, if not the teacher's own."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
-    model_revision: str = field(
-        default="main", metadata={"help": "Branch, tag or commit of the teacher and its tokenizer on the Hub."}
-    )
-    token: str | None = field(
-        default=None, metadata={"help": "Token for the Hub. Default: the one of `hf auth login`."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether to run the code that a model on the Hub brings with it."}
-    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Whether a head with another number of labels is replaced by a new one."}
     )
 
-    def __post_init__(self) -> None:
-        if self.student_model_name_or_path is not None and self.student_num_hidden_layers is not None:
-            raise ValueError(
-                "`--student_model_name_or_path` and `--student_num_hidden_layers` both give a student: choose one."
-            )
-
-    @property
-    def has_student(self) -> bool:
-        """Whether there is a second model."""
-        return self.student_model_name_or_path is not None or self.student_num_hidden_layers is not None
-
 
 @dataclass
-class DataTrainingArguments:
+class GlueDataArguments(DataArguments):
     """Which data the models are trained and evaluated on."""
 
     task_name: str | None = field(default=None, metadata={"help": f"The GLUE task: {', '.join(TASK_TO_TEXT)}."})
@@ -111,19 +81,12 @@ class DataTrainingArguments:
         default=None, metadata={"help": "Configuration of the data set. Default: the task."}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Number of tokens at which texts are cut."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Whether to tokenize again what is cached."})
     pad_to_max_length: bool = field(
         default=True,
         metadata={"help": "Whether to pad all texts to `max_seq_length` instead of the longest one of the batch."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
-    train_file: str | None = field(default=None, metadata={"help": "A CSV or JSON file with the training data."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "A CSV or JSON file with the validation data."}
-    )
-    test_file: str | None = field(default=None, metadata={"help": "A CSV or JSON file with the test data."})
+    test_file: str | None = field(default=None, metadata={"help": "A file with the test data."})
 
     def __post_init__(self) -> None:
         if self.task_name is not None:
@@ -141,219 +104,55 @@ class DataTrainingArguments:
                 f"`--{next(iter(self.files))}_file` is given beside `--task_name` or `--dataset_name`: choose one "
                 "source of data."
             )
-        for split, path in self.files.items():
-            file_reader(path, f"{split}_file")
-            if not os.path.isfile(path):
-                raise ValueError(f"`--{split}_file {path}` does not exist.")
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The files that are given, by split."""
-        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return {split: path for split, path in files.items() if path is not None}
+        else:
+            self.dataset_name = self.dataset_name or "nyu-mll/glue"
+            self.dataset_config_name = self.dataset_config_name or self.task_name
+        self.check_files()
 
 
-Arguments = tuple[ModelArguments, DataTrainingArguments, CoDistillationTrainingArguments]
-
-
-def parse_arguments() -> Arguments:
-    """Read the command line, or the one JSON or YAML file that it names, and check that the arguments go together."""
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, CoDistillationTrainingArguments))
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        arguments = parser.parse_json_file(sys.argv[1])
-    elif len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        arguments = parser.parse_yaml_file(sys.argv[1])
-    else:
-        arguments = parser.parse_args_into_dataclasses()
-    check_arguments(*arguments)
-    return arguments
-
-
-def check_arguments(
-    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: CoDistillationTrainingArguments
-) -> None:
-    """Raise `ValueError` where the three groups of arguments contradict each other, before anything is loaded."""
-    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise ValueError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
-    if training_args.do_predict and data_args.files and data_args.test_file is None:
-        raise ValueError("`--do_predict` needs `--test_file`.")
-    mode = training_args.distillation_mode
-    if mode != "standalone" and not model_args.has_student:
-        raise ValueError(
-            f"`--distillation_mode {mode}` needs a student: give `--student_model_name_or_path` or "
-            "`--student_num_hidden_layers`. To train one model alone, give `--distillation_mode standalone`."
-        )
-    if training_args.graph.uses_pretrained and model_args.pretrained_teacher_name_or_path is None:
-        raise ValueError(f"`--distillation_mode {mode}` needs `--pretrained_teacher_name_or_path`.")
-    if model_args.pretrained_teacher_name_or_path is not None and not training_args.graph.uses_pretrained:
-        raise ValueError(
-            f"With `--distillation_mode {mode}` nothing learns from `--pretrained_teacher_name_or_path`: give "
-            "`--distillation_mode community`, or leave it out."
-        )
-
-
-def set_up_logging(training_args: CoDistillationTrainingArguments) -> None:
-    """One format for all messages, and the level of `--log_level`."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    level = training_args.get_process_log_level()
-    logger.setLevel(level)
-    datasets.utils.logging.set_verbosity(level)
-    transformers.utils.logging.set_verbosity(level)
-    logger.info("Arguments: %s", training_args)
-
-
-# ---- Data ----
-
-
-def load_raw_data(model_args: ModelArguments, data_args: DataTrainingArguments) -> DatasetDict:
-    """All splits, from the Hub, a folder or files."""
-    if data_args.files:
-        return load_files(data_args.files, model_args.cache_dir)
-    name = data_args.dataset_name or "nyu-mll/glue"
-    config_name = data_args.dataset_config_name or data_args.task_name
-    return load_dataset(name, config_name, cache_dir=model_args.cache_dir, token=model_args.token)
-
-
-def limits_of_length(
-    tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
-) -> Iterator[tuple[int, str]]:
-    """Numbers of tokens beyond which the tokenizer or a model's table of positions ends, with who says so."""
-    yield tokenizer.model_max_length, "the tokenizer"
-    for argument, model in models.items():
-        for name, module in model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's first positions
-                yield module.num_embeddings - unused, f"`{argument}`"
-
-
-# ---- Models ----
-
-
-def load_config(model_args: ModelArguments) -> PreTrainedConfig:
-    """The teacher's config as it was saved."""
-    return AutoConfig.from_pretrained(
-        model_args.config_name or model_args.model_name_or_path,
-        cache_dir=model_args.cache_dir,
-        revision=model_args.model_revision,
-        token=model_args.token,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-
-
-def load_model(option: str, model_args: ModelArguments, labels: Labels, seed: int, frozen: bool) -> PreTrainedModel:
+def load_classifier(
+    option: str, frozen: bool, model_args: GlueModelArguments, labels: Labels, seed: int
+) -> PreTrainedModel:
     """Load a model with a head for these labels; where the checkpoint has none, a new one drawn with the seed.
 
     Args:
         option: Name of the argument that names the model.
+        frozen: Whether it is only learnt from.
         model_args: The arguments.
         labels: The labels.
-        seed: The seed, set anew for each model: a model starts the same whether it is trained alone or with another.
-        frozen: Whether it is only learnt from.
+        seed: The seed.
 
     Raises:
         ValueError: It is frozen, and its outputs mean other labels.
     """
-    name = getattr(model_args, option)
-    options = {
-        "cache_dir": model_args.cache_dir,
-        "revision": model_args.model_revision if option == "model_name_or_path" else "main",
-        "token": model_args.token,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
-    is_teacher = option == "model_name_or_path"
-    config = load_config(model_args) if is_teacher else AutoConfig.from_pretrained(name, **options)
+    config = load_config(model_args, option)
     if not labels.same_order(config):
         own = list(config.id2label.values())
+        name = getattr(model_args, option)
         message = f"`--{option} {name}` was trained with the labels {own}, not {list(labels.names)}."
         if frozen:
             raise ValueError(f"{message} It is frozen in this mode, so what it teaches would be wrong.")
         logger.warning("%s Its outputs get the new meaning in this training.", message)
     for key, value in labels.for_config.items():
         setattr(config, key, value)
-    set_seed(seed)
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        name,
+    return load_model(
+        AutoModelForSequenceClassification,
+        option,
+        model_args,
+        seed,
+        frozen,
         config=config,
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-        output_loading_info=True,
-        **options,
     )
-    if frozen and report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        logger.warning("`--%s %s` is frozen, but not trained for this task: %s are random.", option, name, missing)
-    return model
-
-
-def load_models(
-    model_args: ModelArguments, training_args: CoDistillationTrainingArguments, labels: Labels
-) -> dict[str, PreTrainedModel]:
-    """The models by the name of their argument of `CoDistillationTrainer`."""
-    frozen = training_args.graph.frozen
-    sources = {
-        "model": ("model_name_or_path", "teacher" in frozen),
-        "student_model": ("student_model_name_or_path", "student" in frozen),
-        "pretrained_teacher": ("pretrained_teacher_name_or_path", True),
-    }
-    models = {
-        argument: load_model(option, model_args, labels, training_args.seed, is_frozen)
-        for argument, (option, is_frozen) in sources.items()
-        if getattr(model_args, option) is not None
-    }
-    if model_args.student_num_hidden_layers is not None:
-        models["student_model"] = create_student(models["model"], model_args.student_num_hidden_layers)
-    return models
 
 
 # ---- The work ----
 
 
-def checkpoint_to_resume(training_args: CoDistillationTrainingArguments) -> str | None:
-    """Folder of the checkpoint that `--resume_from_checkpoint` names; `true` stands for the last one.
-
-    Raises:
-        ValueError: There is none.
-    """
-    wanted, folder = training_args.resume_from_checkpoint, training_args.output_dir
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    if wanted is None:
-        if last is not None and training_args.do_train:
-            logger.warning("Training from the start; to go on from %s, give `--resume_from_checkpoint true`.", last)
-        return None
-    checkpoint = last if str(wanted).lower() == "true" else wanted
-    if checkpoint is None or not os.path.isdir(checkpoint):
-        raise ValueError(
-            f"`--resume_from_checkpoint {wanted}`: there is no such checkpoint (output folder: {folder})."
-        )
-    return checkpoint
-
-
-def train(trainer: CoDistillationTrainer, checkpoint: str | None) -> None:
-    """Train, save both models and write `train_results.json` and `trainer_state.json`."""
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    metrics["train_samples"] = len(trainer.train_dataset)
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-
-
-def evaluate(trainer: CoDistillationTrainer, parts: Mapping[str, Dataset]) -> dict[str, float]:
-    """Evaluate on each part, write `eval_results.json`, and return all metrics (`..._mm` for MNLI's second part)."""
-    combined: dict[str, float] = {}
-    for name, dataset in parts.items():
-        metrics = trainer.evaluate(eval_dataset=dataset) | {"eval_samples": len(dataset)}
-        if name == "mnli-mm":
-            metrics = {f"{key}_mm": value for key, value in metrics.items()}
-        trainer.log_metrics("eval", metrics)
-        combined |= metrics
-    trainer.save_metrics("eval", combined)
-    return combined
-
-
 def predict(trainer: CoDistillationTrainer, parts: Mapping[str, Dataset], labels: Labels) -> None:
     """Write both models' predictions on each part, in the order of the data."""
     for name, dataset in parts.items():
-        with _in_order(trainer):
+        with in_order(trainer):
             output = trainer.predict(dataset, metric_key_prefix="predict", student_predictions=True)
         if not trainer.is_world_process_zero():
             continue
@@ -367,36 +166,7 @@ def predict(trainer: CoDistillationTrainer, parts: Mapping[str, Dataset], labels
                     file.write(f"{index}\t{labels.format(prediction)}\n")
 
 
-@contextmanager
-def _in_order(trainer: CoDistillationTrainer) -> Iterator[None]:
-    """Keep Trainer from grouping the rows by length, which changes the order of predictions."""
-    args = trainer.args
-    trainer.args = copy.copy(args)
-    trainer.args.train_sampling_strategy = "sequential"
-    try:
-        yield
-    finally:
-        trainer.args = args
-
-
-def table(trainer: CoDistillationTrainer, metrics: Mapping[str, float]) -> str:
-    """The models side by side: parameters, each metric of the evaluation, and how often they agree."""
-    models = {"teacher": trainer.teacher_model, "student": trainer.student_model}
-    models = {name: model for name, model in models.items() if model is not None}
-    millions = (sum(parameter.numel() for parameter in model.parameters()) / 1e6 for model in models.values())
-    rows = [("", *(models if len(models) > 1 else ["model"])), ("parameters (M)", *(f"{n:.2f}" for n in millions))]
-    skipped = ("eval_student_", "eval_runtime", "eval_samples", "eval_steps", "eval_model_preparation_time")
-    for key, value in metrics.items():
-        if key.startswith("eval_") and not key.startswith((*skipped, "eval_agreement")):
-            student = metrics.get(key.replace("eval_", "eval_student_", 1))
-            values = (value,) if student is None else (value, student)
-            rows.append((key.removeprefix("eval_"), *(f"{x:.4f}" for x in values)))
-    rows += [(k.removeprefix("eval_"), f"{v:.4f}") for k, v in metrics.items() if k.startswith("eval_agreement")]
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{row[0]:<{width}}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
-
-
-def model_card_settings(data_args: DataTrainingArguments) -> dict[str, str]:
+def model_card_settings(data_args: GlueDataArguments) -> dict[str, str]:
     """What the model cards say about task and data."""
     settings = {"tasks": "text-classification"}
     if data_args.task_name is not None:
@@ -411,7 +181,12 @@ def model_card_settings(data_args: DataTrainingArguments) -> dict[str, str]:
 
 def main() -> None:
     """Run the script."""
-    model_args, data_args, training_args = parse_arguments()
+    model_args, data_args, training_args = parse_arguments(
+        GlueModelArguments, GlueDataArguments, CoDistillationTrainingArguments
+    )
+    check_arguments(model_args, training_args)
+    if training_args.do_predict and data_args.files and data_args.test_file is None:
+        raise ValueError("`--do_predict` needs `--test_file`.")
     set_up_logging(training_args)
     task = data_args.task_name
     checkpoint = checkpoint_to_resume(training_args)
@@ -427,22 +202,14 @@ def main() -> None:
     columns = text_columns(source, task)
     labels = Labels.of(source, task).ordered_as(load_config(model_args))
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name or model_args.model_name_or_path,
-        cache_dir=model_args.cache_dir,
-        revision=model_args.model_revision,
-        token=model_args.token,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    models = load_models(model_args, training_args, labels)
-    max_length = data_args.max_seq_length
-    limit, owner = min(limits_of_length(tokenizer, models))
-    if max_length > limit:
-        logger.warning("`--max_seq_length %d` is more than %s allows. Using %d.", max_length, owner, limit)
+    tokenizer = load_tokenizer(model_args)
+    load = partial(load_classifier, model_args=model_args, labels=labels, seed=training_args.seed)
+    models = load_models(model_args, training_args, load)
+    max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     pad = data_args.pad_to_max_length
     if pad and training_args.train_sampling_strategy == "group_by_length":
         logger.warning("Grouping by length saves nothing with padding: give `--pad_to_max_length False`.")
-    preprocessor = Preprocessor(tokenizer, columns, labels, min(max_length, limit), pad)
+    preprocessor = Preprocessor(tokenizer, columns, labels, max_length, pad)
     with training_args.main_process_first(desc="tokenizing"):
         for split, parts in selected.items():
             for name, rows in parts.items():
@@ -467,15 +234,13 @@ def main() -> None:
     )
     if training_args.do_train:
         train(trainer, checkpoint)
-    metrics = evaluate(trainer, selected["validation"]) if training_args.do_eval else {}
+    metrics = {}
+    if training_args.do_eval:
+        parts = selected["validation"].items()
+        metrics = evaluate(trainer, {"_mm" if name == "mnli-mm" else "": rows for name, rows in parts})
     if training_args.do_predict:
         predict(trainer, selected["test"], labels)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**model_card_settings(data_args))
-    else:
-        trainer.create_model_card(**model_card_settings(data_args))
-    if trainer.is_world_process_zero():
-        print(f"\n{table(trainer, metrics)}")
+    finish(trainer, metrics, model_card_settings(data_args))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    EvalPrediction,
     PreTrainedTokenizerFast,
 )
 
@@ -27,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import glue_data
 import run_glue_ctcd
+import script_common
 from glue_metric import GLUE_METRICS, GlueMetric, metrics_for
+
+from ctcd_trainer import CoDistillationTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the a film was good bad not very dull bright and but story plot actor scene it felt long short"
@@ -344,7 +348,7 @@ def test_files_with_several_labels_per_row(script, tmp_path, teacher, labels):
 def test_numbers_and_empty_cells(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("id,review,label\n7,the film,10\n8,,9\n9,good,10\n")
-    rows = glue_data.load_files({"train": str(path)}, str(tmp_path / "cache"))["train"]
+    rows = script_common.load_files({"train": str(path)}, str(tmp_path / "cache"))["train"]
     labels = glue_data.Labels.of(rows)
     assert labels.names == ("9", "10")  # by number, not as text
     assert glue_data.text_columns(rows, None) == ("review",)
@@ -398,7 +402,9 @@ def test_yaml_config_file(monkeypatch, tmp_path):
     text = "{model_name_or_path: m, student_num_hidden_layers: 2, task_name: rte, do_eval: true, learning_rate: 0.25}"
     (tmp_path / "arguments.yaml").write_text(text)
     monkeypatch.setattr(sys, "argv", ["run_glue_ctcd.py", str(tmp_path / "arguments.yaml")])
-    model_args, data_args, training_args = run_glue_ctcd.parse_arguments()
+    model_args, data_args, training_args = script_common.parse_arguments(
+        run_glue_ctcd.GlueModelArguments, run_glue_ctcd.GlueDataArguments, CoDistillationTrainingArguments
+    )
     assert (model_args.student_num_hidden_layers, data_args.task_name) == (2, "rte")
     assert training_args.learning_rate == 0.25
 
@@ -481,10 +487,10 @@ def test_limits_of_samples_and_length(script, tmp_path, teacher, caplog):
 def test_the_table_of_positions_limits_the_length(tmp_path):
     save_tokenizer(tmp_path, model_max_length=10**30)
     model = BertModel(BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
-    limits = run_glue_ctcd.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
+    limits = script_common.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
     assert min(limits) == (512, "`student_model`")
     model.embeddings.position_embeddings = torch.nn.Embedding(514, 4, padding_idx=1)  # as RoBERTa counts
-    limits = run_glue_ctcd.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
+    limits = script_common.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
     assert min(limits) == (512, "`student_model`")
 
 
@@ -668,7 +674,7 @@ def test_glue_metric_of_an_unknown_task():
 def test_combined_score_is_the_mean():
     labels = glue_data.Labels("single_label_classification", ("b", "a"), ("a", "b"))
     logits = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # b, a, b: in the data's order 1, 0, 1
-    prediction = run_glue_ctcd.transformers.EvalPrediction(logits, np.array([0, 0, 1]))  # b, b, a: 1, 1, 0
+    prediction = EvalPrediction(logits, np.array([0, 0, 1]))  # b, b, a: 1, 1, 0
     found = metrics_for(labels, "mrpc")(prediction)
     assert found == pytest.approx({"accuracy": 1 / 3, "f1": 0.5, "combined_score": (1 / 3 + 0.5) / 2})
 

@@ -1,0 +1,448 @@
+"""What the example scripts share: arguments, loading by name, the course of a run, and the table at its end."""
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import datasets
+import transformers
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, create_student
+
+#: The logger of all example scripts, whichever of them is run.
+logger = logging.getLogger("examples")
+
+#: How files with columns are read, by the end of their name.
+TABLE_READERS: Mapping[str, str] = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+#: The argument that names each model, by the argument of `CoDistillationTrainer` that the model is passed to.
+MODEL_OPTIONS: Mapping[str, str] = {
+    "model": "model_name_or_path",
+    "student_model": "student_model_name_or_path",
+    "pretrained_teacher": "pretrained_teacher_name_or_path",
+}
+
+# ---- Arguments ----
+
+
+@dataclass
+class ModelArguments:
+    """Which models are trained, and where they come from. A script adds what is special to it in a subclass."""
+
+    model_name_or_path: str = field(metadata={"help": "The teacher: a folder or the name of a model on the Hub."})
+    student_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The student: a folder or the name of a model with the same tokenizer."}
+    )
+    student_num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Cut the student from the teacher, with this number of its layers."}
+    )
+    pretrained_teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A frozen model, trained on this task before, from which both learn (`community`)."},
+    )
+    config_name: str | None = field(default=None, metadata={"help": "The teacher's config, if it is elsewhere."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "The tokenizer, if not the teacher's own."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the teacher and its tokenizer on the Hub."}
+    )
+    token: str | None = field(
+        default=None, metadata={"help": "Token for the Hub. Default: the one of `hf auth login`."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to run the code that a model on the Hub brings with it."}
+    )
+
+    #: The arguments of which each gives a student.
+    student_options: ClassVar[tuple[str, ...]] = ("student_model_name_or_path", "student_num_hidden_layers")
+
+    def __post_init__(self) -> None:
+        if self.student_model_name_or_path is not None and self.student_num_hidden_layers is not None:
+            raise ValueError(
+                "`--student_model_name_or_path` and `--student_num_hidden_layers` both give a student: choose one."
+            )
+
+    @property
+    def has_student(self) -> bool:
+        """Whether there is a second model."""
+        return any(getattr(self, option) is not None for option in self.student_options)
+
+    def hub_options(self, option: str = "model_name_or_path") -> dict[str, Any]:
+        """Arguments of `from_pretrained` for the model that an argument names; the revision is the teacher's alone."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision if option == "model_name_or_path" else "main",
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+@dataclass
+class DataArguments:
+    """Where the data comes from. A script adds what is special to it in a subclass."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, or a folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(default=None, metadata={"help": "A file with the training data."})
+    validation_file: str | None = field(default=None, metadata={"help": "A file with the validation data."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Whether to preprocess again what is cached."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes that preprocess the data."}
+    )
+
+    #: How files are read, by the end of their name.
+    readers: ClassVar[Mapping[str, str]] = TABLE_READERS
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is None and not self.files:
+            raise ValueError("There is no data: give `--dataset_name`, or `--train_file` and `--validation_file`.")
+        if self.dataset_name is not None and self.files:
+            raise ValueError(
+                f"`--{next(iter(self.files))}_file` is given beside `--dataset_name`: choose one source of data."
+            )
+        self.check_files()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that are given, by split."""
+        files = {split: getattr(self, f"{split}_file", None) for split in ("train", "validation", "test")}
+        return {split: path for split, path in files.items() if path is not None}
+
+    def check_files(self) -> None:
+        """Raise `ValueError` for a file that is not there or that nothing here reads."""
+        for split, path in self.files.items():
+            file_reader(path, f"{split}_file", self.readers)
+            if not os.path.isfile(path):
+                raise ValueError(f"`--{split}_file {path}` does not exist.")
+
+
+def parse_arguments(*groups: type) -> tuple[Any, ...]:
+    """Read the command line, or the one JSON or YAML file that it names.
+
+    Args:
+        *groups: The dataclasses that hold the arguments.
+
+    Returns:
+        One object of each of them.
+    """
+    parser = HfArgumentParser(groups)
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        return parser.parse_json_file(sys.argv[1])
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(sys.argv[1])
+    return parser.parse_args_into_dataclasses()
+
+
+def check_arguments(model_args: ModelArguments, training_args: CoDistillationTrainingArguments) -> None:
+    """Raise `ValueError` where models and mode contradict each other, before anything is loaded."""
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ValueError("There is nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
+    mode = training_args.distillation_mode
+    if mode != "standalone" and not model_args.has_student:
+        options = " or ".join(f"`--{option}`" for option in model_args.student_options)
+        raise ValueError(
+            f"`--distillation_mode {mode}` needs a student: give {options}. To train one model alone, give "
+            "`--distillation_mode standalone`."
+        )
+    if training_args.graph.uses_pretrained and model_args.pretrained_teacher_name_or_path is None:
+        raise ValueError(f"`--distillation_mode {mode}` needs `--pretrained_teacher_name_or_path`.")
+    if model_args.pretrained_teacher_name_or_path is not None and not training_args.graph.uses_pretrained:
+        raise ValueError(
+            f"With `--distillation_mode {mode}` nothing learns from `--pretrained_teacher_name_or_path`: give "
+            "`--distillation_mode community`, or leave it out."
+        )
+
+
+def set_up_logging(training_args: CoDistillationTrainingArguments) -> None:
+    """One format for all messages, and the level of `--log_level`."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = training_args.get_process_log_level()
+    logger.setLevel(level)
+    datasets.utils.logging.set_verbosity(level)
+    transformers.utils.logging.set_verbosity(level)
+    logger.info("Arguments: %s", training_args)
+
+
+# ---- Data ----
+
+
+def file_reader(path: str, argument: str, readers: Mapping[str, str] = TABLE_READERS) -> str:
+    """Name of the `datasets` reader for a file.
+
+    Args:
+        path: Path of the file.
+        argument: Name of the argument that gave it, for the message.
+        readers: The readers by the end of the name.
+
+    Raises:
+        ValueError: Its name ends in none of these ways.
+    """
+    extension = os.path.basename(path).rpartition(".")[2].lower()
+    if extension not in readers:
+        raise ValueError(f"`--{argument} {path}` is not supported: the name must end in .{', .'.join(readers)}.")
+    return readers[extension]
+
+
+def load_files(
+    files: Mapping[str, str], cache_dir: str | None = None, readers: Mapping[str, str] = TABLE_READERS, **options: Any
+) -> DatasetDict:
+    """Load one file per split. The splits may have different columns: a test file needs no labels.
+
+    Args:
+        files: Paths by split: `train`, `validation`, `test`.
+        cache_dir: Where `datasets` keeps what it reads.
+        readers: The readers by the end of the name.
+        **options: Other arguments of `load_dataset` (`streaming`, `field`, ...).
+    """
+    return DatasetDict(
+        {
+            split: load_dataset(
+                file_reader(path, f"{split}_file", readers),
+                data_files={split: path},
+                split=split,
+                cache_dir=cache_dir,
+                **options,
+            )
+            for split, path in files.items()
+        }
+    )
+
+
+def load_raw_data(model_args: ModelArguments, data_args: DataArguments, **options: Any) -> DatasetDict:
+    """All splits, from the Hub, a folder or files.
+
+    Args:
+        model_args: The arguments with the place of the cache and the token for the Hub.
+        data_args: The arguments that name the data.
+        **options: Other arguments of `load_dataset`.
+    """
+    if data_args.files:
+        return load_files(data_args.files, model_args.cache_dir, data_args.readers, **options)
+    return load_dataset(
+        data_args.dataset_name,
+        data_args.dataset_config_name,
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+        **options,
+    )
+
+
+def first_rows(rows: Dataset, limit: int | None) -> Dataset:
+    """The first rows, all of them without a limit."""
+    return rows if limit is None else rows.take(min(limit, len(rows)) if isinstance(rows, Sized) else limit)
+
+
+# ---- Models ----
+
+
+def load_config(model_args: ModelArguments, option: str = "model_name_or_path") -> PreTrainedConfig:
+    """The config of a model as it was saved.
+
+    Args:
+        model_args: The arguments.
+        option: Name of the argument that names the model.
+    """
+    own = model_args.config_name if option == "model_name_or_path" else None
+    return AutoConfig.from_pretrained(own or getattr(model_args, option), **model_args.hub_options(option))
+
+
+def load_tokenizer(model_args: ModelArguments, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of both models; options are passed to `from_pretrained`."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    return AutoTokenizer.from_pretrained(name, **model_args.hub_options(), **options)
+
+
+def load_model(
+    auto_class: type, option: str, model_args: ModelArguments, seed: int, frozen: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Load a model; where the checkpoint has no head for the task, a new one is drawn with the seed.
+
+    Args:
+        auto_class: The `AutoModelFor...` class.
+        option: Name of the argument that names the model.
+        model_args: The arguments.
+        seed: The seed, set anew for each model: a model starts the same whether it is trained alone or with another.
+        frozen: Whether it is only learnt from.
+        **options: Other arguments of `from_pretrained` (`config`, ...).
+    """
+    name = getattr(model_args, option)
+    set_seed(seed)
+    model, report = auto_class.from_pretrained(
+        name, output_loading_info=True, **model_args.hub_options(option), **options
+    )
+    if frozen and report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        logger.warning("`--%s %s` is frozen, but not trained for this task: %s are random.", option, name, missing)
+    return model
+
+
+def load_models(
+    model_args: ModelArguments,
+    training_args: CoDistillationTrainingArguments,
+    load: Callable[[str, bool], PreTrainedModel],
+) -> dict[str, PreTrainedModel]:
+    """The models by the name of their argument of `CoDistillationTrainer`.
+
+    Args:
+        model_args: The arguments.
+        training_args: The arguments that say which models are frozen.
+        load: Makes a model, given the name of the argument that names it and whether it is frozen.
+    """
+    graph = training_args.graph
+    frozen = {"model": "teacher" in graph.frozen, "student_model": "student" in graph.frozen}
+    models = {
+        argument: load(option, frozen.get(argument, True))
+        for argument, option in MODEL_OPTIONS.items()
+        if getattr(model_args, option) is not None
+    }
+    if model_args.student_num_hidden_layers is not None:
+        models["student_model"] = create_student(models["model"], model_args.student_num_hidden_layers)
+    return models
+
+
+def limits_of_length(
+    tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
+) -> Iterator[tuple[int, str]]:
+    """Numbers of tokens beyond which the tokenizer or a model's table of positions ends, with who says so."""
+    yield tokenizer.model_max_length, "the tokenizer"
+    for argument, model in models.items():
+        for name, module in model.named_modules():
+            if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
+                unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's first positions
+                yield module.num_embeddings - unused, f"`{argument}`"
+
+
+def allowed_length(
+    option: str, wanted: int, tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
+) -> int:
+    """The number of tokens that is wanted, or what tokenizer and models allow if that is less; then it warns.
+
+    Args:
+        option: Name of the argument that gave the number.
+        wanted: The number.
+        tokenizer: The tokenizer.
+        models: The models by the name of their argument of `CoDistillationTrainer`.
+    """
+    limit, owner = min(limits_of_length(tokenizer, models))
+    if wanted > limit:
+        logger.warning("`--%s %d` is more than %s allows. Using %d.", option, wanted, owner, limit)
+    return min(wanted, limit)
+
+
+# ---- The work ----
+
+
+def checkpoint_to_resume(training_args: CoDistillationTrainingArguments) -> str | None:
+    """Folder of the checkpoint that `--resume_from_checkpoint` names; `true` stands for the last one.
+
+    Raises:
+        ValueError: There is none.
+    """
+    wanted, folder = training_args.resume_from_checkpoint, training_args.output_dir
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    if wanted is None:
+        if last is not None and training_args.do_train:
+            logger.warning("Training from the start; to go on from %s, give `--resume_from_checkpoint true`.", last)
+        return None
+    checkpoint = last if str(wanted).lower() == "true" else wanted
+    if checkpoint is None or not os.path.isdir(checkpoint):
+        raise ValueError(
+            f"`--resume_from_checkpoint {wanted}`: there is no such checkpoint (output folder: {folder})."
+        )
+    return checkpoint
+
+
+def train(trainer: CoDistillationTrainer, checkpoint: str | None) -> None:
+    """Train, save both models and write `train_results.json` and `trainer_state.json`."""
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if isinstance(trainer.train_dataset, Sized):
+        metrics["train_samples"] = len(trainer.train_dataset)
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+
+
+def evaluate(
+    trainer: CoDistillationTrainer, parts: Mapping[str, Dataset | IterableDataset] | None = None
+) -> dict[str, float]:
+    """Evaluate both models, write `eval_results.json`, and return the metrics.
+
+    Args:
+        trainer: The trainer.
+        parts: The data sets by what is added to the names of their metrics (`_mm` for MNLI's second one). By default
+            the trainer's own one, to whose names nothing is added.
+    """
+    combined: dict[str, float] = {}
+    for suffix, dataset in (parts or {"": trainer.eval_dataset}).items():
+        metrics = trainer.evaluate(eval_dataset=dataset)
+        if isinstance(dataset, Sized):
+            metrics["eval_samples"] = len(dataset)
+        metrics = {f"{key}{suffix}": value for key, value in metrics.items()}
+        trainer.log_metrics("eval", metrics)
+        combined |= metrics
+    trainer.save_metrics("eval", combined)
+    return combined
+
+
+@contextmanager
+def in_order(trainer: CoDistillationTrainer) -> Iterator[None]:
+    """Keep Trainer from grouping the rows by length, which changes the order of predictions."""
+    args = trainer.args
+    trainer.args = copy.copy(args)
+    trainer.args.train_sampling_strategy = "sequential"
+    try:
+        yield
+    finally:
+        trainer.args = args
+
+
+def finish(trainer: CoDistillationTrainer, metrics: Mapping[str, float], card: Mapping[str, Any]) -> None:
+    """Write the model cards or push both models (`--push_to_hub`), and print the models side by side.
+
+    Args:
+        trainer: The trainer.
+        metrics: What `evaluate` returned; may be empty.
+        card: What the model cards say about task and data: arguments of `Trainer.create_model_card`.
+    """
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    if trainer.is_world_process_zero():
+        print(f"\n{table(trainer, metrics)}")
+
+
+def table(trainer: CoDistillationTrainer, metrics: Mapping[str, float]) -> str:
+    """The models side by side: parameters, each metric of the evaluation, and how often they agree."""
+    models = {"teacher": trainer.teacher_model, "student": trainer.student_model}
+    models = {name: model for name, model in models.items() if model is not None}
+    millions = (sum(parameter.numel() for parameter in model.parameters()) / 1e6 for model in models.values())
+    rows = [("", *(models if len(models) > 1 else ["model"])), ("parameters (M)", *(f"{n:.2f}" for n in millions))]
+    skipped = ("eval_student_", "eval_runtime", "eval_samples", "eval_steps", "eval_model_preparation_time")
+    for key, value in metrics.items():
+        if key.startswith("eval_") and not key.startswith((*skipped, "eval_agreement")):
+            student = metrics.get(key.replace("eval_", "eval_student_", 1))
+            values = (value,) if student is None else (value, student)
+            rows.append((key.removeprefix("eval_"), *(f"{x:.4f}" for x in values)))
+    rows += [(k.removeprefix("eval_"), f"{v:.4f}") for k, v in metrics.items() if k.startswith("eval_agreement")]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{row[0]:<{width}}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
