@@ -1,0 +1,285 @@
+"""Token classification data: what the labels of words mean, their place among the sub-words, and entity scores."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase
+
+#: Label of a token that is not scored, as in `torch.nn.CrossEntropyLoss`.
+IGNORED = -100
+#: Column with the position of each word's first token; `CUT_OFF` for a word that got none.
+FIRST_TOKENS = "first_tokens"
+CUT_OFF = -1
+OUTSIDE = "O"
+
+
+def words_of(row: Sequence[Any] | str | None) -> list[Any]:
+    """A row's words or labels: a list as it is, a text (as CSV files hold it) split at white space."""
+    return row.split() if isinstance(row, str) else list(row or ())
+
+
+# ---- Columns and labels ----
+
+
+def find_column(dataset: Dataset, given: str | None, argument: str, usual: Sequence[str]) -> str:
+    """The column that an argument names, or else the first of the usual names that is there.
+
+    Args:
+        dataset: The data.
+        given: The name that the user gave.
+        argument: Name of the argument, for the message.
+        usual: Names to look for.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    for name in usual if given is None else (given,):
+        if name in dataset.column_names:
+            return name
+    looked_for = f"`--{argument} {given}` is not" if given is not None else f"None of {', '.join(usual)} is"
+    raise ValueError(f"{looked_for} a column of the data: give `--{argument}`, one of {dataset.column_names}.")
+
+
+@dataclass(frozen=True)
+class WordLabels:
+    """What the labels of words mean, and their place in the models' outputs.
+
+    Attributes:
+        names: Names of the labels in the order of the models' outputs.
+        data_names: Names by the indices that the data holds (a `ClassLabel`); `None` if it holds the names.
+    """
+
+    names: tuple[str, ...]
+    data_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, datasets: Iterable[Dataset], column: str) -> "WordLabels":
+        """The labels of some data sets: the names of a `ClassLabel`, or all that occur, sorted.
+
+        Args:
+            datasets: Data sets with the same labels, such as the splits of one. Those without the column are skipped.
+            column: Name of the column.
+
+        Raises:
+            ValueError: No data set has the column, or fewer than two labels occur.
+        """
+        labelled = [dataset for dataset in datasets if column in dataset.column_names]
+        if not labelled:
+            raise ValueError(f"No split of the data has a column {column!r} of labels: give `--label_column_name`.")
+        item = getattr(labelled[0].features[column], "feature", None)
+        if isinstance(item, ClassLabel):
+            return cls(tuple(item.names), tuple(item.names))
+        values = {value for dataset in labelled for row in dataset[column] for value in words_of(row)}
+        names = tuple(str(value) for value in sorted(values - {None}))
+        if len(names) < 2:
+            raise ValueError(f"The column {column!r} has only the labels {list(names)}: two or more are needed.")
+        return cls(names)
+
+    @property
+    def for_config(self) -> dict[str, Any]:
+        """The settings of a model's config that describe these labels."""
+        return {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: index for index, name in enumerate(self.names)},
+        }
+
+    def ordered_as(self, config: PreTrainedConfig) -> "WordLabels":
+        """The labels of a model that knows all of these (and maybe more), in its order; else these."""
+        own = _named_labels(config)
+        return replace(self, names=tuple(own)) if own is not None and set(self.names) <= set(own) else self
+
+    def same_order(self, config: PreTrainedConfig) -> bool:
+        """Whether the outputs of a model mean these labels in this order, so far as its config tells."""
+        own = _named_labels(config)
+        return own is None or own == list(self.names)
+
+    def index(self, value: Any) -> int:
+        """Index of a label of the data in the models' outputs; a missing or negative one is not scored.
+
+        Raises:
+            ValueError: The label is unknown.
+        """
+        if value is None or (self.data_names is not None and value < 0):
+            return IGNORED
+        name = str(value) if self.data_names is None else self.data_names[value]
+        if name not in self.names:
+            raise ValueError(f"The label {name!r} is not one of the models' labels {list(self.names)}.")
+        return self.names.index(name)
+
+    def inside(self, index: int) -> int:
+        """Label of the later sub-words of a word: an entity that begins (`B-X`) goes on (`I-X`)."""
+        name = self.names[index]
+        return self.names.index(f"I-{name[2:]}") if name[:2] == "B-" and f"I-{name[2:]}" in self.names else index
+
+
+def _named_labels(config: PreTrainedConfig) -> list[str] | None:
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+# ---- Tokens ----
+
+
+@dataclass(frozen=True)
+class WordTokenizer:
+    """Turns a batch of rows of words into tokens and their labels, for `Dataset.map(..., batched=True)`.
+
+    Attributes:
+        tokenizer: A fast tokenizer: others do not tell which word a token belongs to.
+        labels: What the labels mean.
+        text_column: Name of the column of words.
+        label_column: Name of the column of labels, which a test set need not have.
+        max_length: Number of tokens at which rows are cut.
+        pad: Whether to fill every row up to `max_length`.
+        label_all_tokens: Whether all sub-words of a word are labelled and scored, instead of the first one.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    labels: WordLabels
+    text_column: str
+    label_column: str
+    max_length: int
+    pad: bool
+    label_all_tokens: bool
+
+    def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Tokens of the rows, the position of each word's first one, and `labels` if the rows have any.
+
+        Raises:
+            ValueError: A row has another number of labels than of words, or an unknown label.
+        """
+        texts = [[str(word) for word in words_of(row)] for row in rows[self.text_column]]
+        # RoBERTa's and GPT-2's tokenizers see a word after a space as another one than the first word of a text.
+        spaced = self.tokenizer.tokenize("a") != self.tokenizer.tokenize(" a")
+        encoded = self.tokenizer(
+            [[*words[:1], *(f" {word}" for word in words[1:])] for words in texts] if spaced else texts,
+            is_split_into_words=True,
+            padding="max_length" if self.pad else False,
+            max_length=self.max_length,
+            truncation=True,
+        )
+        word_ids = [encoded.word_ids(row) for row in range(len(texts))]
+        result = dict(encoded)
+        result[FIRST_TOKENS] = [
+            [ids.index(word) if word in ids else CUT_OFF for word in range(len(words))]
+            for ids, words in zip(word_ids, texts, strict=True)
+        ]
+        if self.label_column in rows:
+            labels = [words_of(row) for row in rows[self.label_column]]
+            for words, own in zip(texts, labels, strict=True):
+                if len(words) != len(own):
+                    raise ValueError(
+                        f"A row has {len(words)} words in the column {self.text_column!r} and {len(own)} labels in "
+                        f"{self.label_column!r}: each word needs one. The row begins with {words[:8]}."
+                    )
+            result["labels"] = [self._labels(ids, own) for ids, own in zip(word_ids, labels, strict=True)]
+        return result
+
+    def _labels(self, word_ids: Sequence[int | None], labels: Sequence[Any]) -> list[int]:
+        """The label of each token of a row."""
+        indices = [self.labels.index(label) for label in labels]
+        result = []
+        for previous, word in zip([None, *word_ids], word_ids, strict=False):
+            if word is None:
+                result.append(IGNORED)
+            elif word != previous:
+                result.append(indices[word])
+            else:
+                later = self.label_all_tokens and indices[word] != IGNORED
+                result.append(self.labels.inside(indices[word]) if later else IGNORED)
+        return result
+
+
+# ---- Scores ----
+
+
+def entities(labels: Sequence[str], chunked: bool = True) -> set[tuple[str, int, int]]:
+    """The entities that the labels of a sentence spell, as the CoNLL shared tasks count them.
+
+    An entity begins at `B-X`, and at `I-X` where no `X` precedes it. Of the schemes with more prefixes, `E` and `L` end
+    an entity and `S` and `U` are one alone.
+
+    Args:
+        labels: The labels of the words.
+        chunked: Whether they have such prefixes. If not, every word is an entity of its own (as parts of speech are).
+
+    Returns:
+        Type, first and last word of each.
+    """
+    found: list[tuple[str, int, int]] = []
+    goes_on = False
+    for position, label in enumerate(labels):
+        if not chunked:
+            found += [(label, position, position)] if label != OUTSIDE else []
+            continue
+        prefix, dash, kind = label.partition("-")
+        if not dash or prefix not in "BIELSU":
+            goes_on = False
+            continue
+        if goes_on and prefix in "IEL" and found[-1][0] == kind:
+            found[-1] = (kind, found[-1][1], position)
+        else:
+            found.append((kind, position, position))
+        goes_on = prefix in "BI"
+    return set(found)
+
+
+def entity_scores(
+    predicted: Iterable[Sequence[str]], expected: Iterable[Sequence[str]], chunked: bool = True
+) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and number of the entities of each type, and under the type `""` of all (micro-averaged).
+
+    An entity is right if its type and both its ends are. What is undefined is 0.0.
+
+    Args:
+        predicted: Predicted labels of each sentence.
+        expected: True labels of each sentence.
+        chunked: As in `entities`.
+    """
+    right, found, wanted = Counter(), Counter(), Counter()
+    for own, true in zip(predicted, expected, strict=True):
+        own, true = entities(own, chunked), entities(true, chunked)
+        for counter, group in ((right, own & true), (found, own), (wanted, true)):
+            counter.update(kind for kind, *_ in group)
+            counter[""] += len(group)
+    return {
+        kind: {
+            "precision": right[kind] / max(found[kind], 1),
+            "recall": right[kind] / max(wanted[kind], 1),
+            "f1": 2 * right[kind] / max(found[kind] + wanted[kind], 1),
+            "number": wanted[kind],
+        }
+        for kind in sorted({"", *found, *wanted})
+    }
+
+
+def metrics_for(labels: WordLabels, by_entity: bool) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The metrics of predicted label indices `(rows, tokens)`: accuracy, and the scores of the entities.
+
+    Args:
+        labels: What the labels mean.
+        by_entity: Whether to add the scores of each type of entity, e.g. `PER_f1`.
+    """
+    names = np.array(labels.names)
+    chunked = any(name[:2] in ("B-", "I-") for name in labels.names)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        scored = prediction.label_ids != IGNORED
+        rows = list(zip(prediction.predictions, prediction.label_ids, scored, strict=True))
+        predicted = [names[own[mask]].tolist() for own, _, mask in rows]
+        expected = [names[true[mask]].tolist() for _, true, mask in rows]
+        scores = entity_scores(predicted, expected, chunked)
+        overall = scores.pop("")
+        overall["accuracy"] = float(
+            (prediction.predictions == prediction.label_ids)[scored].sum() / max(scored.sum(), 1)
+        )
+        del overall["number"]
+        if by_entity:
+            overall |= {f"{kind}_{key}": value for kind, own in scores.items() for key, value in own.items()}
+        return overall
+
+    return compute_metrics

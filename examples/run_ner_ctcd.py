@@ -1,0 +1,264 @@
+#!/usr/bin/env python
+"""Co-train a teacher and a student to label words (entities, parts of speech): HF's `run_ner.py` for two models.
+
+Named entities, a 12-layer teacher and a 6-layer student cut from it:
+
+    python examples/run_ner_ctcd.py --model_name_or_path google-bert/bert-base-cased --student_num_hidden_layers 6 \
+        --dataset_name eriktks/conll2003 --do_train --do_eval --output_dir out
+
+Your own files (columns `tokens` and `ner_tags`: lists, or texts with spaces between the words), a student of its own:
+
+    python examples/run_ner_ctcd.py --model_name_or_path google-bert/bert-base-cased \
+        --student_model_name_or_path distilbert/distilbert-base-cased \
+        --train_file train.json --validation_file dev.json --test_file test.json \
+        --do_train --do_eval --do_predict --output_dir out
+
+The teacher is saved in the output folder and the student in its folder `student`; both load without this project.
+`--do_predict` writes the labels of the test set's words to `predictions.txt` and `predictions_student.txt`, a line for
+each row and a label for each word, `_` for words beyond `--max_seq_length`.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from datasets import Dataset
+from ner_data import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, find_column, metrics_for
+from script_common import (
+    DataArguments,
+    ModelArguments,
+    allowed_length,
+    check_arguments,
+    checkpoint_to_resume,
+    evaluate,
+    finish,
+    first_rows,
+    in_order,
+    load_config,
+    load_model,
+    load_models,
+    load_raw_data,
+    load_tokenizer,
+    logger,
+    parse_arguments,
+    set_up_logging,
+    train,
+)
+from torch import Tensor
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedModel
+
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+
+TASKS = ("ner", "pos", "chunk")
+
+# ---- Arguments ----
+
+
+@dataclass
+class NerModelArguments(ModelArguments):
+    """Which models are trained, and where they come from."""
+
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Whether a head with another number of labels is replaced by a new one."}
+    )
+
+
+@dataclass
+class NerDataArguments(DataArguments):
+    """Which data the models are trained and evaluated on."""
+
+    task_name: str = field(
+        default="ner", metadata={"help": f"{', '.join(TASKS)}: the labels are in the column `<task_name>_tags`."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "A file with the test data."})
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the words. Default: `tokens` or `words`."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the labels. Default: `<task_name>_tags`, `tags` or `labels`."}
+    )
+    max_seq_length: int = field(default=512, metadata={"help": "Number of tokens at which rows are cut."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "Whether to pad all rows to `max_seq_length` instead of the longest one of the batch."},
+    )
+    label_all_tokens: bool = field(
+        default=False,
+        metadata={"help": "Whether all sub-words of a word are labelled and scored, not the first only."},
+    )
+    return_entity_level_metrics: bool = field(
+        default=False, metadata={"help": "Whether to add the scores of each type of entity, e.g. `eval_PER_f1`."}
+    )
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.task_name = self.task_name.lower()
+        if self.task_name not in TASKS and self.label_column_name is None:
+            raise ValueError(
+                f"`--task_name {self.task_name}` is none of {', '.join(TASKS)}: name the column of labels with "
+                "`--label_column_name`."
+            )
+
+
+# ---- Data and models ----
+
+
+def load_data(
+    model_args: NerModelArguments, data_args: NerDataArguments, training_args: CoDistillationTrainingArguments
+) -> tuple[dict[str, Dataset], list[Dataset]]:
+    """The rows that are wanted.
+
+    Returns:
+        The selected rows by split (`train`, `validation`, `test`), and all splits in full.
+
+    Raises:
+        ValueError: A split is missing.
+    """
+    raw = load_raw_data(model_args, data_args)
+    limits = {
+        "train": ("do_train", data_args.max_train_samples),
+        "validation": ("do_eval", data_args.max_eval_samples),
+        "test": ("do_predict", data_args.max_predict_samples),
+    }
+    selected = {}
+    for split, (argument, limit) in limits.items():
+        if getattr(training_args, argument):
+            if split not in raw:
+                raise ValueError(f"`--{argument}` needs the split {split!r}, and the data has only {list(raw)}.")
+            selected[split] = first_rows(raw[split], limit)
+    return selected, list(raw.values())
+
+
+def load_tagger(
+    option: str, frozen: bool, model_args: NerModelArguments, labels: WordLabels, seed: int
+) -> PreTrainedModel:
+    """Load a model with a head for these labels; where the checkpoint has none, a new one drawn with the seed.
+
+    Args:
+        option: Name of the argument that names the model.
+        frozen: Whether it is only learnt from.
+        model_args: The arguments.
+        labels: The labels.
+        seed: The seed.
+
+    Raises:
+        ValueError: It is frozen, and its outputs mean other labels.
+    """
+    config = load_config(model_args, option)
+    if not labels.same_order(config):
+        message = (
+            f"`--{option} {getattr(model_args, option)}` was trained with the labels "
+            f"{list(config.id2label.values())}, not {list(labels.names)}."
+        )
+        if frozen:
+            raise ValueError(f"{message} It is frozen in this mode, so what it teaches would be wrong.")
+        logger.warning("%s Its outputs get the new meaning in this training.", message)
+    for key, value in labels.for_config.items():
+        setattr(config, key, value)
+    return load_model(
+        AutoModelForTokenClassification,
+        option,
+        model_args,
+        seed,
+        frozen,
+        config=config,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+    )
+
+
+# ---- The work ----
+
+
+def predicted_labels(logits: Tensor | tuple, labels: Tensor | None) -> Tensor:
+    """Indices of the predicted labels `(rows, tokens)`: all that the metrics need, so that no logits are kept."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def predict(trainer: CoDistillationTrainer, rows: Dataset, labels: WordLabels) -> None:
+    """Write both models' labels of the words of each row, in the order of the data."""
+    with in_order(trainer):
+        output = trainer.predict(rows, metric_key_prefix="predict", student_predictions=True)
+    trainer.log_metrics("predict", output.metrics)
+    trainer.save_metrics("predict", output.metrics)
+    if not trainer.is_world_process_zero():
+        return
+    cut_off = sum(positions.count(CUT_OFF) for positions in rows[FIRST_TOKENS])
+    if cut_off:
+        logger.warning("%d words of the test data lie beyond `--max_seq_length` and get no label.", cut_off)
+    for suffix, predictions in (("", output.predictions), ("_student", output.student_predictions)):
+        if predictions is None:
+            continue
+        path = os.path.join(trainer.args.output_dir, f"predictions{suffix}.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            for positions, indices in zip(rows[FIRST_TOKENS], np.asarray(predictions), strict=True):
+                words = ("_" if position == CUT_OFF else labels.names[indices[position]] for position in positions)
+                file.write(f"{' '.join(words)}\n")
+
+
+def main() -> None:
+    """Run the script."""
+    model_args, data_args, training_args = parse_arguments(
+        NerModelArguments, NerDataArguments, CoDistillationTrainingArguments
+    )
+    check_arguments(model_args, training_args)
+    set_up_logging(training_args)
+    checkpoint = checkpoint_to_resume(training_args)
+
+    selected, splits = load_data(model_args, data_args, training_args)
+    text_column = find_column(splits[0], data_args.text_column_name, "text_column_name", ("tokens", "words"))
+    usual = (f"{data_args.task_name}_tags", "tags", "labels")
+    label_column = find_column(splits[0], data_args.label_column_name, "label_column_name", usual)
+    labels = WordLabels.of(splits, label_column).ordered_as(load_config(model_args))
+
+    # Padding on the left would move the words away from the positions that `predict` looks them up at.
+    tokenizer = load_tokenizer(model_args, padding_side="right")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell which word a token belongs to: name a model with a fast "
+            "tokenizer in `--tokenizer_name`."
+        )
+    load = partial(load_tagger, model_args=model_args, labels=labels, seed=training_args.seed)
+    models = load_models(model_args, training_args, load)
+    max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
+    pad = data_args.pad_to_max_length
+    preprocessor = WordTokenizer(
+        tokenizer, labels, text_column, label_column, max_length, pad, data_args.label_all_tokens
+    )
+    with training_args.main_process_first(desc="tokenizing"):
+        for split, rows in selected.items():
+            selected[split] = rows.map(
+                preprocessor,
+                batched=True,
+                num_proc=data_args.preprocessing_num_workers,
+                remove_columns=rows.column_names,
+                load_from_cache_file=not data_args.overwrite_cache,
+                desc=f"Tokenizing {split}",
+            )
+
+    multiple = 8 if training_args.fp16 or training_args.bf16 else None  # sizes that tensor cores like
+    trainer = CoDistillationTrainer(
+        **models,
+        args=training_args,
+        data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple),
+        train_dataset=selected.get("train"),
+        eval_dataset=selected.get("validation"),
+        processing_class=tokenizer,
+        compute_metrics=metrics_for(labels, data_args.return_entity_level_metrics),
+        preprocess_logits_for_metrics=predicted_labels,
+    )
+    if training_args.do_train:
+        train(trainer, checkpoint)
+    metrics = evaluate(trainer) if training_args.do_eval else {}
+    if training_args.do_predict:
+        predict(trainer, selected["test"], labels)
+    card = {"tasks": "token-classification"}
+    if data_args.dataset_name is not None:
+        name = data_args.dataset_name
+        card |= {"dataset_tags": name, "dataset": f"{name} {data_args.dataset_config_name or ''}".strip()}
+    finish(trainer, metrics, card)
+
+
+if __name__ == "__main__":
+    main()
