@@ -200,8 +200,8 @@ class WordTokenizer:
 def entities(labels: Sequence[str], chunked: bool = True) -> set[tuple[str, int, int]]:
     """The entities that the labels of a sentence spell, as the CoNLL shared tasks count them.
 
-    An entity begins at `B-X`, and at `I-X` where no `X` precedes it. Of the schemes with more prefixes, `E` and `L` end
-    an entity and `S` and `U` are one alone.
+    An entity begins at `B-X`, and at `I-X` where no `X` precedes it. Of the schemes with more prefixes, `E` and `L`
+    end an entity and `S` and `U` are one alone.
 
     Args:
         labels: The labels of the words.
@@ -241,8 +241,8 @@ def entity_scores(
         chunked: As in `entities`.
     """
     right, found, wanted = Counter(), Counter(), Counter()
-    for own, true in zip(predicted, expected, strict=True):
-        own, true = entities(own, chunked), entities(true, chunked)
+    for predicted_labels, labels in zip(predicted, expected, strict=True):
+        own, true = entities(predicted_labels, chunked), entities(labels, chunked)
         for counter, group in ((right, own & true), (found, own), (wanted, true)):
             counter.update(kind for kind, *_ in group)
             counter[""] += len(group)

@@ -254,9 +254,8 @@ def main() -> None:
     if training_args.do_predict:
         predict(trainer, selected["test"], labels)
     card = {"tasks": "token-classification"}
-    if data_args.dataset_name is not None:
-        name = data_args.dataset_name
-        card |= {"dataset_tags": name, "dataset": f"{name} {data_args.dataset_config_name or ''}".strip()}
+    if data_args.dataset_name is not None and not os.path.isdir(data_args.dataset_name):  # a name that others know
+        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
     finish(trainer, metrics, card)
 
 
