@@ -18,20 +18,21 @@ Example:
 import argparse
 import copy
 import datetime
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import transformers
+from bench_common import (
+    describe_machine,
+    format_ratio,
+    format_table,
+    in_turns,
+    optimizer_step,
+    peak_memory_of,
+    verdict,
+)
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -116,37 +117,6 @@ class Workload:
         )
 
 
-def optimizer_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
-    """One optimizer step as the loop of Trainer does it (`Trainer._run_epoch`)."""
-    batches, num_items = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
-    model = trainer.model_wrapped
-    trainer.training_step(model, batches[0], num_items)
-    trainer._get_grad_norm(model, grad_norm=trainer._clip_grad_norm(model))
-    trainer.optimizer.step()
-    model.zero_grad()
-
-
-def in_turns(actions: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds that each action takes, one after the other in each round, and backwards in every second round.
-
-    Args:
-        actions: What to time, by name.
-        rounds: Number of timed rounds.
-        warmup: Number of rounds before them that are not timed.
-
-    Returns:
-        The times of the rounds by name.
-    """
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(-warmup, rounds):
-        for name in list(actions)[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
-            actions[name]()
-            if number >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def measure_steps(workload: Workload, rounds: int) -> dict[str, list[float]]:
     """Seconds of one optimizer step of each variant, by round."""
     trainers = {variant: workload.make_trainer(variant) for variant in VARIANTS}
@@ -170,32 +140,20 @@ def measure_trainings(workload: Workload, rounds: int) -> dict[str, list[float]]
     return times
 
 
-def peak_memory() -> float:
-    """Peak resident memory of this process so far, in MB.
-
-    On Linux `ru_maxrss` of a new process starts at the peak of the one that started it, so the kernel's other figure
-    is taken there.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:") / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+def train_variant(variant: str, quick: bool, steps: int) -> None:
+    """A short training of one variant, of which the peak memory is taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        Workload(quick, steps, folder).make_trainer(variant).train()
 
 
-def measure_memory(quick: bool) -> dict[str, float]:
+def measure_memory(quick: bool, steps: int) -> dict[str, float]:
     """Peak memory in MB of a short training of each variant in a new process, above what the imports take."""
-
-    def run(variant: str) -> float:
-        command = [sys.executable, __file__, "--memory_of", variant, *["--quick"] * quick]
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(VARIANTS, pool.map(run, VARIANTS), strict=True))
+    return {variant: peak_memory_of(train_variant, variant, quick, steps) for variant in VARIANTS}
 
 
 def make_rows(
     steps: dict[str, list[float]], trainings: dict[str, list[float]], memory: dict[str, float]
-) -> list[list]:
+) -> list[list[str]]:
     """The lines of the report: what, the three medians, ratio, target, verdict."""
     rows = []
     for what, times, target in (
@@ -203,14 +161,13 @@ def make_rows(
         ("trainer.train() (s)", trainings, TRAIN_TARGET),
     ):
         ratios = [both / (teacher + student) for both, teacher, student in zip(*map(times.get, VARIANTS), strict=True)]
-        ratio = statistics.median(ratios)
         rows.append(
             [
                 what,
                 *(f"{statistics.median(times[variant]):.3f}" for variant in VARIANTS),
-                f"{ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+                format_ratio(ratios),
                 f"<= {target:.2f}",
-                "pass" if ratio <= target else "above target",
+                verdict((statistics.median(ratios), target)),
             ]
         )
     alone = [memory[TEACHER], memory[STUDENT]]
@@ -220,33 +177,6 @@ def make_rows(
     return rows
 
 
-def format_table(rows: list[list[str]], markdown: bool) -> str:
-    """The report as text in aligned columns, or as a Markdown table."""
-    lines = [["", *VARIANTS, "ratio (min to max)", "target", "verdict"], *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    start, gap, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
-    return "\n".join(
-        start + gap.join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + end for line in lines
-    )
-
-
-def describe_machine() -> str:
-    """Processor, cores and versions."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"
-        ]
-        cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        f"{cpu}, {cores} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-
-
 def main() -> None:
     """Measure, and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,25 +184,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds of the steps (default 10, quick 2); a third for train()")
     parser.add_argument("--steps", type=int, help="optimizer steps of one train() (default 6, quick 2)")
     parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
-    parser.add_argument("--memory_of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 10)
     steps = args.steps or (2 if args.quick else 6)
     transformers.logging.set_verbosity_error()
 
     with tempfile.TemporaryDirectory() as folder:
-        if args.memory_of is not None:
-            before = peak_memory()
-            Workload(args.quick, min(steps, 3), folder).make_trainer(args.memory_of).train()
-            print(peak_memory() - before)
-            return
-        memory = measure_memory(args.quick)
+        memory = measure_memory(args.quick, min(steps, 3))
         workload = Workload(args.quick, steps, folder)
         step_times = measure_steps(workload, rounds)
         training_times = measure_trainings(workload, max(2, rounds // 3))
 
     print(f"{'### ' if args.markdown else ''}Co-training against two trainings, sequence classification\n")
-    print(format_table(make_rows(step_times, training_times, memory), args.markdown))
+    header = ["", *VARIANTS, "ratio (min to max)", "target", "verdict"]
+    print(format_table([header, *make_rows(step_times, training_times, memory)], args.markdown))
     bullet = "- " if args.markdown else ""
     print(
         f"\n{bullet}{workload}\n"

@@ -1,0 +1,166 @@
+"""What the benchmarks share: an optimizer step, timing in turns, peak memory, and the tables of the report."""
+
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import Trainer
+
+#: Columns of `comparison_row`.
+COMPARISON_HEADER = [
+    *("work", "compared with", "ours (s)", "theirs (s)", "ratio (min to max)", "target"),
+    *("ours (MB)", "theirs (MB)", "ratio", "target", "verdict"),
+]
+
+
+def optimizer_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
+    """One optimizer step as the loop of Trainer does it (`Trainer._run_epoch`)."""
+    batches, num_items = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
+    model = trainer.model_wrapped
+    trainer.training_step(model, batches[0], num_items)
+    trainer._get_grad_norm(model, grad_norm=trainer._clip_grad_norm(model))
+    trainer.optimizer.step()
+    model.zero_grad()
+
+
+def in_turns(
+    actions: dict[str, Callable[[], object]], rounds: int, warmup: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds that each action takes, one after the other in each round, and backwards in every second round.
+
+    Args:
+        actions: What to time, by name.
+        rounds: Number of timed rounds.
+        warmup: Number of rounds before them that are not timed.
+        device: Where the actions compute; a GPU has to finish before the clock is read.
+
+    Returns:
+        The times of the rounds by name.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(-warmup, rounds):
+        for name in list(actions)[:: -1 if number % 2 else 1]:
+            wait()
+            start = time.perf_counter()
+            actions[name]()
+            wait()
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def peak_memory(device: str = "cpu") -> float:
+    """Peak memory of this process so far, in MB: resident, or allocated on the GPU.
+
+    On Linux `ru_maxrss` of a new process starts at the peak of the one that started it, so the kernel's other figure
+    is taken there.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:") / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def peak_memory_of(action: Callable[..., object], *arguments: object, device: str = "cpu") -> float:
+    """Peak memory in MB of an action in a process of its own, above what the imports take.
+
+    Args:
+        action: A function that can be imported.
+        *arguments: Its arguments.
+        device: Where it computes.
+    """
+    # A server that has imported the libraries once is forked for each action: it never computes, so that a new
+    # process starts small, and without the seconds that the imports take.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ctcd_trainer"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_rise_of_peak, action, arguments, device).result()
+
+
+def _rise_of_peak(action: Callable[..., object], arguments: Sequence[object], device: str) -> float:
+    transformers.logging.set_verbosity_error()
+    before = peak_memory(device)
+    action(*arguments)
+    return peak_memory(device) - before
+
+
+def format_ratio(ratios: Sequence[float]) -> str:
+    """The median, with the smallest and the largest."""
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def verdict(*values_and_targets: tuple[float, float | None]) -> str:
+    """Whether every value that has a target is within it."""
+    judged = [value <= target for value, target in values_and_targets if target is not None]
+    if not judged:
+        return "-"
+    return "pass" if all(judged) else "above target"
+
+
+def comparison_row(
+    work: str,
+    other: str,
+    seconds: tuple[Sequence[float], Sequence[float]],
+    time_target: float | None = None,
+    memory: tuple[float, float] | None = None,
+    memory_target: float | None = None,
+) -> list[str]:
+    """A line under `COMPARISON_HEADER`: ours against something else, in time and in peak memory.
+
+    Args:
+        work: What was done.
+        other: What ours is compared with.
+        seconds: Our times and theirs, by round.
+        time_target: The ratio of times to stay within; `None` if there is none.
+        memory: Our peak memory and theirs, in MB; `None` if it is not compared.
+        memory_target: The ratio of peaks to stay within; `None` if there is none.
+    """
+    ratios = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+    peaks = ["-", "-", "-"]
+    judged = [(statistics.median(ratios), time_target)]
+    if memory is not None:
+        peaks = [f"{memory[0]:.0f}", f"{memory[1]:.0f}", f"{memory[0] / memory[1]:.3f}"]
+        judged.append((memory[0] / memory[1], memory_target))
+    targets = ["-" if target is None else f"<= {target:.2f}" for target in (time_target, memory_target)]
+    medians = [f"{statistics.median(own):.4g}" for own in seconds]
+    return [work, other, *medians, format_ratio(ratios), targets[0], *peaks, targets[1], verdict(*judged)]
+
+
+def format_table(lines: Sequence[Sequence[str]], markdown: bool) -> str:
+    """Lines, of which the first is the header, as text in aligned columns or as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    header, *rows = lines
+    start, gap, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
+    return "\n".join(
+        start + gap.join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + end
+        for line in [header, ["-" * width for width in widths], *rows]
+    )
+
+
+def describe_machine(device: str = "cpu") -> str:
+    """Processor, cores and versions."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"
+        ]
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f"{torch.cuda.get_device_name()}; " if device == "cuda" else ""
+    return (
+        f"{gpu}{cpu}, {cores} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
