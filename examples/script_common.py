@@ -83,6 +83,11 @@ class ModelArguments:
         """Whether there is a second model."""
         return any(getattr(self, option) is not None for option in self.student_options)
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """The argument that names each model which is loaded, by the argument of `CoDistillationTrainer`."""
+        return {argument: option for argument, option in MODEL_OPTIONS.items() if getattr(self, option) is not None}
+
     def hub_options(self, option: str = "model_name_or_path") -> dict[str, Any]:
         """Arguments of `from_pretrained` for the model that an argument names; the revision is the teacher's alone."""
         return {
@@ -308,11 +313,7 @@ def load_models(
     """
     graph = training_args.graph
     frozen = {"model": "teacher" in graph.frozen, "student_model": "student" in graph.frozen}
-    models = {
-        argument: load(option, frozen.get(argument, True))
-        for argument, option in MODEL_OPTIONS.items()
-        if getattr(model_args, option) is not None
-    }
+    models = {argument: load(option, frozen.get(argument, True)) for argument, option in model_args.sources.items()}
     if model_args.student_num_hidden_layers is not None:
         models["student_model"] = create_student(models["model"], model_args.student_num_hidden_layers)
     return models
@@ -328,20 +329,27 @@ def limits_of_length(
             if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
                 unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's first positions
                 yield module.num_embeddings - unused, f"`{argument}`"
+                break
+        else:  # positions without a table (rotary ones)
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if limit is not None:
+                yield limit, f"`{argument}`"
 
 
 def allowed_length(
-    option: str, wanted: int, tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
+    option: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
 ) -> int:
     """The number of tokens that is wanted, or what tokenizer and models allow if that is less; then it warns.
 
     Args:
         option: Name of the argument that gave the number.
-        wanted: The number.
+        wanted: The number; `None` stands for 1024.
         tokenizer: The tokenizer.
         models: The models by the name of their argument of `CoDistillationTrainer`.
     """
     limit, owner = min(limits_of_length(tokenizer, models))
+    if wanted is None:
+        return min(1024, limit)
     if wanted > limit:
         logger.warning("`--%s %d` is more than %s allows. Using %d.", option, wanted, owner, limit)
     return min(wanted, limit)
@@ -382,7 +390,9 @@ def train(trainer: CoDistillationTrainer, checkpoint: str | None) -> None:
 
 
 def evaluate(
-    trainer: CoDistillationTrainer, parts: Mapping[str, Dataset | IterableDataset] | None = None
+    trainer: CoDistillationTrainer,
+    parts: Mapping[str, Dataset | IterableDataset] | None = None,
+    more_metrics: Callable[[dict[str, float]], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Evaluate both models, write `eval_results.json`, and return the metrics.
 
@@ -390,10 +400,12 @@ def evaluate(
         trainer: The trainer.
         parts: The data sets by what is added to the names of their metrics (`_mm` for MNLI's second one). By default
             the trainer's own one, to whose names nothing is added.
+        more_metrics: Makes further metrics from the ones of a data set.
     """
     combined: dict[str, float] = {}
     for suffix, dataset in (parts or {"": trainer.eval_dataset}).items():
         metrics = trainer.evaluate(eval_dataset=dataset)
+        metrics |= more_metrics(metrics) if more_metrics is not None else {}
         if isinstance(dataset, Sized):
             metrics["eval_samples"] = len(dataset)
         metrics = {f"{key}{suffix}": value for key, value in metrics.items()}
@@ -413,6 +425,18 @@ def in_order(trainer: CoDistillationTrainer) -> Iterator[None]:
         yield
     finally:
         trainer.args = args
+
+
+def card_of(data_args: DataArguments, task: str) -> dict[str, Any]:
+    """What the model cards say about task and data: arguments of `Trainer.create_model_card`."""
+    name, config = data_args.dataset_name, data_args.dataset_config_name
+    if name is None:
+        return {"tasks": task}
+    card = {"tasks": task, "dataset": " ".join(filter(None, (os.path.basename(os.path.normpath(name)), config)))}
+    if not os.path.isdir(name):  # on the Hub
+        card |= {"dataset_tags": name, "dataset": " ".join(filter(None, (name, config)))}
+        card |= {"dataset_args": config} if config is not None else {}
+    return card
 
 
 def finish(trainer: CoDistillationTrainer, metrics: Mapping[str, float], card: Mapping[str, Any]) -> None:

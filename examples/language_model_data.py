@@ -1,0 +1,220 @@
+"""Text for language models: the splits, its tokens in blocks of one length or line by line, and what is scored."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from script_common import TABLE_READERS, DataArguments, first_rows
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, default_data_collator
+
+Rows = Dataset | IterableDataset
+
+
+@dataclass
+class TextArguments(DataArguments):
+    """Which texts the models are trained and evaluated on."""
+
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the texts. Default: `text`, or else the first one."}
+    )
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Percentage of the training texts, from their start, used where no others are."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Whether to read and preprocess the data while training (`--max_steps`)."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first N training examples: blocks of tokens, or lines."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first N validation examples: blocks of tokens, or lines."}
+    )
+
+    readers: ClassVar[Mapping[str, str]] = {**TABLE_READERS, "txt": "text"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.validation_split_percentage < 100:
+            raise ValueError(
+                f"`--validation_split_percentage {self.validation_split_percentage}` is not valid: it must be from 1 "
+                "to 99, so that both parts have texts."
+            )
+
+
+# ---- Splits ----
+
+
+def select_splits(
+    raw: DatasetDict | IterableDatasetDict, data_args: TextArguments, training_args: TrainingArguments
+) -> dict[str, Rows]:
+    """The texts to train and to evaluate on; without validation texts, the first part of the training texts.
+
+    Returns:
+        `train` if there is training, `validation` if there is evaluation, each with the one column of text.
+
+    Raises:
+        ValueError: There are no texts for what is wanted.
+    """
+    splits: dict[str, Rows] = dict(raw)
+    if training_args.do_eval and "validation" not in splits and "train" in splits:
+        percentage = data_args.validation_split_percentage
+        if data_args.streaming:
+            raise ValueError(
+                f"`--do_eval` needs the split 'validation', and the data has only {list(raw)}. A stream has no length "
+                f"of which {percentage} % could be taken: give `--validation_file`, or leave out `--streaming`."
+            )
+        count = len(splits["train"]) * percentage // 100
+        if count == 0:
+            raise ValueError(
+                f"`--validation_split_percentage {percentage}` of {len(splits['train'])} training texts is none. "
+                "Raise it, or give `--validation_file`."
+            )
+        splits["validation"] = splits["train"].take(count)
+        splits["train"] = splits["train"].skip(count)
+    wanted = {"train": ("do_train", training_args.do_train), "validation": ("do_eval", training_args.do_eval)}
+    for split, (argument, used) in wanted.items():
+        if used and split not in splits:
+            raise ValueError(f"`--{argument}` needs the split {split!r}, and the data has only {list(raw)}.")
+    return {split: _texts(splits[split], data_args.text_column_name) for split, (_, used) in wanted.items() if used}
+
+
+def _texts(rows: Rows, column: str | None) -> Rows:
+    """The column of text alone, under the name `text`."""
+    columns = rows.column_names or list(next(iter(rows)))  # a stream may not know them
+    if column is not None and column not in columns:
+        raise ValueError(f"`--text_column_name {column}`: the data has no such column, only {columns}.")
+    column = column or ("text" if "text" in columns else columns[0])
+    return (
+        rows.select_columns(column) if column == "text" else rows.select_columns(column).rename_column(column, "text")
+    )
+
+
+# ---- Tokens ----
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Turns a batch of texts into blocks of one length, to be used with `Dataset.map(..., batched=True)`.
+
+    The texts are joined, and what is left at the end of a batch of texts is dropped, so nothing is padded.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        length: Number of tokens of a block.
+        masked: Whether tokens will be masked; then special tokens are marked.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    masked: bool
+
+    def __call__(self, batch: Mapping[str, Sequence[str | None]]) -> dict[str, list]:
+        """Tokens of a batch of texts."""
+        texts = [text or "" for text in batch["text"]]
+        tokens = self.tokenizer(texts, return_special_tokens_mask=self.masked, verbose=False)
+        joined = {name: list(chain.from_iterable(values)) for name, values in tokens.items()}
+        end = len(joined["input_ids"]) // self.length * self.length
+        starts = range(0, end, self.length)
+        return {name: [values[i : i + self.length] for i in starts] for name, values in joined.items()}
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Turns a batch of texts into one example each, to be used with `Dataset.map(..., batched=True)`.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        length: Number of tokens at which texts are cut.
+        pad: Whether to pad to `length` instead of the longest text of a batch.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    pad: bool
+
+    def __call__(self, batch: Mapping[str, Sequence[str | None]]) -> dict[str, list]:
+        """Tokens of the texts that are not empty."""
+        texts = [text for text in batch["text"] if text and not text.isspace()]
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length" if self.pad else False,
+            truncation=True,
+            max_length=self.length,
+            return_special_tokens_mask=True,
+        )
+        return dict(tokens)
+
+
+def tokenize(
+    splits: Mapping[str, Rows], preprocess: Blocks | Lines, data_args: TextArguments, training_args: TrainingArguments
+) -> dict[str, Rows]:
+    """The splits as tokens, of each the first examples that are wanted.
+
+    Raises:
+        ValueError: A split has too little text for one example.
+    """
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    examples = {}
+    with training_args.main_process_first(desc="tokenizing"):
+        for split, rows in splits.items():
+            options = (
+                {}
+                if data_args.streaming
+                else {
+                    "num_proc": data_args.preprocessing_num_workers,
+                    "load_from_cache_file": not data_args.overwrite_cache,
+                    "desc": f"Tokenizing {split}",
+                }
+            )
+            found = rows.map(preprocess, batched=True, remove_columns=["text"], **options)
+            if isinstance(found, Dataset) and len(found) == 0:
+                raise ValueError(
+                    f"The {len(rows)} texts of the split {split!r} make no example of {preprocess.length} tokens. "
+                    "Give more text, or shorter examples (`--block_size`, `--max_seq_length`)."
+                )
+            examples[split] = first_rows(found, limits[split])
+    return examples
+
+
+def collate_blocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch whose labels are the tokens: of each, the models predict the next one."""
+    batch = default_data_collator(rows)
+    return batch | {"labels": batch["input_ids"].clone()}
+
+
+# ---- Metrics ----
+
+
+def best_tokens(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """The likeliest token at each position: logits of a whole data set would fill the memory."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def masked_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the masked tokens that are found."""
+    return _accuracy(prediction.predictions, prediction.label_ids)
+
+
+def next_token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the tokens that are found from the ones before."""
+    return _accuracy(prediction.predictions[:, :-1], prediction.label_ids[:, 1:])
+
+
+def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    scored = labels != -100
+    return {"accuracy": float((predictions == labels)[scored].mean())} if scored.any() else {}
+
+
+def perplexities(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The perplexity of each model whose loss is there; a loss beyond the numbers that there are gives infinity."""
+    losses = {"eval_perplexity": "eval_loss", "eval_student_perplexity": "eval_student_loss"}
+    return {
+        name: math.exp(metrics[loss]) if metrics[loss] < 700 else math.inf
+        for name, loss in losses.items()
+        if loss in metrics
+    }
