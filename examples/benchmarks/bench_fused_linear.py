@@ -249,7 +249,7 @@ def sweep(axis: str, values: list[int], size: Size, rounds: int) -> Sweep:
     result = Sweep(axis, sizes, {name: [] for name in COMPARED}, {name: [] for name in COMPARED})
     for own in sizes:
         actions = {name: (name, None) for name in COMPARED if own.fits(name)}
-        seconds = measure(own, actions, rounds, warmup=1)
+        seconds = measure(own, actions, rounds, warmup=0)
         for name in COMPARED:
             fits = name in actions
             result.seconds[name].append(statistics.median(seconds[name]) if fits else math.nan)
@@ -314,7 +314,7 @@ def main() -> None:
     if args.chunk_size:
         show("Chunk sizes of ours", compare_chunks(size, rounds, args.chunk_size))
     if args.growth or args.plot:
-        few = max(1, rounds // 3)
+        few = max(2, rounds // 3)  # the comparison has warmed up
         sweeps = [
             sweep("positions", positions, replace(size, vocabulary=100 if args.quick else 30522), few),
             sweep("vocabulary", vocabularies, size, few),
