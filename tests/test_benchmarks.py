@@ -87,8 +87,9 @@ def test_language_models_report(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["masked", "causal"])
-def test_naive_co_distillation_computes_the_loss_and_gradients_of_ours(name, tmp_path):
-    """Otherwise the comparison would be between different things."""
+def test_variants_compute_the_same_loss_and_gradients_by_different_paths(name, tmp_path, caplog):
+    """Otherwise the comparison would be between different things, or between equal ones."""
+    caplog.set_level("INFO", logger="ctcd_trainer.trainer")
     work = language_models.WORKS[name].quick()
     batch = language_models.batch_of(work)
     losses, gradients = {}, {}
@@ -100,6 +101,8 @@ def test_naive_co_distillation_computes_the_loss_and_gradients_of_ours(name, tmp
         models = trainer.model if variant == language_models.NAIVE else trainer.pair.learners
         parameters = {name: model.named_parameters() for name, model in models.items()}
         gradients[variant] = {(name, key): p.grad for name, own in parameters.items() for key, p in own}
+    paths = [record.getMessage() for record in caplog.records if "language-model heads" in record.getMessage()]
+    assert [("fused pass" in path, "fused_lm_head" in path) for path in paths] == [(True, False), (False, True)]
     expected = losses[language_models.NAIVE]
     for variant in (language_models.OURS, language_models.UNFUSED):
         torch.testing.assert_close(losses[variant].detach(), expected.detach(), rtol=1e-5, atol=0)
