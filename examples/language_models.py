@@ -123,6 +123,12 @@ class Blueprint(NamedTuple):
     config_class: type[PreTrainedConfig]
     settings: dict[str, Any]
 
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Blueprint":
+        """The blueprint of a config that was saved with a model, without what is about that model alone."""
+        own = ("_name_or_path", "architectures")
+        return cls(type(config), {name: value for name, value in config.to_dict().items() if name not in own})
+
     def build(self) -> PreTrainedConfig:
         """The config."""
         return self.config_class.from_dict(copy.deepcopy(self.settings))
@@ -140,7 +146,7 @@ class Blueprint(NamedTuple):
         if overrides is None:
             return self
         config = self.build()
-        layers = config.num_hidden_layers
+        layers = getattr(config, "num_hidden_layers", None)
         try:
             config.update_from_string(overrides)
         except (ValueError, TypeError) as error:
@@ -165,8 +171,7 @@ class Blueprint(NamedTuple):
 def teacher_blueprint(model_args: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> Blueprint:
     """The teacher's config: its own, or the one from scratch, of the size of the tokenizer unless it is named."""
     if model_args.model_name_or_path is not None or model_args.config_name is not None:
-        config = load_config(model_args)
-        start = Blueprint(type(config), config.to_dict())
+        start = Blueprint.of(load_config(model_args))
     else:
         start = _of_type("model_type", model_args.model_type, _vocabulary_settings(tokenizer))
     return start.changed("config_overrides", model_args.config_overrides)
@@ -176,8 +181,7 @@ def student_blueprint(model_args: LanguageModelArguments, tokenizer: PreTrainedT
     """The config of a student from scratch: a named one, or the teacher's; with the settings that are given."""
     if model_args.student_config_name is not None:
         options = model_args.hub_options("student_config_name")
-        config = AutoConfig.from_pretrained(model_args.student_config_name, **options)
-        start = Blueprint(type(config), config.to_dict())
+        start = Blueprint.of(AutoConfig.from_pretrained(model_args.student_config_name, **options))
     else:
         start = teacher_blueprint(model_args, tokenizer)
         if model_args.student_model_type is not None:
@@ -235,15 +239,17 @@ def _load_or_make(
     seed: int,
 ) -> PreTrainedModel:
     """A model with embeddings for every token of the tokenizer."""
-    options = {} if model_args.dtype is None else {"dtype": model_args.dtype}
+    dtype = model_args.dtype
     if getattr(model_args, option) is not None:
+        options = {} if dtype is None else {"dtype": dtype}
         if option == "model_name_or_path" and model_args.config_name is not None:
             options["config"] = load_config(model_args)
         model = load_model(auto_class, option, model_args, seed, frozen, **options)
     else:
         blueprint = teacher_blueprint if option == "model_name_or_path" else student_blueprint
-        config = blueprint(model_args, tokenizer).build()
+        options = {} if dtype in (None, "auto") else {"dtype": dtype}
         set_seed(seed)
+        config = blueprint(model_args, tokenizer).build()
         model = auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
