@@ -3,13 +3,17 @@
 Change the class name of your `Trainer`, add a `student_model`, and get two models that taught each other.
 """
 
+from .evaluation import CoDistillationPredictionOutput
+from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
 from .student import create_student
-from .trainer import CoDistillationPredictionOutput, CoDistillationTrainer
+from .trainer import CoDistillationTrainer
 from .training_args import CoDistillationTrainingArguments
 from .version import __version__
 
 __all__ = [
     "CoDistillationPredictionOutput",
+    "CoDistillationSeq2SeqTrainer",
+    "CoDistillationSeq2SeqTrainingArguments",
     "CoDistillationTrainer",
     "CoDistillationTrainingArguments",
     "__version__",

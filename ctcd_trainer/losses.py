@@ -54,7 +54,24 @@ class Family(Protocol):
 
 
 class Categorical:
-    """One of several classes: probabilities are the softmax over the last dimension."""
+    """One of several classes: probabilities are the softmax over the last dimension.
+
+    Args:
+        possible: Which classes are possible, bool, of a shape that broadcasts to that of the logits; `None` for all.
+            The others have no probability.
+    """
+
+    #: In place of the logits of impossible classes: no probability in any dtype, and finite after a division by any
+    #: temperature, since infinities would make NaN of 0 times infinity.
+    _IMPOSSIBLE = -1e30
+
+    def __init__(self, possible: Tensor | None = None) -> None:
+        self._possible = possible
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        """The logits in fp32 or fp64, at impossible classes too low for any probability."""
+        logits = _upcast(logits)
+        return logits if self._possible is None else logits.masked_fill(~self._possible, self._IMPOSSIBLE)
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
         """Divergence of the two softmax distributions at this temperature, or mean squared difference of the logits.
@@ -69,16 +86,19 @@ class Categorical:
         Returns:
             One value per position, `(...)`.
         """
-        learner, source = _upcast(learner), _upcast(source)
+        learner, source = self._masked(learner), self._masked(source)
         divergence = SOFT_LOSSES[name]
         if divergence is None:
-            return (learner - source).square().mean(-1)
+            squares = (learner - source).square()
+            if self._possible is None:
+                return squares.mean(-1)
+            return squares.sum(-1) / self._possible.expand_as(squares).sum(-1).clamp(min=1)
         log_probs = (F.log_softmax(logits / temperature, dim=-1) for logits in (learner, source))
         return divergence(*log_probs) * temperature**2
 
     def same(self, first: Tensor, second: Tensor) -> Tensor:
         """Whether both choose the same class: bool `(...)` from logits `(..., classes)`."""
-        return first.argmax(-1) == second.argmax(-1)
+        return self._masked(first).argmax(-1) == self._masked(second).argmax(-1)
 
 
 class Bernoulli:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from .graph import STUDENT
+
 
 class LossMeter:
     """Adds up loss components on the device, so that no step waits for it, and notes when one was not finite."""
@@ -172,3 +174,19 @@ def predictions_of(learner: str, predictions: Any) -> Any:
     if isinstance(predictions, list):
         return [batch[learner] for batch in predictions]
     return predictions if predictions is None else predictions[learner]
+
+
+def perplexities(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """`<prefix>_perplexity` and `<prefix>_student_perplexity`: the exponentials of the losses.
+
+    Args:
+        metrics: With `<prefix>_loss` and `<prefix>_student_loss`, in nats.
+        prefix: Prefix of the evaluation.
+    """
+    found = {}
+    for name in ("", f"{STUDENT}_"):
+        loss = metrics.get(f"{prefix}_{name}loss")
+        if loss is not None:
+            with np.errstate(over="ignore"):
+                found[f"{prefix}_{name}perplexity"] = float(np.exp(loss))
+    return found

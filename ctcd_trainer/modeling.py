@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .fused_linear import LinearHead
 from .graph import STUDENT, TEACHER
-from .tasks import base_model
+from .lm_head import HeadTap
+from .tasks import Task, base_model
 
 
 class CoDistillationModel(PreTrainedModel):
@@ -23,6 +25,7 @@ class CoDistillationModel(PreTrainedModel):
 
     Args:
         learners: The models by name, the primary (the teacher) first.
+        task: What they are for.
         frozen: Names of the learners that are not trained. They stay in evaluation mode (no dropout, no update of
             running statistics), run without gradients, and their parameters have `requires_grad=False`.
         bystanders: Models that are run on the same batches outside of the pair. No learner is given an input that only
@@ -33,10 +36,17 @@ class CoDistillationModel(PreTrainedModel):
     supports_gradient_checkpointing = True
 
     def __init__(
-        self, learners: Mapping[str, nn.Module], frozen: Collection[str] = (), bystanders: Collection[nn.Module] = ()
+        self,
+        learners: Mapping[str, nn.Module],
+        task: Task,
+        frozen: Collection[str] = (),
+        bystanders: Collection[nn.Module] = (),
     ) -> None:
         super().__init__(PreTrainedConfig())
         self.learners = nn.ModuleDict(learners)
+        self.task = task
+        #: The output layers of the learners, where they are run without them (`up_to_head`).
+        self.taps: dict[str, HeadTap] = {}
         self.primary = next(iter(learners))
         self.config = self.learners[self.primary].config
         self.frozen = frozenset(frozen)
@@ -76,26 +86,47 @@ class CoDistillationModel(PreTrainedModel):
         """Input embeddings of the primary learner."""
         return base_model(self.learners[self.primary]).get_input_embeddings()
 
-    def forward(self, learner: str | None = None, **inputs: Any) -> Any:
+    def forward(
+        self, learner: str | None = None, labelled: bool = True, up_to_head: bool = False, **inputs: Any
+    ) -> Any:
         """Run every learner on the same inputs, or one of them.
 
         Each receives the inputs that its `forward` names: a DistilBERT student gets no `token_type_ids`.
 
         Args:
             learner: Name of the only learner to run; all of them by default.
+            labelled: Whether the learners get the labels of the batch, and compute their loss.
+            up_to_head: Whether to stop before the output layers (`taps`).
             **inputs: Tensors of the batch, `(rows, ...)`.
 
         Returns:
-            The outputs by name of the learner, or the output of the one that was asked for.
+            The outputs by name of the learner, or the output of the one that was asked for; `LinearHead`s with
+            `up_to_head`.
         """
         if learner is not None:
-            return self._run(learner, inputs)
-        return {name: self._run(name, inputs) for name in self.learners}
+            return self._run(learner, inputs, labelled, up_to_head)
+        return {name: self._run(name, inputs, labelled, up_to_head) for name in self.learners}
 
-    def _run(self, name: str, inputs: Mapping[str, Any]) -> Any:
-        model = self.learners[name]
+    def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, up_to_head: bool) -> Any:
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-            return model(**self.inputs_of(model, inputs))
+            tap = self.taps[name] if up_to_head else None
+            return self.run(self.learners[name], inputs, labelled, tap)
+
+    def run(
+        self, model: nn.Module, inputs: Mapping[str, Any], labelled: bool = True, tap: HeadTap | None = None
+    ) -> Any | LinearHead:
+        """Run a learner or a bystander on a batch; see `forward`.
+
+        Args:
+            model: The model.
+            inputs: The batch.
+            labelled: Whether it gets the labels.
+            tap: Its output layer, to stop before it.
+        """
+        if not labelled or tap is not None:
+            inputs = self.task.unlabelled(base_model(model), inputs)
+        own = self.inputs_of(model, inputs)
+        return model(**own) if tap is None else tap.run(model, own)
 
     def inputs_of(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a batch that a model takes: what its `forward` names, and what nobody names.
@@ -135,21 +166,24 @@ class CoDistillationModel(PreTrainedModel):
             model.save_pretrained(folder, is_main_process=is_main_process, state_dict=own, **kwargs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LearnerView:
     """One learner of a pair, called through whatever wraps the pair (DDP and the like need their own forward).
 
     Attributes:
         model: The pair, wrapped or not.
         learner: Name of the learner that a call runs.
+        outputs: What the last call returned.
     """
 
     model: nn.Module
     learner: str
+    outputs: Any = None
 
     def __call__(self, **inputs: Any) -> Any:
         """Output of the learner on the inputs."""
-        return self.model(learner=self.learner, **inputs)
+        self.outputs = self.model(learner=self.learner, **inputs)
+        return self.outputs
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:

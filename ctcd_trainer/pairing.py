@@ -29,6 +29,8 @@ class ModelSources:
         student_init: Makes the student, with no argument or with the trial of a hyperparameter search, or `None`.
         pretrained: The frozen pre-trained teacher: a model, a name or a path, or `None`.
         seed: Seed of the weights that loading or making a student draws.
+        task: The task, or its name, if the user gave one.
+        has_soft_loss: Whether the user's own function compares the outputs.
     """
 
     arguments: DistillationArguments
@@ -36,6 +38,8 @@ class ModelSources:
     student_init: Callable[..., PreTrainedModel] | None
     pretrained: PreTrainedModel | str | os.PathLike | None
     seed: int
+    task: Task | str | None = None
+    has_soft_loss: bool = False
 
     @property
     def given(self) -> bool:
@@ -85,7 +89,7 @@ class ModelSources:
         others = {"student_model": student}
         if self.pretrained is not None:
             others["pretrained_teacher"] = self.pretrained
-        task = validation.check_models(teacher, others)
+        task = validation.check_models(teacher, others, self.task, self.has_soft_loss)
         learners = {TEACHER: teacher, STUDENT: student}
         for name in self.arguments.graph.trained:
             validation.check_trainable(name, learners[name], self.arguments.distillation_mode)

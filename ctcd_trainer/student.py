@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .tasks import TASKS, find_task, is_peft_model, own_labels
+from .tasks import TASKS, base_model, find_task, is_peft_model, own_labels
 
 
 def load_model(
@@ -29,7 +29,10 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(name_or_path)
     if like is not None:
-        auto_model = find_task(like).auto_model
+        try:
+            auto_model = find_task(like).auto_model
+        except ValueError:  # a head that only the user's own soft loss knows
+            auto_model = type(base_model(like))
         if own_labels(config) is None:
             config.id2label, config.label2id = dict(like.config.id2label), dict(like.config.label2id)
         config.problem_type = config.problem_type or like.config.problem_type

@@ -85,6 +85,13 @@ class DistillationArguments:
         default=None,
         metadata={"help": "Norm to which the student's gradients are clipped, 0 for none. Default: `max_grad_norm`."},
     )
+    fused_lm_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether language models compute all losses in one chunked pass over the scored positions, "
+            "without the logits of all positions. Where the models do not allow it, whole logits are used anyway."
+        },
+    )
     student_hub_model_id: str | None = field(
         default=None,
         metadata={"help": "Repository of the student alone on the Hub. Default: `<hub_model_id>-student`."},

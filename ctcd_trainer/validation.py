@@ -1,16 +1,15 @@
 """Checks of what the user passes, made before any work starts. Each error names both values and a remedy."""
 
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .graph import Graph
-from .tasks import IGNORE_INDEX, Task, find_task
+from .tasks import Task, UnknownHead, find_task, named_task
 
 #: Columns that Trainer's data collators take as labels.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -69,12 +68,19 @@ def check_arguments(args: TrainingArguments | None) -> None:
         )
 
 
-def check_models(teacher: PreTrainedModel, others: Mapping[str, PreTrainedModel]) -> Task:
+def check_models(
+    teacher: PreTrainedModel,
+    others: Mapping[str, PreTrainedModel],
+    given_task: Task | str | None = None,
+    has_soft_loss: bool = False,
+) -> Task:
     """The models must be distinct and their predictions comparable.
 
     Args:
         teacher: The teacher.
         others: The other models by the name of their argument.
+        given_task: The user's task, or the name of one; by default it is recognised by the class of the models.
+        has_soft_loss: Whether the user's own function compares the outputs, so that any head will do.
 
     Returns:
         The task of all of them.
@@ -83,11 +89,11 @@ def check_models(teacher: PreTrainedModel, others: Mapping[str, PreTrainedModel]
         ValueError: One is no model with a supported head, one is given twice, two share a parameter, or their heads do
             not fit together.
     """
-    task = find_task(teacher)
+    task = task_of(teacher, "model", given_task, has_soft_loss)
     models = {"model": teacher}
     owners = _storage_of(teacher, "model")
     for argument, model in others.items():
-        if type(find_task(model, argument)) is not type(task):
+        if type(task_of(model, argument, given_task, has_soft_loss)) is not type(task):
             raise ValueError(
                 f"`model` is a {type(teacher).__name__} and `{argument}` is a {type(model).__name__}: their heads are "
                 "for different tasks. Load both with the same `AutoModelFor...` class."
@@ -110,6 +116,18 @@ def check_models(teacher: PreTrainedModel, others: Mapping[str, PreTrainedModel]
         owners |= own
         task.check_pair(teacher.config, model.config, argument)
     return task
+
+
+def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None, has_soft_loss: bool) -> Task:
+    """The task of a model: the given one, or the one of its head; see `check_models`."""
+    if given_task is not None:
+        return named_task(given_task, model.config)
+    try:
+        return find_task(model, argument)
+    except ValueError:
+        if has_soft_loss and hasattr(model, "config"):
+            return UnknownHead(model.config)
+        raise
 
 
 def _storage_of(model: nn.Module, argument: str) -> dict[int, tuple[str, str]]:
@@ -178,7 +196,8 @@ def check_vocabularies(
         teacher: The teacher.
         other: The model that is paired with it, if there is one.
         argument: Name of the argument that gave it.
-        processing_class: The trainer's; it counts if it is a tokenizer or has one.
+        processing_class: The trainer's; it counts if it is a tokenizer or has one. Without one, the tokenizer that the
+            teacher was saved with stands for it.
 
     Raises:
         ValueError: The tokenizers differ, or the sizes do and the difference is no padding.
@@ -189,6 +208,9 @@ def check_vocabularies(
     if None in sizes.values():
         return
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    named = "`processing_class`"
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer, named = _saved_tokenizer(teacher), "`model`"
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         own = _saved_tokenizer(other)
         tokens, other_tokens = (
@@ -200,12 +222,14 @@ def check_vocabularies(
             index for index in sorted(tokens.keys() & other_tokens.keys()) if tokens[index] != other_tokens[index]
         ]
         if different:
-            index = different[0]
+            first = "; ".join(
+                f"id {index} is {other_tokens[index]!r} for one and {tokens[index]!r} for the other"
+                for index in different[:3]
+            )
             raise ValueError(
-                f"`{argument}` was trained with another tokenizer than `processing_class`: {own.name_or_path!r} has "
-                f"{len(other_tokens)} tokens and {tokenizer.name_or_path!r} has {len(tokens)}, and id {index} is "
-                f"{other_tokens[index]!r} for one and {tokens[index]!r} for the other. Choose a model that shares the "
-                "tokenizer, or cut one from the teacher with `create_student`."
+                f"`{argument}` was trained with another tokenizer than {named}: {own.name_or_path!r} has "
+                f"{len(other_tokens)} tokens and {tokenizer.name_or_path!r} has {len(tokens)}, and {first}. "
+                "Choose a model that shares the tokenizer, or cut one from the teacher with `create_student`."
             )
         if all(_is_padded(size, len(tokenizer)) for size in sizes.values()):
             return
@@ -278,29 +302,6 @@ def check_labels(task: Task, dataset: Any, argument: str) -> None:
         labels = [row[column] for row in dataset] if column else None
     if labels is not None:
         try:
-            task.check_labels(_as_array(labels))
+            task.check_labels(labels)
         except ValueError as error:
             raise ValueError(f"`{argument}`: {error}") from error
-
-
-def _as_array(labels: Iterable[Any]) -> np.ndarray:
-    """Labels as an array of numbers.
-
-    Raises:
-        ValueError: A row has none, a text, or another number of values than the first one; names it.
-    """
-    labels = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
-    shape = np.shape(labels[0]) if labels and labels[0] is not None else ()
-    for row, label in enumerate(labels):
-        values = label if isinstance(label, (list, tuple)) else [label]
-        if any(not isinstance(value, (int, float)) for value in values):
-            raise ValueError(
-                f"Label {label!r} of row {row} is no number. Encode labels as numbers (`Dataset.class_encode_column`)"
-                f", and drop rows without a label or give them the label {IGNORE_INDEX}."
-            )
-        if np.shape(label) != shape:
-            raise ValueError(
-                f"Label {label!r} of row {row} has the shape {np.shape(label)}, and the one of row 0 has {shape}. "
-                "Give every row the same number of values."
-            )
-    return np.asarray(labels)

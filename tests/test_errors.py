@@ -11,7 +11,6 @@ from tiny import collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights
 from tokenizers import Tokenizer, models
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForTokenClassification,
     BertModel,
     PreTrainedTokenizerFast,
@@ -213,20 +212,20 @@ def test_a_loss_that_breaks_in_the_last_step_is_not_missed(tmp_path):
         trainer.train()
 
 
-def test_a_head_that_is_not_supported_is_refused(tmp_path):
+def test_a_head_that_is_not_known_is_refused_with_both_ways_out(tmp_path):
     config = BertConfig(
         vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    for cls in (BertModel, BertForMaskedLM):
-        with pytest.raises(
-            ValueError, match=f"`model` is a {cls.__name__}, a head that cannot be co-distilled.*AutoModel"
-        ):
-            tiny_trainer(tmp_path, model=cls(config))
+    message = "`model` is a BertModel, a head that is not known.*AutoModelFor.*`soft_loss_func.*`task`: 'sequence-cl"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, model=BertModel(config))
+    with pytest.raises(ValueError, match="`task='summary'` is unknown. Valid values: sequence-classification, token"):
+        tiny_trainer(tmp_path, task="summary")
 
 
 def test_a_model_of_another_head_is_refused_whichever_it_is(tmp_path):
     config = BertConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    message = "`student_model` is a BertForTokenClassification, a head that cannot be co-distilled"
+    message = "`model` is a BertForSequenceClassification and `student_model` is a BertForTokenClassification"
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, student_model=BertForTokenClassification(config))
     with pytest.raises(ValueError, match="`pretrained_teacher` is a BertModel, a head"):

@@ -1,0 +1,154 @@
+"""Running a language model up to its last layer, so that the losses can be computed without the logits.
+
+No model is copied or changed. While it runs, a hook takes what goes into its output layer and passes on nothing, so
+the model finishes with logits of no position. Whether the logits are really a linear map of what was taken, with which
+factors, is not read from the code of the model but tried: on one row, against the logits and the loss of the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .fused_linear import LinearHead, ScoredPositions, select_positions
+from .tasks import IGNORE_INDEX, Task, base_model
+
+
+class NoLinearHeadError(Exception):
+    """The losses of a model cannot be computed from the input of its last layer; the message says why."""
+
+
+@dataclass(frozen=True)
+class HeadTap:
+    """The output layer of a model, and how logits follow from its outputs.
+
+    Attributes:
+        layer: The layer.
+        extra_bias: What the model adds to the layer's outputs (BART's `final_logits_bias`), `(1, vocabulary)`.
+        scale: Factor of the outputs.
+        softcap: Bound of the logits.
+    """
+
+    layer: nn.Linear
+    extra_bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> LinearHead:
+        """Run a model up to the output layer.
+
+        Args:
+            model: The model.
+            inputs: Its inputs, without labels.
+
+        Returns:
+            The head with the hidden states `(rows, length, width)` that would go into it.
+
+        Raises:
+            NoLinearHeadError: The model does not call the layer exactly once.
+        """
+        taken: list[Tensor] = []
+
+        def take(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            taken.append(args[0])
+            return (args[0][:, :0],)
+
+        handle = self.layer.register_forward_pre_hook(take)
+        try:
+            model(**inputs)
+        finally:
+            handle.remove()
+        if len(taken) != 1:
+            raise NoLinearHeadError(f"its output layer is called {len(taken)} times")
+        # A view: DDP looks for the parameters that a forward has used behind its outputs, and overlooks bare ones.
+        weight, bias = self.layer.weight.view_as(self.layer.weight), self.layer.bias
+        if bias is not None:
+            bias = bias.view_as(bias)
+        if self.extra_bias is not None:
+            bias = self.extra_bias.reshape(-1) if bias is None else bias + self.extra_bias.reshape(-1)
+        return LinearHead(taken[0], weight, bias, self.scale, self.softcap)
+
+
+def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matters: bool = True) -> HeadTap:
+    """Find the output layer of a language model, and try whether its logits and its loss follow from it.
+
+    Args:
+        model: The model; it is run on one row, in evaluation mode.
+        task: Its task.
+        inputs: A batch with labels of which at least one is scored, as the model takes it.
+        loss_matters: Whether the loss of the model must be the mean cross-entropy.
+
+    Raises:
+        NoLinearHeadError: They do not, or there is no such layer.
+    """
+    if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+        raise NoLinearHeadError("its loss has a term for the balance of its experts")
+    layer = base_model(model).get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise NoLinearHeadError(f"its output layer is {'none' if layer is None else type(layer).__name__}")
+    row = _one_row(inputs, task.targets(inputs))
+    targets = task.targets(row)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(**row)
+            taps = [
+                HeadTap(layer, getattr(base_model(model), "final_logits_bias", None), scale, softcap)
+                for scale, softcap in _candidates(model)
+            ]
+            head = taps[0].run(model, task.unlabelled(base_model(model), row))
+            if head.hidden.shape[:-1] != targets.shape:
+                raise NoLinearHeadError(
+                    f"{tuple(head.hidden.shape[:-1])} positions go into its output layer, not {tuple(targets.shape)}"
+                )
+            labels, index = ScoredPositions(targets).labels_and_index()
+            head = select_positions(head, index)
+            expected = task.compared(outputs, row).float()
+            heads = (LinearHead(head.hidden, head.weight, head.bias, tap.scale, tap.softcap) for tap in taps)
+            logits = [one.logits().float() for one in heads]
+            if logits[0].shape != expected.shape:
+                raise NoLinearHeadError(f"its logits are {tuple(expected.shape)}, not {tuple(logits[0].shape)}")
+            errors = [_error(own, expected) for own in logits]
+            best = errors.index(min(errors))
+            if errors[best] > (1e-4 if head.hidden.dtype == torch.float32 else 2e-2):
+                raise NoLinearHeadError("its logits are not those of its output layer")
+            loss = F.cross_entropy(expected, labels)
+            exact = outputs["loss"].dtype == torch.float32
+            if loss_matters and _error(loss[None], outputs["loss"].float().reshape(1)) > (1e-5 if exact else 1e-2):
+                raise NoLinearHeadError("its loss is not the mean cross-entropy")
+    finally:
+        model.train(was_training)
+    return taps[best]
+
+
+def _one_row(inputs: Mapping[str, Any], targets: Tensor) -> dict[str, Any]:
+    """The row with the most scored positions."""
+    best = int(targets.ne(IGNORE_INDEX).sum(-1).argmax())
+    return {
+        name: value[best : best + 1] if isinstance(value, Tensor) and value.shape[:1] == targets.shape[:1] else value
+        for name, value in inputs.items()
+    }
+
+
+def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
+    """Factors and bounds of the logits that the config of a model speaks of."""
+    configs = [model.config, model.config.get_text_config(decoder=True)]
+
+    def settings(name: str) -> set[float]:
+        found = {getattr(config, name, None) for config in configs}
+        return {float(value) for value in found if isinstance(value, (int, float)) and value}
+
+    scales = {1.0, *settings("logit_scale"), *settings("lm_head_multiplier")}
+    for value in settings("logits_scaling"):
+        scales |= {value, 1.0 / value}
+    return [(scale, softcap) for softcap in (None, *settings("final_logit_softcapping")) for scale in sorted(scales)]
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors, as a part of the largest value of its row."""
+    scale = expected.abs().amax(-1, keepdim=True).clamp(min=1e-3)
+    return ((actual - expected).abs() / scale).max().item()

@@ -1,0 +1,87 @@
+"""One optimizer for all learners, each with its own rate, decay and clipping."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .graph import STUDENT, Graph
+from .hub import PairHubTrainer
+from .training_args import DistillationArguments, learner_arguments
+
+
+class PairOptimizationTrainer(PairHubTrainer):
+    """What Trainer does for the optimizer and for gradients, for two models."""
+
+    distillation: DistillationArguments
+    _grad_norms: dict[str, Tensor]
+    _student_rates: list[float]
+
+    @property
+    def graph(self) -> Graph:
+        """Who learns from whom, with which weights."""
+        return self.distillation.graph
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer with the parameter groups that Trainer would make for each learner alone.
+
+        A group carries the name of its learner under the key `"learner"`. Frozen learners have none.
+        """
+        if self.pair is not None and self.pair.frozen != set(self.graph.frozen):
+            raise ValueError(
+                f"`distillation_mode={self.distillation.distillation_mode!r}` and its weights freeze "
+                f"{sorted(self.graph.frozen)}, and the trainer was made for arguments that freeze "
+                f"{sorted(self.pair.frozen)}. Make a new trainer for other arguments."
+            )
+        if self.pair is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        merged = None
+        for learner, learner_model in self.pair.trained.items():
+            self.optimizer = None
+            with self._arguments_of(learner):
+                optimizer = super().create_optimizer(learner_model)
+            own_rate = getattr(self.args, f"{learner}_learning_rate", None)
+            for group in optimizer.param_groups:
+                group["learner"] = learner
+                if own_rate is not None:  # `optimizer_cls_and_kwargs` brings a rate for both
+                    group["lr"] = own_rate
+                if merged is not None:
+                    merged.add_param_group(group)
+            if merged is None:
+                merged = optimizer
+            else:
+                merged.state.update(optimizer.state)  # some optimizers (Adagrad) fill it when they are made
+        self.optimizer = merged
+        return merged
+
+    @contextmanager
+    def _arguments_of(self, learner: str) -> Iterator[None]:
+        """Let Trainer see the arguments of one learner, without a change to the user's object."""
+        args = self.args
+        self.args = learner_arguments(args, learner)
+        try:
+            yield
+        finally:
+            self.args = args
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
+        """Clip each learner by its own norm; one norm over both would couple them. Returns the norm over both."""
+        if self.pair is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        self._grad_norms = {
+            name: nn.utils.clip_grad_norm_(
+                learner.parameters(), learner_arguments(self.args, name).max_grad_norm or float("inf")
+            )
+            for name, learner in self.pair.trained.items()
+        }
+        # Trainer logs the learning rate of the step that is about to be made.
+        self._student_rates = [group["lr"] for group in self.optimizer.param_groups if group.get("learner") == STUDENT]
+        return torch.stack(list(self._grad_norms.values())).norm()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The norm over both; clips here if only the student is to be clipped."""
+        if self.pair is not None and grad_norm is None:
+            return self._clip_grad_norm(model)
+        return super()._get_grad_norm(model, grad_norm)
