@@ -39,6 +39,7 @@ def test_it_is_a_training_arguments_with_the_documented_defaults():
         "student_learning_rate": None,
         "student_weight_decay": None,
         "student_max_grad_norm": None,
+        "fused_lm_head": True,
         "student_hub_model_id": None,
     }
 
