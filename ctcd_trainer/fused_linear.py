@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .graph import Edge
@@ -217,30 +218,35 @@ class _LinearLosses(torch.autograd.Function):
         device = losses.labels.device
         exact = torch.float64 if any(head.hidden.dtype == torch.float64 for head in heads.values()) else torch.float32
         learners = {*losses.hard_weights, *(edge.learner for edge in losses.edges)}
-        parts = {}
-        for index, (name, head) in enumerate(heads.items()):
-            needs = ctx.needs_input_grad[2 + 3 * index : 5 + 3 * index]
-            dtype = head.weight.dtype
-            if torch.is_autocast_enabled(device.type) and exact != torch.float64:
-                dtype = torch.get_autocast_dtype(device.type)
-            parts[name] = _Part(head, dtype, exact, [need and name in learners for need in needs])
-        with torch.autocast(device.type, enabled=False):
-            values = _run(losses, parts, exact)
-        ctx.mark_non_differentiable(values)
+        autocast = torch.is_autocast_enabled(device.type) and exact != torch.float64
+        needs = ctx.needs_input_grad[2:]
+
+        def compute() -> tuple[Tensor, list[Tensor | None]]:
+            parts = {}
+            for index, (name, head) in enumerate(heads.items()):
+                dtype = torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype
+                own = [need and name in learners for need in needs[3 * index : 3 * index + 3]]
+                parts[name] = _Part(head, dtype, exact, own)
+            with torch.autocast(device.type, enabled=False):
+                values = _run(losses, parts, exact)
+            return values, [grad for p in parts.values() for grad in (p.grad_hidden, p.grad_weight, p.grad_bias)]
+
+        values, ctx.gradients = compute()
+        ctx.compute = compute
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        ctx.gradients = [grad for p in parts.values() for grad in (p.grad_hidden, p.grad_weight, p.grad_bias)]
+        ctx.save_for_backward(*tensors)  # for the check that nobody has changed them
+        ctx.mark_non_differentiable(values)
         weights = [*losses.hard_weights.values(), *(edge.weight for edge in losses.edges)]
         total = (values * torch.tensor(weights, dtype=exact).to(device, non_blocking=True)).sum()
         return total, values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "The fused loss of the language-model heads was differentiated twice: its gradients are computed once "
-                "and then handed on. Set `fused_lm_head=False` for `retain_graph=True`."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
+        _ = ctx.saved_tensors
+        # The gradients are handed on and not kept, so a second backward pass (`retain_graph=True`) has to compute them
+        # again.
+        gradients, ctx.gradients = ctx.gradients or ctx.compute()[1], None
         scaled = (
             None if grad is None else grad.mul_(grad_total).to(dtype)
             for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
