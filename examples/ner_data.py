@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,27 +57,38 @@ class WordLabels:
     data_names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, datasets: Iterable[Dataset], column: str) -> "WordLabels":
+    def of(cls, datasets: Iterable[Dataset], column: str, config: PreTrainedConfig) -> "WordLabels":
         """The labels of some data sets: the names of a `ClassLabel`, or all that occur, sorted.
+
+        If the model knows them all (and maybe more), the labels are the model's, in its order. So they are where no
+        data set has labels.
 
         Args:
             datasets: Data sets with the same labels, such as the splits of one. Those without the column are skipped.
             column: Name of the column.
+            config: Config of the model.
 
         Raises:
-            ValueError: No data set has the column, or fewer than two labels occur.
+            ValueError: Fewer than two labels occur, or there are none in the data nor in the config.
         """
+        own = _named_labels(config)
         labelled = [dataset for dataset in datasets if column in dataset.column_names]
         if not labelled:
-            raise ValueError(f"No split of the data has a column {column!r} of labels: give `--label_column_name`.")
+            if own is None:
+                raise ValueError(
+                    f"No split of the data has a column {column!r} of labels, and the model names none: give "
+                    "`--label_column_name`, or a model that was trained for this task."
+                )
+            return cls(tuple(own))
         item = getattr(labelled[0].features[column], "feature", None)
-        if isinstance(item, ClassLabel):
-            return cls(tuple(item.names), tuple(item.names))
-        values = {value for dataset in labelled for row in dataset[column] for value in words_of(row)}
-        names = tuple(str(value) for value in sorted(values - {None}))
+        data_names = tuple(item.names) if isinstance(item, ClassLabel) else None
+        names = data_names
+        if names is None:
+            values = {value for dataset in labelled for row in dataset[column] for value in words_of(row)}
+            names = tuple(str(value) for value in sorted(value for value in values if not _is_missing(value)))
         if len(names) < 2:
             raise ValueError(f"The column {column!r} has only the labels {list(names)}: two or more are needed.")
-        return cls(names)
+        return cls(tuple(own) if own is not None and set(names) <= set(own) else names, data_names)
 
     @property
     def for_config(self) -> dict[str, Any]:
@@ -87,23 +98,18 @@ class WordLabels:
             "label2id": {name: index for index, name in enumerate(self.names)},
         }
 
-    def ordered_as(self, config: PreTrainedConfig) -> "WordLabels":
-        """The labels of a model that knows all of these (and maybe more), in its order; else these."""
-        own = _named_labels(config)
-        return replace(self, names=tuple(own)) if own is not None and set(self.names) <= set(own) else self
-
     def same_order(self, config: PreTrainedConfig) -> bool:
         """Whether the outputs of a model mean these labels in this order, so far as its config tells."""
         own = _named_labels(config)
         return own is None or own == list(self.names)
 
     def index(self, value: Any) -> int:
-        """Index of a label of the data in the models' outputs; a missing or negative one is not scored.
+        """Index of a label of the data in the models' outputs; `IGNORED` for a missing one.
 
         Raises:
             ValueError: The label is unknown.
         """
-        if value is None or (self.data_names is not None and value < 0):
+        if _is_missing(value):
             return IGNORED
         name = str(value) if self.data_names is None else self.data_names[value]
         if name not in self.names:
@@ -114,6 +120,10 @@ class WordLabels:
         """Label of the later sub-words of a word: an entity that begins (`B-X`) goes on (`I-X`)."""
         name = self.names[index]
         return self.names.index(f"I-{name[2:]}") if name[:2] == "B-" and f"I-{name[2:]}" in self.names else index
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and value < 0)
 
 
 def _named_labels(config: PreTrainedConfig) -> list[str] | None:

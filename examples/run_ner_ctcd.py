@@ -4,7 +4,7 @@
 Named entities, a 12-layer teacher and a 6-layer student cut from it:
 
     python examples/run_ner_ctcd.py --model_name_or_path google-bert/bert-base-cased --student_num_hidden_layers 6 \
-        --dataset_name eriktks/conll2003 --do_train --do_eval --output_dir out
+        --dataset_name lhoestq/conll2003 --do_train --do_eval --output_dir out
 
 Your own files (columns `tokens` and `ner_tags`: lists, or texts with spaces between the words), a student of its own:
 
@@ -19,6 +19,7 @@ each row and a label for each word, `_` for words beyond `--max_seq_length`.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,6 +30,7 @@ from script_common import (
     DataArguments,
     ModelArguments,
     allowed_length,
+    card_of,
     check_arguments,
     checkpoint_to_resume,
     evaluate,
@@ -131,6 +133,25 @@ def load_data(
     return selected, list(raw.values())
 
 
+def find_columns(selected: Mapping[str, Dataset], data_args: NerDataArguments) -> tuple[str, str]:
+    """The columns of words and of labels. A test set needs no labels.
+
+    Args:
+        selected: The rows by split.
+        data_args: The arguments that may name the columns.
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    usual = (f"{data_args.task_name}_tags", "tags", "labels")
+    text_column, label_column = data_args.text_column_name, data_args.label_column_name
+    for split, rows in selected.items():
+        text_column = find_column(rows, text_column, "text_column_name", ("tokens", "words"))
+        if split != "test":
+            label_column = find_column(rows, label_column, "label_column_name", usual)
+    return text_column, label_column or usual[0]
+
+
 def load_tagger(
     option: str, frozen: bool, model_args: NerModelArguments, labels: WordLabels, seed: int
 ) -> PreTrainedModel:
@@ -207,10 +228,8 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(training_args)
 
     selected, splits = load_data(model_args, data_args, training_args)
-    text_column = find_column(splits[0], data_args.text_column_name, "text_column_name", ("tokens", "words"))
-    usual = (f"{data_args.task_name}_tags", "tags", "labels")
-    label_column = find_column(splits[0], data_args.label_column_name, "label_column_name", usual)
-    labels = WordLabels.of(splits, label_column).ordered_as(load_config(model_args))
+    text_column, label_column = find_columns(selected, data_args)
+    labels = WordLabels.of(splits, label_column, load_config(model_args))
 
     # Padding on the left would move the words away from the positions that `predict` looks them up at.
     tokenizer = load_tokenizer(model_args, padding_side="right")
@@ -253,10 +272,7 @@ def main() -> None:
     metrics = evaluate(trainer) if training_args.do_eval else {}
     if training_args.do_predict:
         predict(trainer, selected["test"], labels)
-    card = {"tasks": "token-classification"}
-    if data_args.dataset_name is not None and not os.path.isdir(data_args.dataset_name):  # a name that others know
-        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-    finish(trainer, metrics, card)
+    finish(trainer, metrics, card_of(data_args, "token-classification"))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from script_common import (
     DataArguments,
     ModelArguments,
     allowed_length,
+    card_of,
     check_arguments,
     checkpoint_to_resume,
     evaluate,
@@ -350,10 +351,7 @@ def main() -> None:
         predicted["predict_samples"] = len(inputs["test"])
         trainer.log_metrics("predict", predicted)
         trainer.save_metrics("predict", predicted)
-    card = {"tasks": "question-answering"}
-    if data_args.dataset_name is not None and not os.path.isdir(data_args.dataset_name):  # a name that others know
-        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-    finish(trainer, metrics, card)
+    finish(trainer, metrics, card_of(data_args, "question-answering"))
 
 
 if __name__ == "__main__":

@@ -267,6 +267,27 @@ def test_labels_in_the_order_of_a_model_that_knows_them(script, tmp_path):
     assert results(out)["eval_agreement"] == 1
 
 
+def test_words_are_labelled_by_a_trained_model_without_any_labels(script, tmp_path):
+    own = {"id2label": {0: "O", 1: "B-X"}, "label2id": {"O": 0, "B-X": 1}}
+    model = save_model(tmp_path / "model", head=True, **own)
+    test = [{"words": row["tokens"]} for row in sentences(5, 9)]
+    options = {"model_name_or_path": model, "distillation_mode": "standalone"}
+    out = script("--do_predict", test_file=save_rows(tmp_path / "test.json", test), **options)
+    assert lines_of(out / "predictions.txt") == labels_of(Path(model), [{"tokens": row["words"]} for row in test])
+
+
+def test_labels_as_numbers(script, tmp_path, teacher):
+    rows = [{"words": row["tokens"], "tags": [TAGS.index(tag) for tag in row["ner_tags"]]} for row in sentences(8, 0)]
+    rows[1]["tags"] = [-100] * len(rows[1]["tags"])
+    files = {f"{split}_file": save_rows(tmp_path / f"{split}.json", rows) for split in ("train", "validation")}
+    out = script("--do_train", "--do_eval", model_name_or_path=teacher, student_num_hidden_layers=1, **files)
+    assert json.loads((out / "student" / "config.json").read_text())["label2id"] == {str(i): i for i in range(5)}
+    found = labels_of(out / "student", [{"tokens": row["words"]} for row in rows])
+    right = [a == str(b) for own, row in zip(found, rows, strict=True) for a, b in zip(own, row["tags"], strict=True)]
+    scored = sum(tag >= 0 for row in rows for tag in row["tags"])
+    assert results(out)["eval_student_accuracy"] == pytest.approx(sum(right) / scored)
+
+
 def test_frozen_model_of_other_labels_is_refused(script, tmp_path, teacher):
     names = ["O", "B-ORG", "I-ORG", "B-MISC", "I-MISC"]
     own = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
@@ -451,10 +472,13 @@ def test_words_without_labels(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"tokens": [["a"]]}, r"No split of the data has a column 'tags' of labels: give `--label_column_name`"),
+        (
+            {"tokens": [["a"]]},
+            "No split of the data has a column 'tags' of labels, and the model names none: give `--l",
+        ),
         ({"tokens": [["a"]], "tags": [["O"]]}, r"The column 'tags' has only the labels \['O'\]: two or more"),
     ],
 )
 def test_labels_that_cannot_be_learnt(rows, message):
     with pytest.raises(ValueError, match=message):
-        WordLabels.of([Dataset.from_dict(rows)], "tags")
+        WordLabels.of([Dataset.from_dict(rows)], "tags", BertConfig())
