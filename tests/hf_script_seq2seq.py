@@ -114,7 +114,8 @@ def run_seq2seq(
     if args.do_predict:
         output = trainer.predict(data["test"], metric_key_prefix="predict", max_length=12, num_beams=1)
         report(trainer, "predict", output.metrics)
-        path = Path(args.output_dir) / "generated_predictions.txt"
-        path.write_text("\n".join(decoded(output.predictions)), encoding="utf-8")
+        if args.predict_with_generate:
+            path = Path(args.output_dir) / "generated_predictions.txt"
+            path.write_text("\n".join(decoded(output.predictions)), encoding="utf-8")
     trainer.create_model_card(finetuned_from=model_path, tasks=tasks)
     return Run(trainer, metrics, output)
