@@ -116,7 +116,12 @@ class Blocks:
     def __call__(self, batch: Mapping[str, Sequence[str | None]]) -> dict[str, list]:
         """Tokens of a batch of texts."""
         texts = [text or "" for text in batch["text"]]
-        tokens = self.tokenizer(texts, return_special_tokens_mask=self.masked, verbose=False)
+        tokens = self.tokenizer(
+            texts,
+            return_special_tokens_mask=self.masked,
+            return_token_type_ids=False,  # GPT-2 would add what they mean to a BERT tokenizer to its embeddings
+            verbose=False,  # texts may be longer than the models allow: they are cut into blocks
+        )
         joined = {name: list(chain.from_iterable(values)) for name, values in tokens.items()}
         end = len(joined["input_ids"]) // self.length * self.length
         starts = range(0, end, self.length)
