@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    DataCollatorForLanguageModeling,
     EvalPrediction,
     GPT2Config,
     GPT2LMHeadModel,
@@ -187,6 +189,28 @@ def test_masked_models_are_trained_and_saved(run, tmp_path, bert, options):
         assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
         assert found[f"{prefix}perplexity"] == pytest.approx(math.exp(found[f"{prefix}loss"]), rel=1e-6)
         assert 0 <= found[f"{prefix}accuracy"] <= 1
+
+
+def test_masked_models_are_scored_at_the_masked_tokens(run, tmp_path, bert, monkeypatch):
+    always_the_same = partial(DataCollatorForLanguageModeling, seed=0)
+    monkeypatch.setattr(run_mlm_ctcd, "DataCollatorForLanguageModeling", always_the_same)
+    student = save_model(tmp_path / "student", "bert", layers=1, seed=1)
+    options = {"student_model_name_or_path": student, "mlm_probability": 0.4, "per_device_eval_batch_size": 99}
+    found = results(run(run_mlm_ctcd, "--do_eval", model_name_or_path=bert, **options, **save_files(tmp_path)))
+
+    tokenizer = tiny_tokenizer("bert")
+    rows = [{"input_ids": ids} for ids in blocks_of(tokenizer, texts(20, seed=1), 16).tolist()]
+    batch = always_the_same(tokenizer, mlm_probability=0.4)(rows)
+    masked = batch["labels"] != -100
+    assert 0.3 < masked.float().mean() < 0.5
+    for folder, prefix in ((bert, "eval_"), (student, "eval_student_")):
+        with torch.no_grad():
+            logits = AutoModelForMaskedLM.from_pretrained(folder)(batch["input_ids"]).logits[masked]
+        loss = F.cross_entropy(logits, batch["labels"][masked]).item()
+        accuracy = (logits.argmax(-1) == batch["labels"][masked]).float().mean().item()
+        assert found[f"{prefix}loss"] == pytest.approx(loss, rel=1e-5)
+        assert found[f"{prefix}perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert found[f"{prefix}accuracy"] == pytest.approx(accuracy)
 
 
 def test_from_scratch_the_students_config_is_the_teachers_but_for_what_is_given(run, tmp_path, bert):
