@@ -19,7 +19,7 @@ each row and a label for each word, `_` for words beyond `--max_seq_length`.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -197,15 +197,24 @@ def predicted_labels(logits: Tensor | tuple, labels: Tensor | None) -> Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
-def predict(trainer: CoDistillationTrainer, rows: Dataset, labels: WordLabels) -> None:
-    """Write both models' labels of the words of each row, in the order of the data."""
+def predict(
+    trainer: CoDistillationTrainer, rows: Dataset, first_tokens: Sequence[list[int]], labels: WordLabels
+) -> None:
+    """Write both models' labels of the words of each row, in the order of the data.
+
+    Args:
+        trainer: The trainer.
+        rows: The tokens.
+        first_tokens: Position of the first token of each word of each row, or `CUT_OFF`.
+        labels: What the labels mean.
+    """
     with in_order(trainer):
         output = trainer.predict(rows, metric_key_prefix="predict", student_predictions=True)
     trainer.log_metrics("predict", output.metrics)
     trainer.save_metrics("predict", output.metrics)
     if not trainer.is_world_process_zero():
         return
-    cut_off = sum(positions.count(CUT_OFF) for positions in rows[FIRST_TOKENS])
+    cut_off = sum(positions.count(CUT_OFF) for positions in first_tokens)
     if cut_off:
         logger.warning("%d words of the test data lie beyond `--max_seq_length` and get no label.", cut_off)
     for suffix, predictions in (("", output.predictions), ("_student", output.student_predictions)):
@@ -213,7 +222,7 @@ def predict(trainer: CoDistillationTrainer, rows: Dataset, labels: WordLabels) -
             continue
         path = os.path.join(trainer.args.output_dir, f"predictions{suffix}.txt")
         with open(path, "w", encoding="utf-8") as file:
-            for positions, indices in zip(rows[FIRST_TOKENS], np.asarray(predictions), strict=True):
+            for positions, indices in zip(first_tokens, np.asarray(predictions), strict=True):
                 words = ("_" if position == CUT_OFF else labels.names[indices[position]] for position in positions)
                 file.write(f"{' '.join(words)}\n")
 
@@ -246,8 +255,8 @@ def main() -> None:
         tokenizer, labels, text_column, label_column, max_length, pad, data_args.label_all_tokens
     )
     with training_args.main_process_first(desc="tokenizing"):
-        for split, rows in selected.items():
-            selected[split] = rows.map(
+        tokens = {
+            split: rows.map(
                 preprocessor,
                 batched=True,
                 num_proc=data_args.preprocessing_num_workers,
@@ -255,14 +264,17 @@ def main() -> None:
                 load_from_cache_file=not data_args.overwrite_cache,
                 desc=f"Tokenizing {split}",
             )
+            for split, rows in selected.items()
+        }
+    inputs = {split: rows.remove_columns(FIRST_TOKENS) for split, rows in tokens.items()}
 
     multiple = 8 if training_args.fp16 or training_args.bf16 else None  # sizes that tensor cores like
     trainer = CoDistillationTrainer(
         **models,
         args=training_args,
         data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple),
-        train_dataset=selected.get("train"),
-        eval_dataset=selected.get("validation"),
+        train_dataset=inputs.get("train"),
+        eval_dataset=inputs.get("validation"),
         processing_class=tokenizer,
         compute_metrics=metrics_for(labels, data_args.return_entity_level_metrics),
         preprocess_logits_for_metrics=predicted_labels,
@@ -271,7 +283,7 @@ def main() -> None:
         train(trainer, checkpoint)
     metrics = evaluate(trainer) if training_args.do_eval else {}
     if training_args.do_predict:
-        predict(trainer, selected["test"], labels)
+        predict(trainer, inputs["test"], tokens["test"][FIRST_TOKENS], labels)
     finish(trainer, metrics, card_of(data_args, "token-classification"))
 
 

@@ -317,6 +317,15 @@ def test_a_question_that_leaves_no_room(tokenizer):
         make({"question": ["the man", "who saw it"], "context": ["the river"] * 2}, [4, 5])
 
 
+def test_blanks_around_a_question_are_no_part_of_it():
+    characters = Tokenizer(models.WordLevel({"?": 0, "i": 1, "t": 2, " ": 3, "s": 4}, unk_token="?"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    make = WindowTokenizer(PreTrainedTokenizerFast(tokenizer_object=characters), 12, doc_stride=1, pad=False)
+    windows = make({"question": ["  is it  "], "context": [" it"]}, [0])
+    assert windows["input_ids"] == [[1, 4, 3, 1, 2, 3, 1, 2]]
+    assert windows[STARTS] == [[NOT_CONTEXT] * 5 + [0, 1, 2]]
+
+
 # ---- Answers ----
 
 
