@@ -1,5 +1,7 @@
 """The benchmarks of language models and of the fused head: they run, and what they compare computes the same."""
 
+import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -47,6 +49,21 @@ def allocate(megabytes: int) -> None:
 def test_peak_memory_is_that_of_the_action_alone():
     allocate(300)  # a peak of this process, which must not count
     assert common.peak_memory_of(allocate, 100) == pytest.approx(100, abs=30)
+
+
+def fragment() -> None:
+    """Allocate 80 MB in blocks that glibc cannot give back when they are freed, and then 100 MB."""
+    torch.ones(250_000)  # 1 MB: from now on glibc takes smaller blocks from its heap
+    blocks = [torch.ones(200_000) for _ in range(101)]
+    del blocks[:-1]  # the one that stays is above them
+    torch.ones(25_000_000)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about the allocator of glibc")
+def test_live_memory_leaves_out_what_the_allocator_keeps():
+    assert common.peak_memory_of(fragment) == pytest.approx(180, abs=30)
+    assert common.peak_memory_of(fragment, live=True) == pytest.approx(100, abs=30)
+    assert not any(name.startswith("MALLOC") for name in os.environ)
 
 
 def test_actions_take_turns_and_change_the_order():

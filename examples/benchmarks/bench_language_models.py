@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds of the steps (default 7, quick 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    parser.add_argument("--live_memory", action="store_true", help="leave out freed memory that glibc has kept")
     parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 7)
@@ -268,11 +269,12 @@ def main() -> None:
     bullet = "- " if args.markdown else ""
     lines, notes = [COMPARISON_HEADER], []
     for work in (WORKS[name].quick() if args.quick else WORKS[name] for name in args.works):
+        options = (args.device, args.bf16)
         memory = {
-            variant: peak_memory_of(train_variant, work, variant, args.device, args.bf16, device=args.device)
+            variant: peak_memory_of(train_variant, work, variant, *options, device=args.device, live=args.live_memory)
             for variant in VARIANTS
         }
-        seconds = measure_steps(work, rounds, args.device, args.bf16)
+        seconds = measure_steps(work, rounds, *options)
         lines += make_rows(work, seconds, memory)
         speed = work.batch[0] * work.batch[1] / statistics.median(seconds[OURS])
         notes.append(f"{bullet}{work}; ours {speed:.0f} tokens per second")
@@ -283,7 +285,7 @@ def main() -> None:
     print(
         f"{bullet}{'bf16 mixed precision' if args.bf16 else 'fp32'}; {rounds} rounds in turns; medians\n"
         f"{bullet}Peak memory of a process that takes three steps, less that of Python with its imports; for the two "
-        "plain steps, the larger of both\n"
+        f"plain steps, the larger of both{'; without freed memory that glibc has kept' if args.live_memory else ''}\n"
         f"{bullet}{describe_machine(args.device)}\n"
         f"{bullet}{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
     )
