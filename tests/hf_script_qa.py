@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from hf_scripts import Run, accuracy, report, splits, train_and_evaluate
+from hf_scripts import Run, report, splits, train_and_evaluate
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -178,8 +178,11 @@ def run_qa(model_path: str, args: TrainingArguments, trainer_class: type[Trainer
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         found = {answer["id"]: answer["prediction_text"] for answer in prediction.predictions}
-        wanted = {row["id"]: row["answers"]["text"][0] for row in prediction.label_ids}
-        return {"exact_match": accuracy([found[name] for name in wanted], list(wanted.values()))}
+        pairs = [(found[row["id"]].split(), row["answers"]["text"][0].split()) for row in prediction.label_ids]
+        return {
+            "exact_match": float(np.mean([answer == wanted for answer, wanted in pairs])),
+            "f1": float(np.mean([2 * len({*a} & {*b}) / (len({*a}) + len({*b})) for a, b in pairs])),
+        }
 
     trainer = question_answering_trainer(trainer_class)(
         model=model,

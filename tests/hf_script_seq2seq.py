@@ -95,7 +95,7 @@ def run_seq2seq(
             "gen_len": float(np.mean(np.count_nonzero(predictions != tokenizer.pad_token_id, axis=1))),
         }
 
-    args.generation_max_length = args.generation_max_length if args.generation_max_length is not None else 24
+    args.generation_max_length = args.generation_max_length if args.generation_max_length is not None else 14
     trainer = trainer_class(
         model=model,
         args=args,
@@ -112,7 +112,7 @@ def run_seq2seq(
     report(trainer, "eval", metrics)
     output = None
     if args.do_predict:
-        output = trainer.predict(data["test"], metric_key_prefix="predict", max_length=12, num_beams=1)
+        output = trainer.predict(data["test"], metric_key_prefix="predict", max_length=10, num_beams=1)
         report(trainer, "predict", output.metrics)
         if args.predict_with_generate:
             path = Path(args.output_dir) / "generated_predictions.txt"

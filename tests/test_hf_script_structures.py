@@ -41,6 +41,8 @@ from ctcd_trainer import (
     CoDistillationTrainingArguments,
 )
 
+#: Settings of a family by number of layers. With smaller weights all tokens would look alike to a new model, and
+#: teacher and student would predict the same.
 CONFIGS: dict[str, Callable[[int], dict[str, Any]]] = {
     "bert": lambda layers: {
         "hidden_size": 16,
@@ -48,6 +50,7 @@ CONFIGS: dict[str, Callable[[int], dict[str, Any]]] = {
         "num_attention_heads": 2,
         "intermediate_size": 32,
         "max_position_embeddings": 64,
+        "initializer_range": 0.3,
     },
     "distilbert": lambda layers: {
         "dim": 16,
@@ -55,8 +58,15 @@ CONFIGS: dict[str, Callable[[int], dict[str, Any]]] = {
         "n_heads": 2,
         "hidden_dim": 32,
         "max_position_embeddings": 64,
+        "initializer_range": 0.3,
     },
-    "gpt2": lambda layers: {"n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64},
+    "gpt2": lambda layers: {
+        "n_embd": 16,
+        "n_layer": layers,
+        "n_head": 2,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+    },
     "t5": lambda layers: {
         "d_model": 16,
         "d_kv": 8,
@@ -142,7 +152,7 @@ class Case:
             "do_train": True,
             "do_eval": True,
             "do_predict": True,
-            "max_steps": 20,
+            "max_steps": 12,
             "learning_rate": 1e-2,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
@@ -312,7 +322,7 @@ def test_the_metrics_of_each_model_are_those_of_the_script_for_it_alone(
         run = case.run(folders[learner], tmp_path / learner, case.plain_class, arguments={"do_train": False})
         alone = {name: run.metrics[f"eval_{name}"] for name in case.metrics}
         if case.script is run_qa:  # evaluated without labels, and by its own trainer, which knows of one model
-            alone = {"exact_match": run.metrics["eval_exact_match"]} if learner == "teacher" else {}
+            alone = {name: run.metrics[f"eval_{name}"] for name in ("exact_match", "f1") if learner == "teacher"}
         else:
             alone["loss"] = loss_by_hand(run.trainer) if case.script is run_clm else run.metrics["eval_loss"]
         if case.is_language_model:
@@ -324,7 +334,7 @@ def test_the_metrics_of_each_model_are_those_of_the_script_for_it_alone(
 
 
 @pytest.mark.parametrize(
-    ("script", "metric"), [(run_qa, "exact_match"), (run_mlm, "student_loss"), (run_translation, "student_similarity")]
+    ("script", "metric"), [(run_qa, "f1"), (run_mlm, "student_loss"), (run_translation, "student_similarity")]
 )
 def test_the_best_checkpoint_is_chosen_by_the_scripts_metrics(
     script: Callable[..., Run], metric: str, tmp_path: Path
@@ -404,15 +414,3 @@ def test_the_loop_of_question_answering_gives_start_and_end_logits_of_each_model
             assert len(actual) == len(expected)
             for row, logits in zip(actual, expected, strict=True):
                 np.testing.assert_allclose(row[: len(logits)], logits, rtol=1e-5, atol=1e-6)
-
-
-@cases(lambda case: case.script is run_qa)
-def test_a_trainer_of_question_answering_can_score_the_student_as_well(
-    case: Case, run_twice: Callable[[Case], Runs], tmp_path: Path
-) -> None:
-    runs = run_twice(case)
-    trainer = runs.ours.trainer
-    output = trainer.loop_without_metrics(trainer.get_eval_dataloader(), "Evaluation", "eval")
-    answers = trainer.post_process_function(trainer.eval_examples, trainer.eval_dataset, output.student_predictions)
-    alone = case.run(str(runs.folders["student"]), tmp_path, case.plain_class, arguments={"do_train": False})
-    assert trainer.metrics_of(answers, "eval").items() <= alone.metrics.items()
