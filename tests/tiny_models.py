@@ -80,7 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, head: str, layers: int = 2, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A model with random weights, of which none is zero, and without dropout.
+    """A model with random weights, of which none is zero, and without dropout but what `settings` say.
 
     Args:
         family: A key of `FAMILIES`.
@@ -107,7 +107,7 @@ def tiny_model(family: str, head: str, layers: int = 2, seed: int = 0, **setting
     if family == "resnet":
         config |= {"depths": [layers, 1]}
     config = AutoConfig.for_model(family, **{**config, **FAMILIES[family], **settings})
-    config.update({name: 0.0 for name in config.to_dict() if "drop" in name and name != "dropout_in_layers"})
+    config.update({name: 0.0 for name in config.to_dict() if "drop" in name and name not in settings})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = HEADS[head].from_config(config)
