@@ -187,7 +187,6 @@ CASES = [
 class Runs:
     """A script that ran twice: with transformers' own trainer, and with ours and a student."""
 
-    case: Case
     plain: Run
     ours: Run
     before: dict[str, dict[str, torch.Tensor]]
@@ -212,7 +211,6 @@ def run_twice(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Runs
         teacher = case.save_model(folder / "teacher", case.teacher, layers=3, seed=1)
         student = case.save_model(folder / "student", case.student, layers=2, seed=2)
         return Runs(
-            case,
             plain=case.run(teacher, folder / "plain", case.plain_class),
             ours=case.run(teacher, folder / "ours", case.our_class, student_model=student),
             before={
