@@ -31,6 +31,7 @@ def distributions(head: str, output: Any, batch: Mapping[str, Tensor]) -> tuple[
     """Logits `(scored, outcomes)` of the scored positions of any head but question answering, and their labels."""
     logits, labels = output.logits, batch["labels"]
     if head == "causal-lm":
+        logits = logits[:, -labels.shape[1] :]  # without those of virtual tokens (prompt tuning)
         logits, labels = logits[:, :-1], labels[:, 1:]
     return logits[labels != -100], labels[labels != -100]
 

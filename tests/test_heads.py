@@ -216,6 +216,31 @@ def test_modes_train_what_they_say_and_leave_frozen_models_without_gradients(hea
             assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
+@both_paths
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_part_of_a_model_that_is_frozen_gets_no_gradients_and_the_rest_its_own(tied, fused, tmp_path):
+    """The output layer or what is below it: the pass computes only the gradients that are wanted."""
+    models = pair_of("causal-lm", "llama", tie_word_embeddings=tied)
+    models[0].get_output_embeddings().requires_grad_(False)
+    models[1].model.requires_grad_(tied)
+    models[1].model.layers.requires_grad_(False)
+    trainer = trainer_of(tmp_path, *models, fused_lm_head=fused)
+    assert_equals_naive(trainer, "causal-lm", *models, tiny_batch("causal-lm"))
+    assert trainer._fused is fused
+    for model in (trainer.teacher_model, trainer.student_model):
+        assert {True, False} == {p.grad is None for p in model.parameters()}
+
+
+@both_paths
+def test_gradient_checkpointing_changes_no_gradient(fused, tmp_path):
+    models = pair_of("masked-lm", "bert")
+    trainer = trainer_of(tmp_path, *models, fused_lm_head=fused)
+    for model in (trainer.teacher_model, trainer.student_model):
+        model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing
+    assert_equals_naive(trainer, "masked-lm", *models, tiny_batch("masked-lm"))
+
+
 # ---- Models and arguments that need the whole logits ----
 
 
@@ -230,17 +255,22 @@ def test_the_balance_of_experts_stays_in_the_hard_loss(tmp_path):
     assert trainer._fused is False
 
 
-def test_label_smoothing_of_a_causal_model_shifts_the_labels(tmp_path):
-    models = pair_of("causal-lm", "gpt2")
-    batch = tiny_batch("causal-lm")
+@pytest.mark.parametrize(
+    ("head", "family"),
+    [("causal-lm", "gpt2"), ("masked-lm", "bert"), ("seq2seq-lm", "t5"), ("token-classification", "bert")],
+)
+def test_label_smoothing_is_that_of_the_scored_positions(head, family, tmp_path):
+    """Those of a causal model are shifted, and an encoder-decoder has the decoder inputs that the labels give."""
+    models = pair_of(head, family)
+    batch = tiny_batch(head)
     trainer = trainer_of(tmp_path, *models, label_smoothing_factor=0.2)
     soft = {name: weight for name, weight in WEIGHTS.items() if "hard" not in name}
-    naive = naive_loss("causal-lm", *models, batch, soft, TAU)
+    naive = naive_loss(head, *models, batch, soft, TAU)
     for model, weight in zip(models, (WEIGHTS["teacher_hard"], WEIGHTS["student_hard"]), strict=True):
-        scored = distributions("causal-lm", run_model(model, batch), batch)
+        scored = distributions(head, run_model(model, batch), batch)
         naive = naive + weight * F.cross_entropy(*scored, label_smoothing=0.2)
     assert_equals(trainer, naive, models, batch)
-    assert trainer._fused is False
+    assert not trainer._fused
 
 
 def test_compute_loss_func_gets_the_logits_of_each_model_and_the_number_of_scored_positions(tmp_path):

@@ -167,6 +167,18 @@ def test_resuming_a_fused_causal_model_equals_never_having_stopped(stop_at, tmp_
     assert_same_pair(resumed, whole)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile_changes_no_loss(backend, tmp_path):
+    options = {"train_dataset": tiny_data("masked-lm", 12, unscored=(4,)), "max_steps": 3, "logging_steps": 1}
+    eager = train(tmp_path, "masked-lm", "bert", **options)
+    compiled = train(tmp_path, "masked-lm", "bert", torch_compile=True, torch_compile_backend=backend, **options)
+    assert compiled._fused
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    for log, expected in zip(compiled.state.log_history, eager.state.log_history, strict=True):
+        losses = {name: value for name, value in expected.items() if name.endswith("loss")}
+        assert {name: log[name] for name in losses} == pytest.approx(losses, rel=1e-5)
+
+
 # ---- Evaluation ----
 
 EVALUATED = {
