@@ -157,9 +157,8 @@ class Blueprint(NamedTuple):
         given = (pair.split("=")[0] for pair in overrides.split(","))
         names = [config.attribute_map.get(name, name) for name in given]
         settings = self.settings | {name: getattr(config, name) for name in names}
-        if (
-            config.num_hidden_layers != layers
-        ):  # lists with an entry a layer (`layer_types`) would be of a wrong length
+        if getattr(config, "num_hidden_layers", None) != layers:
+            # Lists with an entry a layer (`layer_types`) would be of a wrong length; the class makes them anew.
             settings = {
                 name: value
                 for name, value in settings.items()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_tokenizer import TRANSLATIONS, tiny_tokenizer
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -28,6 +29,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -297,6 +299,7 @@ def test_a_stream_gives_the_same_models(run, tmp_path, gpt2):
     for key in ("eval_loss", "eval_student_loss", "eval_accuracy"):
         assert results(outputs[0])[key] == pytest.approx(results(outputs[1])[key])
     assert results(outputs[0], "train")["train_samples"] == 8
+    assert "train_samples" not in results(outputs[1], "train")  # a stream has no length
 
 
 def test_config_file_in_a_process_of_its_own(tmp_path, bert):
@@ -434,7 +437,7 @@ def test_perplexity_of_a_loss_beyond_the_numbers():
     ("model_type", "overrides", "student"),
     [
         ("qwen3", "num_hidden_layers=4,hidden_size=16,head_dim=8", "num_hidden_layers=2"),  # `layer_types`
-        ("gpt2", "n_layer=4", "num_hidden_layers=2"),  # another name for the same setting
+        ("gpt2", "num_hidden_layers=4", "n_layer=2"),  # another name for the same setting
         ("llama", "num_hidden_layers=4,hidden_size=64,num_attention_heads=4", "hidden_size=32,num_hidden_layers=2"),
     ],
 )
@@ -452,6 +455,15 @@ def test_settings_that_follow_from_others_follow_the_overrides(model_type, overr
         assert (teacher.head_dim, student.head_dim) == (16, 8)
 
 
+def test_entries_of_each_layer_follow_the_number_of_layers_of_a_named_config(tmp_path):
+    Qwen3Config(num_hidden_layers=3, hidden_size=16).save_pretrained(tmp_path)
+    options = {"config_overrides": "num_hidden_layers=2", "student_config_overrides": "num_hidden_layers=5"}
+    model_args = LanguageModelArguments(config_name=str(tmp_path), tokenizer_name="x", **options)
+    tokenizer = tiny_tokenizer("gpt2")
+    teacher, student = (make(model_args, tokenizer).build() for make in (teacher_blueprint, student_blueprint))
+    assert [len(config.layer_types) for config in (teacher, student)] == [2, 5]
+
+
 def test_a_named_config_keeps_its_vocabulary(tmp_path):
     LlamaConfig(vocab_size=128, num_hidden_layers=3, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
     options = {"config_name": str(tmp_path), "config_overrides": "num_hidden_layers=2", "tokenizer_name": "x"}
@@ -461,6 +473,16 @@ def test_a_named_config_keeps_its_vocabulary(tmp_path):
     )
     assert (teacher.vocab_size, teacher.num_hidden_layers) == (128, 2)
     assert (student.vocab_size, student.num_hidden_layers) == (128, 3)
+
+
+def test_a_config_from_a_saved_model_is_no_longer_about_that_model(gpt2):
+    overrides = {"student_config_overrides": "num_hidden_layers=2"}  # GPT-2's own name for it is `n_layer`
+    model_args = LanguageModelArguments(model_name_or_path=gpt2, **overrides)
+    saved = AutoConfig.from_pretrained(gpt2)
+    student = student_blueprint(model_args, tiny_tokenizer("gpt2")).build()
+    assert (saved.name_or_path, saved.architectures) == (gpt2, ["GPT2LMHeadModel"])
+    assert (student.name_or_path, student.architectures) == ("", None)
+    assert (student.n_layer, student.n_embd) == (2, 16)
 
 
 def test_embeddings_grow_to_the_tokenizer(run, tmp_path):
