@@ -17,6 +17,7 @@ The teacher is saved in the output folder and the student in its folder `student
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from language_model_data import (
     Blocks,
@@ -54,6 +55,14 @@ class CausalTextArguments(TextArguments):
         default=None,
         metadata={"help": "Number of tokens of an example. Default: what tokenizer and models allow, at most 1024."},
     )
+    keep_linebreaks: bool = field(
+        default=True, metadata={"help": "Whether the lines of a .txt file keep the line break at their end."}
+    )
+
+    @property
+    def reader_options(self) -> dict[str, dict[str, Any]]:
+        """As in the base class."""
+        return {"text": {"keep_linebreaks": self.keep_linebreaks}}
 
 
 def main() -> None:

@@ -116,6 +116,11 @@ class DataArguments:
     #: How files are read, by the end of their name.
     readers: ClassVar[Mapping[str, str]] = TABLE_READERS
 
+    @property
+    def reader_options(self) -> dict[str, dict[str, Any]]:
+        """What a reader is told besides the file, by its name."""
+        return {}
+
     def __post_init__(self) -> None:
         if self.dataset_name is None and not self.files:
             raise ValueError("There is no data: give `--dataset_name`, or `--train_file` and `--validation_file`.")
@@ -207,7 +212,11 @@ def file_reader(path: str, argument: str, readers: Mapping[str, str] = TABLE_REA
 
 
 def load_files(
-    files: Mapping[str, str], cache_dir: str | None = None, readers: Mapping[str, str] = TABLE_READERS, **options: Any
+    files: Mapping[str, str],
+    cache_dir: str | None = None,
+    readers: Mapping[str, str] = TABLE_READERS,
+    reader_options: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
 ) -> DatasetDict:
     """Load one file per split. The splits may have different columns: a test file needs no labels.
 
@@ -215,20 +224,17 @@ def load_files(
         files: Paths by split: `train`, `validation`, `test`.
         cache_dir: Where `datasets` keeps what it reads.
         readers: The readers by the end of the name.
+        reader_options: Arguments of the readers, by their name.
         **options: Other arguments of `load_dataset` (`streaming`, `field`, ...).
     """
-    return DatasetDict(
-        {
-            split: load_dataset(
-                file_reader(path, f"{split}_file", readers),
-                data_files={split: path},
-                split=split,
-                cache_dir=cache_dir,
-                **options,
-            )
-            for split, path in files.items()
-        }
-    )
+    splits = DatasetDict()
+    for split, path in files.items():
+        reader = file_reader(path, f"{split}_file", readers)
+        own = (reader_options or {}).get(reader, {})
+        splits[split] = load_dataset(
+            reader, data_files={split: path}, split=split, cache_dir=cache_dir, **own, **options
+        )
+    return splits
 
 
 def load_raw_data(model_args: ModelArguments, data_args: DataArguments, **options: Any) -> DatasetDict:
@@ -240,7 +246,9 @@ def load_raw_data(model_args: ModelArguments, data_args: DataArguments, **option
         **options: Other arguments of `load_dataset`.
     """
     if data_args.files:
-        return load_files(data_args.files, model_args.cache_dir, data_args.readers, **options)
+        return load_files(
+            data_args.files, model_args.cache_dir, data_args.readers, data_args.reader_options, **options
+        )
     return load_dataset(
         data_args.dataset_name,
         data_args.dataset_config_name,

@@ -336,6 +336,14 @@ def test_files_of_every_kind(tmp_path, suffix):
     assert list(splits["validation"]["text"]) == texts(20, seed=1)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_causal_models_learn_line_breaks_unless_told_not_to(tmp_path, keep):
+    options = {"keep_linebreaks": keep, "train_file": save_texts(tmp_path / "train.txt", ["the cat", "the dog"])}
+    data_args = run_clm_ctcd.CausalTextArguments(**options)
+    raw = script_common.load_raw_data(SimpleNamespace(cache_dir=str(tmp_path / "cache")), data_args)
+    assert next(iter(raw["train"]["text"])) == ("the cat\n" if keep else "the cat")
+
+
 def test_the_column_of_text(tmp_path):
     rows = Dataset.from_dict({"review": ["a"], "text": ["b"]})
     training_args = SimpleNamespace(do_train=True, do_eval=False)
