@@ -1,4 +1,4 @@
-"""Language models without logits under DDP: two processes train as one does, also with parameters that nothing uses."""
+"""Language models without logits under DDP: two processes train as one, also with parameters that nothing uses."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def train(folder):
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300, check=False
