@@ -36,6 +36,7 @@ OTHERS = {
 MIXED = [
     ("masked-lm", "bert", "distilbert"),
     ("causal-lm", "llama", "qwen2"),
+    ("seq2seq-lm", "t5", "bart"),
     ("token-classification", "bert", "distilbert"),
 ]
 
