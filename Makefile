@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help install test lint format demo bench clean
+.PHONY: help install test test-all lint format demo bench clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ $(STAMP): setup.cfg constraints.txt
 	touch $@
 
 test: lint  ## Lint, format check, tests
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-all: lint  ## The same with the tests that need half a minute or more (a compiler, for torch.compile)
 	$(BIN)/python -m pytest -n 2 tests
 
 lint: $(STAMP)  ## Lint and format check alone
@@ -50,8 +53,11 @@ demo: $(STAMP)  ## Co-train two models on synthetic sentences, and compare with 
 	$(BIN)/python examples/compare_runs.py $(DEMO)/co-trained $(DEMO)/alone --labels co-trained alone \
 		--sequence_length 32 --json $(DEMO)/comparison.json --output $(DEMO)/comparison.png
 
-bench: $(STAMP)  ## Time and memory of a co-training against two trainings (about 10 minutes)
+bench: $(STAMP)  ## Time and memory of co-trainings against plain and naive ones (about half an hour)
 	$(BIN)/python examples/benchmarks/bench_sequence_classification.py --markdown
+	$(BIN)/python examples/benchmarks/bench_language_models.py --markdown
+	mkdir -p outputs/bench
+	$(BIN)/python examples/benchmarks/bench_fused_linear.py --markdown --plot outputs/bench/growth.png
 
 clean:  ## Remove the virtual environment and all outputs
 	rm -rf $(VENV) outputs build dist *.egg-info

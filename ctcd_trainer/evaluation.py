@@ -75,7 +75,7 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = users
             self._evaluation_meter = None
-        output.metrics.update(meter.metrics(metric_key_prefix))
+        output.metrics.update(meter.metrics(metric_key_prefix, self.args.logging_nan_inf_filter))
         if self.task.language_model:
             output.metrics.update(perplexities(output.metrics, metric_key_prefix))
         students = predictions_of(STUDENT, output.predictions)
@@ -110,6 +110,10 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
             losses[name], logits[name], labels = self._prediction_step_of(
                 view, inputs, prediction_loss_only, keys, **gen_kwargs
             )
+        if losses[TEACHER] is not None:
+            # The loss of nothing is NaN, which Trainer does not count (`logging_nan_inf_filter`).
+            something = self.task.scored(inputs).any()
+            losses = {name: loss.where(something, torch.nan) for name, loss in losses.items()}
         if self._evaluation_meter is not None:
             if losses[STUDENT] is not None:
                 repeated = losses[STUDENT].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own

@@ -15,6 +15,7 @@ With `z` the logits of a learner, `p = softmax(z)`, `q = softmax(z / T)`, `r` th
     mean (z - z_s)^2     2/V (z - z_s)
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class LinearHead:
     Its logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`.
 
     Attributes:
-        hidden: Hidden states `(..., width)`.
+        hidden: Hidden states `(positions, width)`.
         weight: `(vocabulary, width)`.
         bias: `(vocabulary,)`, or `None`.
         scale: Factor of the logits (Cohere, Granite).
@@ -60,7 +61,7 @@ class LinearHead:
     softcap: float | None = None
 
     def logits(self) -> Tensor:
-        """The logits `(..., vocabulary)` of all positions."""
+        """The logits `(positions, vocabulary)`."""
         return self.transform(F.linear(self.hidden, self.weight, self.bias))
 
     def transform(self, outputs: Tensor) -> Tensor:
@@ -134,28 +135,19 @@ def linear_losses(
     return total, dict(zip(losses.names, values.unbind(), strict=True))
 
 
-def select_positions(head: LinearHead, index: Tensor) -> LinearHead:
-    """The head at some of the positions only.
-
-    Args:
-        head: With hidden states `(rows, length, width)`.
-        index: Indices `(positions,)` into the `rows * length` positions.
-    """
-    hidden = head.hidden.flatten(0, -2).index_select(0, index)
-    return LinearHead(hidden, head.weight, head.bias, head.scale, head.softcap)
-
-
 class ScoredPositions:
     """The positions of a batch that are scored.
 
     Their number has to come from the GPU before tensors of this size can be made. It is asked for when this object is
-    made, before the models are run, and read afterwards: so the GPU has work to do while the answer travels.
+    made, before the models are run, and read when their heads are reached: so the GPU has work to do while the answer
+    travels.
 
     Args:
         targets: Token ids `(rows, length)`, `IGNORE_INDEX` where nothing is scored.
     """
 
     def __init__(self, targets: Tensor) -> None:
+        self.shape = targets.shape
         self._targets = targets.flatten()
         self._mask = self._targets.ne(IGNORE_INDEX)
         self._count = self._mask.sum().to("cpu", non_blocking=True)
@@ -163,12 +155,21 @@ class ScoredPositions:
         if self._counted is not None:
             self._counted.record()
 
-    def labels_and_index(self) -> tuple[Tensor, Tensor]:
-        """Token ids of the scored positions, and their indices into the flattened targets; both `(positions,)`."""
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """Indices into the flattened positions, `(positions,)`."""
         if self._counted is not None:
             self._counted.synchronize()
-        index = torch.nonzero_static(self._mask, size=int(self._count)).squeeze(-1)
-        return self._targets[index], index
+        return torch.nonzero_static(self._mask, size=int(self._count)).squeeze(-1)
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """Token ids of the scored positions, `(positions,)`."""
+        return self._targets[self.index]
+
+    def select(self, hidden: Tensor) -> Tensor:
+        """The scored positions `(positions, width)` of hidden states `(rows, length, width)`."""
+        return hidden.flatten(0, 1).index_select(0, self.index)
 
 
 class _Part:

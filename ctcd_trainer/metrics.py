@@ -99,11 +99,20 @@ class EvaluationMeter:
         """The student's losses, one per example, `None` without labels; of all batches so far or of the last one."""
         return np.concatenate(self._losses[-1:] if last_batch else self._losses) if self._losses else None
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """`<prefix>_student_loss` and `<prefix>_agreement`, where there is something to report."""
+    def metrics(self, prefix: str, finite_only: bool = True) -> dict[str, float]:
+        """`<prefix>_student_loss` and `<prefix>_agreement`, where there is something to report.
+
+        Args:
+            prefix: Prefix of the evaluation.
+            finite_only: Whether losses that are not finite do not count, unless all are so (as Trainer does it with
+                `logging_nan_inf_filter`).
+        """
         metrics = {}
-        if self._losses:
-            metrics[f"{prefix}_student_loss"] = float(np.mean(self.losses()))
+        losses = self.losses()
+        if losses is not None:
+            finite = np.isfinite(losses)
+            losses = losses[finite] if finite_only and finite.any() else losses
+            metrics[f"{prefix}_student_loss"] = float(np.mean(losses))
         if self._scored:
             metrics[f"{prefix}_agreement"] = self._same / self._scored
         return metrics

@@ -1,6 +1,5 @@
 """The pair as one module, so that one wrap, one backward, one scaler and one checkpoint call serve all learners."""
 
-import functools
 import inspect
 import os
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .fused_linear import LinearHead
+from .fused_linear import LinearHead, ScoredPositions
 from .graph import STUDENT, TEACHER
 from .lm_head import HeadTap
 from .tasks import Task, base_model
@@ -45,7 +44,7 @@ class CoDistillationModel(PreTrainedModel):
         super().__init__(PreTrainedConfig())
         self.learners = nn.ModuleDict(learners)
         self.task = task
-        #: The output layers of the learners, where they are run without them (`up_to_head`).
+        #: The output layers of the learners, where they are run without them (`head_at`).
         self.taps: dict[str, HeadTap] = {}
         self.primary = next(iter(learners))
         self.config = self.learners[self.primary].config
@@ -53,7 +52,8 @@ class CoDistillationModel(PreTrainedModel):
         for name in self.frozen:
             self.learners[name].requires_grad_(False)
         #: The inputs that any of the models names.
-        self.known_inputs = frozenset().union(*map(forward_parameters, [*learners.values(), *bystanders]))
+        self._accepted = {type(base_model(m)): forward_parameters(m) for m in [*learners.values(), *bystanders]}
+        self.known_inputs = frozenset().union(*self._accepted.values())
         self.train(self.training)
 
     @property
@@ -87,7 +87,11 @@ class CoDistillationModel(PreTrainedModel):
         return base_model(self.learners[self.primary]).get_input_embeddings()
 
     def forward(
-        self, learner: str | None = None, labelled: bool = True, up_to_head: bool = False, **inputs: Any
+        self,
+        learner: str | None = None,
+        labelled: bool = True,
+        head_at: ScoredPositions | None = None,
+        **inputs: Any,
     ) -> Any:
         """Run every learner on the same inputs, or one of them.
 
@@ -96,24 +100,30 @@ class CoDistillationModel(PreTrainedModel):
         Args:
             learner: Name of the only learner to run; all of them by default.
             labelled: Whether the learners get the labels of the batch, and compute their loss.
-            up_to_head: Whether to stop before the output layers (`taps`).
+            head_at: The positions that matter, to run the heads at these alone and to stop before the output layers
+                (`taps`).
             **inputs: Tensors of the batch, `(rows, ...)`.
 
         Returns:
             The outputs by name of the learner, or the output of the one that was asked for; `LinearHead`s with
-            `up_to_head`.
+            `head_at`.
         """
         if learner is not None:
-            return self._run(learner, inputs, labelled, up_to_head)
-        return {name: self._run(name, inputs, labelled, up_to_head) for name in self.learners}
+            return self._run(learner, inputs, labelled, head_at)
+        return {name: self._run(name, inputs, labelled, head_at) for name in self.learners}
 
-    def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, up_to_head: bool) -> Any:
+    def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, head_at: ScoredPositions | None) -> Any:
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-            tap = self.taps[name] if up_to_head else None
-            return self.run(self.learners[name], inputs, labelled, tap)
+            tap = None if head_at is None else self.taps[name]
+            return self.run(self.learners[name], inputs, labelled, tap, head_at)
 
     def run(
-        self, model: nn.Module, inputs: Mapping[str, Any], labelled: bool = True, tap: HeadTap | None = None
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        labelled: bool = True,
+        tap: HeadTap | None = None,
+        head_at: ScoredPositions | None = None,
     ) -> Any | LinearHead:
         """Run a learner or a bystander on a batch; see `forward`.
 
@@ -122,11 +132,12 @@ class CoDistillationModel(PreTrainedModel):
             inputs: The batch.
             labelled: Whether it gets the labels.
             tap: Its output layer, to stop before it.
+            head_at: The positions that matter, with a `tap`.
         """
         if not labelled or tap is not None:
             inputs = self.task.unlabelled(base_model(model), inputs)
         own = self.inputs_of(model, inputs)
-        return model(**own) if tap is None else tap.run(model, own)
+        return model(**own) if tap is None else tap.run(model, own, head_at)
 
     def inputs_of(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a batch that a model takes: what its `forward` names, and what nobody names.
@@ -134,7 +145,7 @@ class CoDistillationModel(PreTrainedModel):
         Caches for generation are as Trainer sets them for the primary learner (`use_cache`), without a change to the
         config of the others.
         """
-        accepted = forward_parameters(model)
+        accepted = self._accepted[type(base_model(model))]
         own = {key: value for key, value in inputs.items() if key in accepted or key not in self.known_inputs}
         if "use_cache" in accepted:
             own.setdefault("use_cache", getattr(self.config, "use_cache", False))
@@ -188,10 +199,5 @@ class LearnerView:
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the inputs that a model's `forward` declares (those of the model inside a PEFT wrapper)."""
-    return _parameters_of_class(type(base_model(model)))
-
-
-@functools.cache
-def _parameters_of_class(model_class: type[nn.Module]) -> frozenset[str]:
-    parameters = inspect.signature(model_class.forward).parameters.values()
+    parameters = inspect.signature(type(base_model(model)).forward).parameters.values()
     return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)) - {"self"}

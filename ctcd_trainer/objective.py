@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_detach
 
-from .fused_linear import LinearHead, ScoredPositions, linear_losses, select_positions
+from .fused_linear import LinearHead, ScoredPositions, linear_losses
 from .graph import Edge
 from .tasks import Task
 from .training_args import DistillationArguments
@@ -77,8 +77,8 @@ def fused_losses(
 
     Args:
         arguments: The weights, the soft loss and the temperature.
-        heads: The output layers of all models by name, with hidden states `(rows, length, width)`.
-        scored: Which positions are scored.
+        heads: The output layers of all models by name, at the scored positions.
+        scored: These positions.
         num_items_in_batch: Number of scored positions in the accumulated batch of all processes; by default those of
             this batch.
         processes: Number of processes that gradients are averaged over.
@@ -88,15 +88,14 @@ def fused_losses(
         As `separate_losses`.
     """
     graph = arguments.graph
-    labels, index = scored.labels_and_index()
     total, values = linear_losses(
-        {name: select_positions(head, index) for name, head in heads.items()},
-        labels,
+        heads,
+        scored.labels,
         {learner: weight for learner, weight in graph.hard_weights.items() if weight > 0},
         [Edge(edge.source, edge.learner, edge.weight * warmup) for edge in graph.edges],
         arguments.soft_loss,
         arguments.temperature,
     )
-    items = len(index) if num_items_in_batch is None else num_items_in_batch
+    items = len(scored.labels) if num_items_in_batch is None else num_items_in_batch
     scale = processes / torch.as_tensor(items, device=total.device).clamp(min=1)
     return total * scale, {name: value * scale for name, value in values.items()}

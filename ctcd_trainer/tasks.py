@@ -411,15 +411,16 @@ class LanguageModel(Task):
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The labels; where nothing is scored, token 0 at every position."""
-        labels = inputs["labels"]
-        return {"labels": labels.masked_fill(self.counted(inputs).eq(IGNORE_INDEX).all(), 0)}
+        nothing = self.counted(inputs).eq(IGNORE_INDEX).all()
+        return {"labels": inputs["labels"].masked_fill(nothing, 0)}
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The logits at the scored positions alone, `(scored, vocabulary)`."""
         logits = outputs["logits"]
         if logits.ndim == 2:  # a model that has selected them itself (ModernBERT with `sparse_prediction`)
             return logits
-        return logits[self.targets(inputs).ne(IGNORE_INDEX)]
+        targets = self.targets(inputs)
+        return logits[:, -targets.shape[1] :][targets.ne(IGNORE_INDEX)]  # prompt tuning has put tokens in front
 
     def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
         """Mean over the scored positions of a soft loss on the shared ids; see `Task.soft_loss`."""
@@ -448,9 +449,19 @@ class Seq2SeqLM(LanguageModel):
     model_names = _model_names("SEQ_TO_SEQ_CAUSAL_LM")
 
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs without labels, but with the decoder inputs that the model makes of them."""
+        """The inputs without labels, but with the decoder inputs that the model makes of them.
+
+        Raises:
+            ValueError: The model makes them only together with its loss.
+        """
         own = super().unlabelled(model, inputs)
         if "labels" in inputs and own.get("decoder_input_ids") is None and "decoder_inputs_embeds" not in own:
+            if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+                raise ValueError(
+                    f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, so it needs "
+                    "`decoder_input_ids` in the batch. Let the `data_collator` add them: the labels, shifted to the "
+                    "right."
+                )
             own["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
         return own
 

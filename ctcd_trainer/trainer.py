@@ -299,13 +299,11 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             return model(**inputs, labelled=False)
         return model(**{**inputs, **self.task.trainable_labels(inputs)})
 
-    def _share_of_batch(
-        self, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
-    ) -> Tensor | float:
+    def _share_of_batch(self, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None) -> Tensor:
         """Share of this micro-batch in the accumulated batch, times the processes that gradients average over."""
-        if num_items_in_batch is None:
-            return 1.0
         num_items = self.task.counted(inputs).ne(IGNORE_INDEX).sum()
+        if num_items_in_batch is None:
+            return num_items.clamp(max=1)
         return self._process_scale() * num_items / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
     def _process_scale(self) -> int:
@@ -316,7 +314,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self,
         outputs: Any,
         inputs: dict[str, Tensor | Any],
-        share: Tensor | float,
+        share: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Task loss of one learner: the user's function, the smoothed one, or the one of the model itself."""
@@ -331,15 +329,16 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         if outputs.get("loss") is None:
             raise ValueError(
                 f"The model has computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "
-                "'labels', or pass a `data_collator` that makes them. To train on soft losses alone, set "
-                "`teacher_hard_weight=0` and `student_hard_weight=0`."
+                "'labels', or pass a `data_collator` that makes them."
             )
         return outputs["loss"] * share
 
-    def _pretrained_outputs(self, inputs: dict[str, Tensor | Any], tap: HeadTap | None = None) -> Any:
+    def _pretrained_outputs(
+        self, inputs: dict[str, Tensor | Any], tap: HeadTap | None = None, head_at: ScoredPositions | None = None
+    ) -> Any:
         """Outputs of the frozen teacher, once per batch."""
         with torch.no_grad(), self.accelerator.autocast():
-            return self.pair.run(self.pretrained_teacher, inputs, labelled=False, tap=tap)
+            return self.pair.run(self.pretrained_teacher, inputs, labelled=False, tap=tap, head_at=head_at)
 
     # ---- Language models without logits ----
 
@@ -348,9 +347,9 @@ class CoDistillationTrainer(PairEvaluationTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of language models in one pass over the scored positions, see `fused_linear.py`."""
         scored = ScoredPositions(self.task.targets(inputs))
-        heads = dict(model(**inputs, up_to_head=True))
+        heads = dict(model(**inputs, head_at=scored))
         if self._pretrained_tap is not None:
-            heads[PRETRAINED] = self._pretrained_outputs(inputs, self._pretrained_tap)
+            heads[PRETRAINED] = self._pretrained_outputs(inputs, self._pretrained_tap, scored)
         with self.accelerator.autocast():
             return fused_losses(self.distillation, heads, scored, num_items_in_batch, self._process_scale(), warmup)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ctcd_trainer.fused_linear import LinearHead, ScoredPositions, linear_losses, select_positions
+from ctcd_trainer.fused_linear import LinearHead, ScoredPositions, linear_losses
 from ctcd_trainer.graph import EDGES, Edge
 
 POSITIONS = 11
@@ -261,13 +261,11 @@ def test_the_logits_of_all_positions_never_exist_at_once():
 
 def test_scored_positions_are_selected_in_order():
     targets = torch.tensor([[-100, 5, -100], [7, -100, 3]])
-    labels, index = ScoredPositions(targets).labels_and_index()
-    assert labels.tolist() == [5, 7, 3]
-    assert index.tolist() == [1, 3, 5]
+    scored = ScoredPositions(targets)
+    assert scored.labels.tolist() == [5, 7, 3]
+    assert scored.index.tolist() == [1, 3, 5]
     hidden = torch.arange(12.0).reshape(2, 3, 2)
-    picked = select_positions(LinearHead(hidden, torch.ones(4, 2), softcap=2.0), index)
-    assert torch.equal(picked.hidden, hidden[targets != -100])
-    assert picked.softcap == 2.0
+    assert torch.equal(scored.select(hidden), hidden[targets != -100])
 
 
 def test_a_head_makes_the_logits_that_its_fields_say():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from naive_losses import distributions, naive_loss, run_model
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_args
 from tiny_models import VOCAB_SIZE, tiny_batch, tiny_model
 from tiny_tokenizer import bert_tokenizer
@@ -137,6 +137,16 @@ def test_decoder_inputs_of_the_batch_are_used_in_place_of_shifted_labels(family,
     trainer = trainer_of(tmp_path, *models, fused_lm_head=fused)
     assert_equals_naive(trainer, "seq2seq-lm", *models, batch)
     assert trainer._fused is fused
+
+
+@both_paths
+def test_an_encoder_decoder_that_shifts_labels_only_in_its_forward_has_the_naive_loss(fused, tmp_path):
+    """M2M100, NLLB and Blenderbot lack `prepare_decoder_input_ids_from_labels`."""
+    models = pair_of("seq2seq-lm", "m2m_100")
+    assert not hasattr(models[0], "prepare_decoder_input_ids_from_labels")
+    assert_equals_naive(
+        trainer_of(tmp_path, *models, fused_lm_head=fused), "seq2seq-lm", *models, tiny_batch("seq2seq-lm")
+    )
 
 
 @both_paths
@@ -296,6 +306,7 @@ ADAPTERS = {
     "LoRA of the head": (LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False), False),
     "a new head": (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False), False),
     "prefix": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), True),
+    "prompt": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), False),
 }
 
 
@@ -307,7 +318,9 @@ def test_adapters_equal_the_naive_loss_and_fall_back_where_the_head_is_no_linear
     torch.manual_seed(0)
     models = [get_peft_model(model, copy.deepcopy(config)) for model in models]
     trainer = trainer_of(tmp_path, *models)
-    assert_equals_naive(trainer, "causal-lm", *models, tiny_batch("causal-lm"))
+    batch = tiny_batch("causal-lm")
+    batch["labels"][:, 0] = -100  # the last virtual token of a prompt predicts the first token
+    assert_equals_naive(trainer, "causal-lm", *models, batch)
     assert trainer._fused is fused
     assert any(p.grad is None for p in trainer.student_model.parameters())
 

@@ -240,6 +240,19 @@ def test_evaluation_reports_what_trainer_reports_of_each_model_alone_and_how_oft
 
 
 @pytest.mark.parametrize(("head", "family"), TOKEN_COUNTED)
+def test_a_batch_of_an_evaluation_that_scores_nothing_does_not_count(head, family, tmp_path):
+    """Trainer leaves out its loss, which is NaN (`logging_nan_inf_filter`)."""
+    data = tiny_data(head, 15, unscored=range(5, 10))
+    trainer = tiny_trainer(tmp_path, head, family, eval_dataset=data)
+    metrics, scored = trainer.evaluate(), trainer.evaluate(data[:5] + data[10:])
+    alone = Trainer(trainer.teacher_model, tiny_args(tmp_path), data_collator=default_data_collator).evaluate(data)
+    if family != "gpt2":  # of which plain Trainer divides the loss by L tokens a row instead of L - 1
+        assert metrics["eval_loss"] == pytest.approx(alone["eval_loss"])
+    for name in ("eval_loss", "eval_student_loss", "eval_agreement"):
+        assert metrics[name] == pytest.approx(scored[name])
+
+
+@pytest.mark.parametrize(("head", "family"), TOKEN_COUNTED)
 def test_no_logits_are_collected_where_no_metrics_need_them(head, family, tmp_path):
     collected = []
 

@@ -64,6 +64,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2,
         "init_std": 0.3,
     },
+    "m2m_100": {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "decoder_start_token_id": 2,
+        "init_std": 0.3,
+    },
     "vit": {"image_size": SIDE, "patch_size": 4},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "layer_type": "basic"},
     "wav2vec2": {
@@ -102,7 +110,7 @@ def tiny_model(family: str, head: str, layers: int = 2, seed: int = 0, **setting
         "num_labels": 2 if head == "question-answering" else NUM_LABELS,
         "initializer_range": 0.3,
     }
-    if family == "bart":
+    if "encoder_ffn_dim" in FAMILIES[family]:
         config |= {"encoder_layers": layers, "decoder_layers": layers}
     if family == "resnet":
         config |= {"depths": [layers, 1]}
