@@ -183,7 +183,7 @@ class _Part:
         new = {"dtype": exact, "device": head.weight.device}
         for_hidden, for_weight, for_bias = needs
         self.grad_hidden = torch.empty(head.hidden.shape, **new) if for_hidden else None
-        self.grad_weight = torch.zeros(head.weight.shape, **new) if for_weight else None
+        self.grad_weight = torch.empty(head.weight.shape, **new) if for_weight else None
         self.grad_bias = torch.zeros(self.vocabulary, **new) if for_bias else None
         self.trained = any(needs)
 
@@ -210,8 +210,11 @@ class _Part:
             else:
                 self.grad_hidden[rows] = (grad @ self.weight).to(self.grad_hidden.dtype) / scale
         if self.grad_weight is not None:
+            first = rows.start == 0  # which overwrites: to fill so much memory with zeros before takes its time
             if grad.dtype == self.grad_weight.dtype:
-                self.grad_weight.addmm_(grad.t(), self.hidden[rows])
+                self.grad_weight.addmm_(grad.t(), self.hidden[rows], beta=0.0 if first else 1.0)
+            elif first:
+                self.grad_weight.copy_(grad.t() @ self.hidden[rows]).div_(scale)
             else:
                 self.grad_weight.add_(grad.t() @ self.hidden[rows], alpha=1.0 / scale)
 
@@ -271,6 +274,10 @@ def _run(losses: _Losses, parts: Mapping[str, _Part], exact: torch.dtype) -> Ten
     buffers = {name: torch.empty(size, p.vocabulary, dtype=exact, device=device) for name, p in parts.items()}
     scratch = _Scratch(block, exact, device)
     values = torch.zeros(len(losses.names), dtype=exact, device=device)
+    if count == 0:
+        for part in parts.values():
+            if part.grad_weight is not None:
+                part.grad_weight.zero_()
     for rows in _slices(count, size):
         chunk = {name: part.outputs(rows, buffers[name][: rows.stop - rows.start]) for name, part in parts.items()}
         labels = losses.labels[rows]

@@ -68,6 +68,7 @@ class Work:
         heads: Attention heads of both.
         vocabulary: Number of token ids.
         batch: Sequences and tokens of each.
+        dropout: Probability of every dropout, 0.1 by default of both configs.
         plain_targets: Ratios of time and of peak memory against the two plain steps.
         naive_targets: The same against the naive co-distillation.
     """
@@ -79,6 +80,7 @@ class Work:
     heads: int
     vocabulary: int
     batch: tuple[int, int]
+    dropout: float = 0.1
     plain_targets: tuple[float | None, float | None] = (None, None)
     naive_targets: tuple[float | None, float | None] = (None, None)
 
@@ -98,6 +100,9 @@ class Work:
                 n_embd=self.width,
                 n_layer=layers,
                 n_head=self.heads,
+                resid_pdrop=self.dropout,
+                embd_pdrop=self.dropout,
+                attn_pdrop=self.dropout,
                 bos_token_id=0,
                 eos_token_id=0,
             )
@@ -108,6 +113,8 @@ class Work:
             num_hidden_layers=layers,
             num_attention_heads=self.heads,
             intermediate_size=4 * self.width,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
         )
         return BertForMaskedLM(config)
 
@@ -130,7 +137,7 @@ class Work:
         first, second = self.layers
         return (
             f"{self.title}: {family} of {first} and {second} layers, hidden size {self.width}, {self.heads} heads, "
-            f"vocabulary {self.vocabulary}; batch {self.batch[0]} x {self.batch[1]} tokens"
+            f"vocabulary {self.vocabulary}, dropout {self.dropout:g}; batch {self.batch[0]} x {self.batch[1]} tokens"
             + ("" if self.causal else f", {SCORED_SHARE:.0%} scored")
         )
 
@@ -257,6 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test whose figures mean nothing")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=["masked", "causal"], help="what to measure")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the models; most pre-training is without")
     parser.add_argument("--rounds", type=int, help="rounds of the steps (default 7, quick 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
@@ -268,7 +276,8 @@ def main() -> None:
 
     bullet = "- " if args.markdown else ""
     lines, notes = [COMPARISON_HEADER], []
-    for work in (WORKS[name].quick() if args.quick else WORKS[name] for name in args.works):
+    works = [replace(WORKS[name], dropout=args.dropout) for name in args.works]
+    for work in [work.quick() for work in works] if args.quick else works:
         options = (args.device, args.bf16)
         memory = {
             variant: peak_memory_of(train_variant, work, variant, *options, device=args.device, live=args.live_memory)
