@@ -8,7 +8,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .checkpoints import PairCheckpointTrainer
 from .graph import STUDENT, TEACHER
-from .metrics import EvaluationMeter, MetricsOfEach, perplexities, predictions_of
+from .metrics import EvaluationMeter, MetricsOfEach, copy_of_metrics, perplexities, predictions_of
 from .modeling import LearnerView
 from .tasks import Task
 
@@ -33,6 +33,8 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
 
     task: Task | None
     _evaluation_meter: EvaluationMeter | None
+    _student_metrics: Any
+    _predicting: bool
     _student_predictions: Any
 
     def evaluation_loop(
@@ -61,6 +63,8 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
             if self.compute_metrics is not None:
                 functions = {TEACHER: self.compute_metrics, STUDENT: self.compute_metrics}
                 if self.args.batch_eval_metrics:
+                    if self._student_metrics is None:
+                        self._student_metrics = copy_of_metrics(self.compute_metrics)
                     functions[STUDENT] = self._student_metrics
                 self.compute_metrics = MetricsOfEach(
                     functions, TEACHER, meter, self.args.batch_eval_metrics, metric_key_prefix
@@ -79,7 +83,7 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
         if self.task.language_model:
             output.metrics.update(perplexities(output.metrics, metric_key_prefix))
         students = predictions_of(STUDENT, output.predictions)
-        if description == "Prediction":  # for `predict`, which makes its own output of this one
+        if self._predicting:  # `Trainer.predict` makes an output of its own of this one
             self._student_predictions = students
         output = output._replace(predictions=predictions_of(TEACHER, output.predictions))
         output = CoDistillationEvalLoopOutput(*output)
@@ -106,14 +110,16 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
         views = {name: LearnerView(model, name) for name in self.pair.learners}
         for name, view in views.items():
             learner = self.pair.learners[name]
-            keys = ignore_keys or getattr(learner.config, "keys_to_ignore_at_inference", ["past_key_values"])
+            keys = ignore_keys
+            if keys is None:
+                keys = getattr(learner.config, "keys_to_ignore_at_inference", ["past_key_values"])
             losses[name], logits[name], labels = self._prediction_step_of(
                 view, inputs, prediction_loss_only, keys, **gen_kwargs
             )
         if losses[TEACHER] is not None:
-            # The loss of nothing is NaN, which Trainer does not count (`logging_nan_inf_filter`).
-            something = self.task.scored(inputs).any()
-            losses = {name: loss.where(something, torch.nan) for name, loss in losses.items()}
+            # The loss of nothing on any process is NaN, which Trainer does not count (`logging_nan_inf_filter`).
+            items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device))
+            losses = {name: loss.where(items.to(loss.device) > 0, torch.nan) for name, loss in losses.items()}
         if self._evaluation_meter is not None:
             if losses[STUDENT] is not None:
                 repeated = losses[STUDENT].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own
@@ -149,6 +155,10 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
             student_predictions: Whether to return the student's predictions too, as a fourth field.
             **gen_kwargs: For generation, as `Seq2SeqTrainer.predict` takes them.
         """
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
-        students, self._student_predictions = self._student_predictions, None
+        self._predicting = student_predictions
+        try:
+            output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        finally:
+            self._predicting = False
+            students, self._student_predictions = self._student_predictions, None
         return CoDistillationPredictionOutput(*output, students) if student_predictions else output

@@ -32,12 +32,13 @@ from .tasks import IGNORE_INDEX
 
 #: Size of the logits of one chunk of one model. On CPUs the memory of a larger chunk only costs time; GPUs need one
 #: large enough to be busy. Measured with `examples/benchmarks/bench_fused_linear.py`.
-_CPU_CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**26, 2**28
+_CPU_CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**27, 2**28
 #: On CPUs the elementwise work on a chunk is done on blocks of this size, which stay in the cache from one operation
 #: to the next.
 _CPU_BLOCK_BYTES = 2**20
-#: fp16 gradients are held times this factor, or the small ones would be lost (bf16 and fp32 need none).
-_FP16_SCALE = 16.0
+#: fp16 gradients are held times this factor over the number of positions that are summed: small ones would be lost
+#: without, and with more than that the sum over positions of the same label could exceed what fp16 holds.
+_FP16_SCALE = 2048.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class ScoredPositions:
         self.shape = targets.shape
         self._targets = targets.flatten()
         self._mask = self._targets.ne(IGNORE_INDEX)
-        self._count = self._mask.sum().to("cpu", non_blocking=True)
+        self._count = self._mask.sum().to("cpu", non_blocking=targets.is_cuda)
         self._counted = torch.cuda.Event() if targets.is_cuda else None
         if self._counted is not None:
             self._counted.record()
@@ -202,7 +203,7 @@ class _Part:
             self.grad_bias += grad.sum(0)
         scale = 1.0
         if self.hidden.dtype != grad.dtype:
-            scale = _FP16_SCALE if self.hidden.dtype == torch.float16 else 1.0
+            scale = _FP16_SCALE / len(grad) if self.hidden.dtype == torch.float16 else 1.0
             grad = (grad * scale if scale != 1.0 else grad).to(self.hidden.dtype)
         if self.grad_hidden is not None:
             if grad.dtype == self.grad_hidden.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fused_linear import LinearHead, ScoredPositions
-from .tasks import IGNORE_INDEX, Task, base_model
+from .tasks import IGNORE_INDEX, CausalLM, Task, base_model
 
 
 class NoLinearHeadError(Exception):
@@ -113,10 +113,13 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
             outputs, entry = _run_and_watch(model, inner, row, task.targets(row).shape)
             expected = task.compared(outputs, row).float()
             scored = ScoredPositions(task.targets(row))
-            loss = F.cross_entropy(expected, scored.labels)
-            exact = outputs["loss"].dtype == torch.float32
-            if loss_matters and _error(loss[None], outputs["loss"].float().reshape(1)) > (1e-5 if exact else 1e-2):
-                raise NoLinearHeadError("its loss is not the mean cross-entropy")
+            if loss_matters and not _same_loss(F.cross_entropy(expected, scored.labels), outputs["loss"]):
+                reason = "its loss is not the mean cross-entropy"
+                if isinstance(task, CausalLM) and outputs["logits"].shape[:-1] == row["labels"].shape:
+                    unshifted = F.cross_entropy(outputs["logits"].float().flatten(0, 1), row["labels"].flatten())
+                    if _same_loss(unshifted, outputs["loss"]):
+                        reason = "its labels are not shifted by the model (if so is meant, pass `task='masked-lm'`)"
+                raise NoLinearHeadError(reason)
             tap = HeadTap(layer, None, getattr(inner, "final_logits_bias", None))
             tap = _fitted(tap, model, unlabelled, scored, expected)
             if entry in (None, layer):
@@ -128,7 +131,9 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
             try:
                 early = replace(tap, entry=entry)
                 return _fitted(early, model, unlabelled, ScoredPositions(targets), expected[::2])
-            except (NoLinearHeadError, RuntimeError):
+            except torch.OutOfMemoryError:
+                raise
+            except (NoLinearHeadError, RuntimeError):  # whatever a module makes of positions that it does not expect
                 return tap
     finally:
         model.train(was_training)
@@ -198,6 +203,11 @@ def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
     for value in settings("logits_scaling"):
         scales |= {value, 1.0 / value}
     return [(scale, softcap) for softcap in (None, *settings("final_logit_softcapping")) for scale in sorted(scales)]
+
+
+def _same_loss(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two losses are equal up to rounding; a model of half precision may round its own to that."""
+    return _error(actual[None], expected.float().reshape(1)) <= (1e-5 if expected.dtype == torch.float32 else 1e-2)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -98,7 +98,9 @@ class Categorical:
 
     def same(self, first: Tensor, second: Tensor) -> Tensor:
         """Whether both choose the same class: bool `(...)` from logits `(..., classes)`."""
-        return self._masked(first).argmax(-1) == self._masked(second).argmax(-1)
+        if self._possible is not None:
+            first, second = self._masked(first), self._masked(second)
+        return first.argmax(-1) == second.argmax(-1)
 
 
 class Bernoulli:

@@ -48,6 +48,7 @@ class CoDistillationModel(PreTrainedModel):
         self.taps: dict[str, HeadTap] = {}
         self.primary = next(iter(learners))
         self.config = self.learners[self.primary].config
+        self.main_input_name = base_model(self.learners[self.primary]).main_input_name
         self.frozen = frozenset(frozen)
         for name in self.frozen:
             self.learners[name].requires_grad_(False)
@@ -140,16 +141,20 @@ class CoDistillationModel(PreTrainedModel):
         return model(**own) if tap is None else tap.run(model, own, head_at)
 
     def inputs_of(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a batch that a model takes: what its `forward` names, and what nobody names.
+        """The part of a batch that a model takes (`named_inputs`), with `use_cache`.
 
         Caches for generation are as Trainer sets them for the primary learner (`use_cache`), without a change to the
         config of the others.
         """
-        accepted = self._accepted[type(base_model(model))]
-        own = {key: value for key, value in inputs.items() if key in accepted or key not in self.known_inputs}
-        if "use_cache" in accepted:
+        own = self.named_inputs(model, inputs)
+        if "use_cache" in self._accepted[type(base_model(model))]:
             own.setdefault("use_cache", getattr(self.config, "use_cache", False))
         return own
+
+    def named_inputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a batch that a model takes: what its `forward` names, and what nobody names."""
+        accepted = self._accepted[type(base_model(model))]
+        return {key: value for key, value in inputs.items() if key in accepted or key not in self.known_inputs}
 
     def save_pretrained(
         self,

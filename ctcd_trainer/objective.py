@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_detach
 
-from .fused_linear import LinearHead, ScoredPositions, linear_losses
+from .fused_linear import LinearHead, linear_losses
 from .graph import Edge
 from .tasks import Task
 from .training_args import DistillationArguments
@@ -66,36 +65,25 @@ def separate_losses(
 
 
 def fused_losses(
-    arguments: DistillationArguments,
-    heads: Mapping[str, LinearHead],
-    scored: ScoredPositions,
-    num_items_in_batch: Tensor | int | None,
-    processes: int = 1,
-    warmup: float = 1.0,
+    arguments: DistillationArguments, heads: Mapping[str, LinearHead], labels: Tensor, warmup: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same loss for language models, from the inputs of their output layers at the scored positions.
+    """The same for language models, summed over the positions, from the inputs of their output layers.
 
     Args:
         arguments: The weights, the soft loss and the temperature.
         heads: The output layers of all models by name, at the scored positions.
-        scored: These positions.
-        num_items_in_batch: Number of scored positions in the accumulated batch of all processes; by default those of
-            this batch.
-        processes: Number of processes that gradients are averaged over.
+        labels: Token ids of these positions, `(positions,)`.
         warmup: Factor of the soft weights.
 
     Returns:
-        As `separate_losses`.
+        As `separate_losses`, but sums.
     """
     graph = arguments.graph
-    total, values = linear_losses(
+    return linear_losses(
         heads,
-        scored.labels,
+        labels,
         {learner: weight for learner, weight in graph.hard_weights.items() if weight > 0},
         [Edge(edge.source, edge.learner, edge.weight * warmup) for edge in graph.edges],
         arguments.soft_loss,
         arguments.temperature,
     )
-    items = len(scored.labels) if num_items_in_batch is None else num_items_in_batch
-    scale = processes / torch.as_tensor(items, device=total.device).clamp(min=1)
-    return total * scale, {name: value * scale for name, value in values.items()}

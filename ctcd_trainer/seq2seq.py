@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from .graph import TEACHER
 from .modeling import LearnerView
 from .trainer import CoDistillationTrainer
 from .training_args import DistillationArguments
@@ -24,25 +23,23 @@ class CoDistillationSeq2SeqTrainer(CoDistillationTrainer, Seq2SeqTrainer):
     generated. `eval_agreement` is that of teacher forcing: texts of two models are rarely equal as a whole. An
     `args.generation_config` holds for both.
 
-    Args:
-        *args: As in `CoDistillationTrainer`.
-        **kwargs: As in `CoDistillationTrainer`, without `optimizer_cls_and_kwargs`, which `Seq2SeqTrainer` lacks.
+    It takes the arguments of `CoDistillationTrainer` but for `optimizer_cls_and_kwargs`, which `Seq2SeqTrainer` lacks.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.pair is not None and self.args.generation_config is not None:
-            # Seq2SeqTrainer has set the teacher's before the pair was made.
-            for name, learner in self.pair.learners.items():
-                if name != TEACHER:
-                    learner.generation_config = self.load_generation_config(self.args.generation_config)
+    def _install_pair(self, learners: dict[str, nn.Module]) -> None:
+        """Give both models the generation config of the arguments."""
+        super()._install_pair(learners)
+        if self.args.generation_config is not None:
+            for learner in learners.values():
+                learner.generation_config = self.load_generation_config(self.args.generation_config)
 
     def _prediction_step_of(
-        self, view: LearnerView, *args: Any, **gen_kwargs: Any
+        self, view: LearnerView, inputs: dict[str, Tensor | Any], *args: Any, **gen_kwargs: Any
     ) -> tuple[Tensor | None, Any, Tensor | None]:
         """Seq2SeqTrainer's prediction step for one learner: it generates with `self.model`."""
         pair, self.model = self.model, self.pair.learners[view.learner]
         try:
-            return super()._prediction_step_of(view, *args, **gen_kwargs)
+            inputs = self.pair.named_inputs(self.model, inputs)
+            return super()._prediction_step_of(view, inputs, *args, **gen_kwargs)
         finally:
             self.model = pair

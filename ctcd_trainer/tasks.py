@@ -558,7 +558,9 @@ def find_task(model: nn.Module, argument: str = "model") -> Task:
     """
     names = [cls.__name__ for cls in type(base_model(model)).__mro__]
     for task in TASKS:
-        if task.model_names.intersection(names) and hasattr(model, "config"):
+        if not task.model_names.intersection(names) or not hasattr(model, "config"):
+            continue
+        if task is not Seq2SeqLM or model.config.is_encoder_decoder:  # some of its models have a decoder only
             return task(model.config)
     supported = ", ".join(task.auto_model.__name__ for task in TASKS)
     raise ValueError(

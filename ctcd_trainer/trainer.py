@@ -102,6 +102,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self._evaluation_meter: EvaluationMeter | None = None
         self._grad_norms: dict[str, Tensor] = {}
         self._student_rates: list[float] = []
+        self._student_metrics: Any = None
+        self._predicting = False
         self._student_predictions: Any = None
         self.soft_loss_func = soft_loss_func
         self._fused: bool | None = None
@@ -162,6 +164,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             **kwargs,
         )
         if paired:
+            logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
             # model is the pair.
             self._install_pair(learners or make_learners(self.model))
@@ -223,6 +226,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         if self.pair is None:
             return super()._inner_training_loop(*args, **kwargs)
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
+        self._fused = None  # heads, adapters and loss functions may have changed since the last training
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
             align_special_tokens(self.student_model, self.processing_class)
         if self.neftune_noise_alpha is None:
@@ -303,8 +307,12 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         """Share of this micro-batch in the accumulated batch, times the processes that gradients average over."""
         num_items = self.task.counted(inputs).ne(IGNORE_INDEX).sum()
         if num_items_in_batch is None:
-            return num_items.clamp(max=1)
+            return num_items.clamp(max=1) / self._micro_batches()
         return self._process_scale() * num_items / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+    def _micro_batches(self) -> int:
+        """Number of micro-batches that gradients are summed over, for a mean without the count of their items."""
+        return getattr(self, "current_gradient_accumulation_steps", 1) if self.pair.training else 1
 
     def _process_scale(self) -> int:
         """DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them."""
@@ -318,8 +326,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Task loss of one learner: the user's function, the smoothed one, or the one of the model itself."""
-        if "labels" in inputs and self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=num_items_in_batch)
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=num_items_in_batch)
             return loss * self._process_scale() if num_items_in_batch is not None else loss
         if "labels" in inputs and self.label_smoother is not None:
             shift = isinstance(self.task, CausalLM)
@@ -351,7 +359,12 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         if self._pretrained_tap is not None:
             heads[PRETRAINED] = self._pretrained_outputs(inputs, self._pretrained_tap, scored)
         with self.accelerator.autocast():
-            return fused_losses(self.distillation, heads, scored, num_items_in_batch, self._process_scale(), warmup)
+            loss, values = fused_losses(self.distillation, heads, warmup=warmup, labels=scored.labels)
+        if num_items_in_batch is None:
+            scale = 1.0 / (max(len(scored.labels), 1) * self._micro_batches())
+        else:
+            scale = self._process_scale() / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+        return loss * scale, {name: value * scale for name, value in values.items()}
 
     def _skips_logits(self, inputs: dict[str, Tensor | Any]) -> bool:
         """Whether the models run without logits; decided, and logged, at the first batch in which any is scored."""
@@ -362,7 +375,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             self._fused = reason is None
             path = "one fused pass over the scored positions" if reason is None else f"whole logits, because {reason}"
             unwanted = reason is not None and self.distillation.fused_lm_head
-            logger.log(WARNING if unwanted else INFO, "Losses of the language-model heads: %s.", path)
+            if self.is_world_process_zero():
+                logger.log(WARNING if unwanted else INFO, "Losses of the language-model heads: %s.", path)
         return bool(self._fused)
 
     def _why_logits(self, inputs: dict[str, Tensor | Any]) -> str | None:

@@ -188,6 +188,7 @@ def set_up_logging(training_args: CoDistillationTrainingArguments) -> None:
     logger.setLevel(level)
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
+    logging.getLogger("ctcd_trainer").setLevel(level)
     logger.info("Arguments: %s", training_args)
 
 

@@ -239,6 +239,23 @@ def test_small_gradients_survive_fp16():
     assert (grad - wanted).norm() <= 5e-3 * wanted.norm()
 
 
+def test_many_positions_of_one_label_do_not_overflow_fp16():
+    """Their sum is far beyond the largest number of fp16, 65,504, before it is divided by their number."""
+    count = 4096
+    generator = torch.Generator().manual_seed(0)
+    hidden = (20 + torch.randn(count, 4, generator=generator)).requires_grad_()
+    head = LinearHead(hidden, (1e-3 * torch.randn(50, 4, generator=generator)).requires_grad_())
+    labels = torch.zeros(count, dtype=torch.long)
+    naive = F.cross_entropy(naive_logits(head), labels, reduction="sum")
+    wanted = torch.autograd.grad(naive, head.weight)[0]
+    assert wanted.abs().max() > 65_504
+    for chunk_size in (None, 64, 4096):
+        with torch.autocast("cpu", dtype=torch.float16):
+            total, _ = linear_losses({"teacher": head}, labels, {"teacher": 1.0}, (), chunk_size=chunk_size)
+        grad = torch.autograd.grad(total, head.weight)[0]
+        assert (grad - wanted).norm() <= 5e-3 * wanted.norm()
+
+
 def test_the_logits_of_all_positions_never_exist_at_once():
     """The largest tensor that the pass makes is a chunk, not positions x vocabulary."""
     largest = 0

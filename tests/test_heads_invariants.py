@@ -20,7 +20,7 @@ both_paths = pytest.mark.parametrize("fused", [True, False], ids=["fused", "whol
 
 def tiny_trainer(tmp_path, head, family, cls=CoDistillationTrainer, model_settings=None, **options):
     """A trainer of a teacher of two layers and a student of one."""
-    names = ("train_dataset", "eval_dataset", "compute_metrics", "preprocess_logits_for_metrics")
+    names = ("train_dataset", "eval_dataset", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
     own = {name: options.pop(name) for name in names if name in options}
     settings = model_settings or {}
     return cls(
@@ -309,3 +309,51 @@ def test_metrics_see_only_what_preprocessing_makes_of_the_logits_of_each_batch(h
         accuracy_of = (expected == batch["labels"])[scored].float().mean().item()
         assert metrics[f"eval_{prefix}accuracy"] == pytest.approx(accuracy_of)
     assert (seen[0] != seen[1]).any()
+
+
+class WithoutCount(CoDistillationTrainer):
+    """As people write it who do not know of the count."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_subclass_that_drops_the_count_takes_the_mean_over_the_micro_batches(fused, tmp_path):
+    rows = [{**row, "labels": row["input_ids"]} for row in tiny_data("causal-lm", 8)]
+    settings = {"max_steps": 1, "fused_lm_head": fused}
+    weights = []
+    for cls, size, steps in ((WithoutCount, 2, 4), (CoDistillationTrainer, 8, 1)):
+        args = tiny_args(tmp_path, **settings, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        teacher, student = (tiny_model("llama", "causal-lm", 1, seed=seed) for seed in (1, 2))
+        trainer = cls(teacher, args, default_data_collator, rows, student_model=student)
+        trainer.train()
+        weights.append(trainer.pair.state_dict())
+    assert_same_weights(*weights, tolerance=2e-6)
+
+
+def test_a_custom_loss_is_called_for_heads_without_a_labels_column(tmp_path):
+    seen = []
+
+    def loss(outputs, labels, num_items_in_batch):
+        seen.append(labels)
+        return outputs.start_logits.square().mean()
+
+    rows = rows_of(tiny_batch("question-answering", 8))
+    tiny_trainer(
+        tmp_path, "question-answering", "bert", train_dataset=rows, compute_loss_func=loss, max_steps=1
+    ).train()
+    assert seen
+    assert set(seen) == {None}
+
+
+def test_metrics_may_ask_for_the_inputs_of_images(tmp_path):
+    shapes = []
+
+    def metrics(prediction):
+        shapes.append(prediction.inputs.shape)
+        return {}
+
+    data = {"eval_dataset": tiny_data("image-classification", 6), "compute_metrics": metrics}
+    tiny_trainer(tmp_path, "image-classification", "vit", **data, include_for_metrics=["inputs"]).evaluate()
+    assert [shape[0] for shape in shapes] == [6, 6]

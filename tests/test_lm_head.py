@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 from test_heads import assert_equals_naive, pair_of, trainer_of
-from tiny_models import tiny_batch
+from tiny_models import VOCAB_SIZE, rows_of, tiny_batch
 from torch import nn
-from transformers import BertForMaskedLM
+from transformers import BartConfig, BartForCausalLM, BertForMaskedLM
 
 
 @pytest.fixture
@@ -83,6 +83,35 @@ def test_the_log_says_why_the_fast_path_is_not_taken(tmp_path, messages):
         "Losses of the language-model heads: whole logits, because `fused_lm_head` is False.",
         "Losses of the language-model heads: whole logits, because `label_smoothing_factor` is set.",
     ]
+
+
+def test_the_path_is_decided_anew_for_each_training(tmp_path, messages):
+    trainer = trainer_of(tmp_path, *pair_of("masked-lm", "bert"), max_steps=1)
+    trainer.train_dataset = rows_of(tiny_batch("masked-lm"))
+    trainer.train()
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean()
+    trainer.train()
+    assert [message.split(": ")[1].split(",")[0] for message in messages()] == [
+        "one fused pass over the scored positions.",
+        "whole logits",
+    ]
+
+
+def test_a_causal_model_that_does_not_shift_labels_is_named_and_trains_fused_as_what_it_is(tmp_path, messages):
+    config = BartConfig(
+        vocab_size=VOCAB_SIZE,
+        d_model=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+    )
+    models = [BartForCausalLM(config) for _ in range(2)]
+    step(trainer_of(tmp_path, *models), "causal-lm")
+    assert "its labels are not shifted by the model (if so is meant, pass `task='masked-lm'`)" in messages()[0]
+    trainer = trainer_of(tmp_path, *models, task="masked-lm")
+    step(trainer, "causal-lm")
+    assert trainer._fused
 
 
 def test_the_models_are_left_without_hooks_and_in_their_mode(tmp_path):
