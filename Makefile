@@ -55,7 +55,7 @@ demo: $(STAMP)  ## Co-train two models on synthetic sentences, and compare with 
 
 bench: $(STAMP)  ## Time and memory of co-trainings against plain and naive ones (about half an hour)
 	$(BIN)/python examples/benchmarks/bench_sequence_classification.py --markdown
-	$(BIN)/python examples/benchmarks/bench_language_models.py --markdown
+	$(BIN)/python examples/benchmarks/bench_language_models.py --markdown --dropout 0
 	mkdir -p outputs/bench
 	$(BIN)/python examples/benchmarks/bench_fused_linear.py --markdown --plot outputs/bench/growth.png
 
