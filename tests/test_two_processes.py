@@ -61,8 +61,8 @@ def train(folder):
     assert trainer._fused
     logs = [log for log in trainer.state.log_history if "loss" in log]
     result = {name: [log[name] for log in logs] for name in logs[0] if "loss" in name}
-    # Rows that one process has alone, and that score nothing, must neither count nor raise the loss of the others.
-    rows[1]["labels"] = rows[2]["labels"] = rows[3]["labels"] = torch.full((LENGTH,), -100)
+    # Rows that one process has alone, and that score nothing, must not raise the loss of the other process.
+    rows[1]["labels"] = rows[2]["labels"] = torch.full((LENGTH,), -100)
     result |= {name: value for name, value in trainer.evaluate(rows[:6]).items() if "loss" in name or "agree" in name}
     result["weights"] = [parameter.double().abs().sum().item() for parameter in trainer.pair.parameters()]
     if trainer.is_world_process_zero():
