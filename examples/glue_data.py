@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from script_common import first_rows
+from script_common import first_rows, split_of
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 #: The GLUE tasks and their columns of text.
@@ -59,10 +59,7 @@ def select_rows(raw: DatasetDict, task: str | None, limits: Mapping[str, int | N
     for split, limit in limits.items():
         selected[split] = {}
         for result, name in splits_of(task, split).items():
-            if name not in raw:
-                argument = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
-                raise ValueError(f"`--{argument}` needs the split {name!r}, and the data has only {list(raw)}.")
-            rows = first_rows(raw[name], limit)
+            rows = first_rows(split_of(raw, split, name), limit)
             if split == "test" and LABEL in rows.column_names:
                 rows = rows.remove_columns(LABEL)
             selected[split][result] = rows

@@ -1,18 +1,18 @@
 """Text for language models: the splits, its tokens in blocks of one length or line by line, and what is scored."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from script_common import TABLE_READERS, DataArguments, first_rows
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from script_common import TABLE_READERS, DataArguments, Rows, first_rows, split_of, wanted_splits
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, default_data_collator
 
-Rows = Dataset | IterableDataset
+from ctcd_trainer import metrics
 
 
 @dataclass
@@ -76,11 +76,8 @@ def select_splits(
             )
         splits["validation"] = splits["train"].take(count)
         splits["train"] = splits["train"].skip(count)
-    wanted = {"train": ("do_train", training_args.do_train), "validation": ("do_eval", training_args.do_eval)}
-    for split, (argument, used) in wanted.items():
-        if used and split not in splits:
-            raise ValueError(f"`--{argument}` needs the split {split!r}, and the data has only {list(raw)}.")
-    return {split: _texts(splits[split], data_args.text_column_name) for split, (_, used) in wanted.items() if used}
+    wanted = wanted_splits(data_args, training_args)
+    return {split: _texts(split_of(splits, split), data_args.text_column_name) for split in wanted}
 
 
 def _texts(rows: Rows, column: str | None) -> Rows:
@@ -215,11 +212,5 @@ def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"accuracy": float((predictions == labels)[scored].mean())} if scored.any() else {}
 
 
-def perplexities(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The perplexity of each model whose loss is there; a loss beyond the numbers that there are gives infinity."""
-    losses = {"eval_perplexity": "eval_loss", "eval_student_perplexity": "eval_student_loss"}
-    return {
-        name: math.exp(metrics[loss]) if metrics[loss] < 700 else math.inf
-        for name, loss in losses.items()
-        if loss in metrics
-    }
+#: The perplexity of each model whose loss is there, also of one that is trained alone, by plain Trainer.
+perplexities = partial(metrics.perplexities, prefix="eval")

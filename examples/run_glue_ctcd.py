@@ -27,7 +27,7 @@ from glue_data import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_colu
 from glue_metric import metrics_for
 from script_common import (
     DataArguments,
-    ModelArguments,
+    LabelledModelArguments,
     allowed_length,
     check_arguments,
     checkpoint_to_resume,
@@ -35,7 +35,7 @@ from script_common import (
     finish,
     in_order,
     load_config,
-    load_model,
+    load_labelled_model,
     load_models,
     load_raw_data,
     load_tokenizer,
@@ -43,26 +43,17 @@ from script_common import (
     parse_arguments,
     set_up_logging,
     train,
+    wanted_splits,
 )
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    PreTrainedModel,
     default_data_collator,
 )
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 
 # ---- Arguments ----
-
-
-@dataclass
-class GlueModelArguments(ModelArguments):
-    """Which models are trained, and where they come from."""
-
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Whether a head with another number of labels is replaced by a new one."}
-    )
 
 
 @dataclass
@@ -110,42 +101,6 @@ class GlueDataArguments(DataArguments):
         self.check_files()
 
 
-def load_classifier(
-    option: str, frozen: bool, model_args: GlueModelArguments, labels: Labels, seed: int
-) -> PreTrainedModel:
-    """Load a model with a head for these labels; where the checkpoint has none, a new one drawn with the seed.
-
-    Args:
-        option: Name of the argument that names the model.
-        frozen: Whether it is only learnt from.
-        model_args: The arguments.
-        labels: The labels.
-        seed: The seed.
-
-    Raises:
-        ValueError: It is frozen, and its outputs mean other labels.
-    """
-    config = load_config(model_args, option)
-    if not labels.same_order(config):
-        own = list(config.id2label.values())
-        name = getattr(model_args, option)
-        message = f"`--{option} {name}` was trained with the labels {own}, not {list(labels.names)}."
-        if frozen:
-            raise ValueError(f"{message} It is frozen in this mode, so what it teaches would be wrong.")
-        logger.warning("%s Its outputs get the new meaning in this training.", message)
-    for key, value in labels.for_config.items():
-        setattr(config, key, value)
-    return load_model(
-        AutoModelForSequenceClassification,
-        option,
-        model_args,
-        seed,
-        frozen,
-        config=config,
-        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-    )
-
-
 # ---- The work ----
 
 
@@ -182,7 +137,7 @@ def model_card_settings(data_args: GlueDataArguments) -> dict[str, str]:
 def main() -> None:
     """Run the script."""
     model_args, data_args, training_args = parse_arguments(
-        GlueModelArguments, GlueDataArguments, CoDistillationTrainingArguments
+        LabelledModelArguments, GlueDataArguments, CoDistillationTrainingArguments
     )
     check_arguments(model_args, training_args)
     if training_args.do_predict and data_args.files and data_args.test_file is None:
@@ -192,18 +147,19 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(training_args)
 
     raw = load_raw_data(model_args, data_args)
-    wanted = {
-        "train": (training_args.do_train, data_args.max_train_samples),
-        "validation": (training_args.do_eval, data_args.max_eval_samples),
-        "test": (training_args.do_predict, data_args.max_predict_samples),
-    }
-    selected = select_rows(raw, task, {split: limit for split, (used, limit) in wanted.items() if used})
+    selected = select_rows(raw, task, wanted_splits(data_args, training_args))
     source = raw["train"] if "train" in raw else next(iter(raw.values()))
     columns = text_columns(source, task)
     labels = Labels.of(source, task).ordered_as(load_config(model_args))
 
     tokenizer = load_tokenizer(model_args)
-    load = partial(load_classifier, model_args=model_args, labels=labels, seed=training_args.seed)
+    load = partial(
+        load_labelled_model,
+        auto_class=AutoModelForSequenceClassification,
+        model_args=model_args,
+        labels=labels,
+        seed=training_args.seed,
+    )
     models = load_models(model_args, training_args, load)
     max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     pad = data_args.pad_to_max_length

@@ -28,7 +28,7 @@ from datasets import Dataset
 from ner_data import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, find_column, metrics_for
 from script_common import (
     DataArguments,
-    ModelArguments,
+    LabelledModelArguments,
     allowed_length,
     card_of,
     check_arguments,
@@ -38,32 +38,25 @@ from script_common import (
     first_rows,
     in_order,
     load_config,
-    load_model,
+    load_labelled_model,
     load_models,
     load_raw_data,
     load_tokenizer,
     logger,
     parse_arguments,
     set_up_logging,
+    split_of,
     train,
+    wanted_splits,
 )
 from torch import Tensor
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedModel
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 
 TASKS = ("ner", "pos", "chunk")
 
 # ---- Arguments ----
-
-
-@dataclass
-class NerModelArguments(ModelArguments):
-    """Which models are trained, and where they come from."""
-
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Whether a head with another number of labels is replaced by a new one."}
-    )
 
 
 @dataclass
@@ -104,33 +97,7 @@ class NerDataArguments(DataArguments):
             )
 
 
-# ---- Data and models ----
-
-
-def load_data(
-    model_args: NerModelArguments, data_args: NerDataArguments, training_args: CoDistillationTrainingArguments
-) -> tuple[dict[str, Dataset], list[Dataset]]:
-    """The rows that are wanted.
-
-    Returns:
-        The selected rows by split (`train`, `validation`, `test`), and all splits in full.
-
-    Raises:
-        ValueError: A split is missing.
-    """
-    raw = load_raw_data(model_args, data_args)
-    limits = {
-        "train": ("do_train", data_args.max_train_samples),
-        "validation": ("do_eval", data_args.max_eval_samples),
-        "test": ("do_predict", data_args.max_predict_samples),
-    }
-    selected = {}
-    for split, (argument, limit) in limits.items():
-        if getattr(training_args, argument):
-            if split not in raw:
-                raise ValueError(f"`--{argument}` needs the split {split!r}, and the data has only {list(raw)}.")
-            selected[split] = first_rows(raw[split], limit)
-    return selected, list(raw.values())
+# ---- Data ----
 
 
 def find_columns(selected: Mapping[str, Dataset], data_args: NerDataArguments) -> tuple[str, str]:
@@ -150,43 +117,6 @@ def find_columns(selected: Mapping[str, Dataset], data_args: NerDataArguments) -
         if split != "test":
             label_column = find_column(rows, label_column, "label_column_name", usual)
     return text_column, label_column or usual[0]
-
-
-def load_tagger(
-    option: str, frozen: bool, model_args: NerModelArguments, labels: WordLabels, seed: int
-) -> PreTrainedModel:
-    """Load a model with a head for these labels; where the checkpoint has none, a new one drawn with the seed.
-
-    Args:
-        option: Name of the argument that names the model.
-        frozen: Whether it is only learnt from.
-        model_args: The arguments.
-        labels: The labels.
-        seed: The seed.
-
-    Raises:
-        ValueError: It is frozen, and its outputs mean other labels.
-    """
-    config = load_config(model_args, option)
-    if not labels.same_order(config):
-        message = (
-            f"`--{option} {getattr(model_args, option)}` was trained with the labels "
-            f"{list(config.id2label.values())}, not {list(labels.names)}."
-        )
-        if frozen:
-            raise ValueError(f"{message} It is frozen in this mode, so what it teaches would be wrong.")
-        logger.warning("%s Its outputs get the new meaning in this training.", message)
-    for key, value in labels.for_config.items():
-        setattr(config, key, value)
-    return load_model(
-        AutoModelForTokenClassification,
-        option,
-        model_args,
-        seed,
-        frozen,
-        config=config,
-        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-    )
 
 
 # ---- The work ----
@@ -230,15 +160,17 @@ def predict(
 def main() -> None:
     """Run the script."""
     model_args, data_args, training_args = parse_arguments(
-        NerModelArguments, NerDataArguments, CoDistillationTrainingArguments
+        LabelledModelArguments, NerDataArguments, CoDistillationTrainingArguments
     )
     check_arguments(model_args, training_args)
     set_up_logging(training_args)
     checkpoint = checkpoint_to_resume(training_args)
 
-    selected, splits = load_data(model_args, data_args, training_args)
+    raw = load_raw_data(model_args, data_args)
+    wanted = wanted_splits(data_args, training_args)
+    selected = {split: first_rows(split_of(raw, split), limit) for split, limit in wanted.items()}
     text_column, label_column = find_columns(selected, data_args)
-    labels = WordLabels.of(splits, label_column, load_config(model_args))
+    labels = WordLabels.of(raw.values(), label_column, load_config(model_args))
 
     # Padding on the left would move the words away from the positions that `predict` looks them up at.
     tokenizer = load_tokenizer(model_args, padding_side="right")
@@ -247,7 +179,13 @@ def main() -> None:
             f"{type(tokenizer).__name__} does not tell which word a token belongs to: name a model with a fast "
             "tokenizer in `--tokenizer_name`."
         )
-    load = partial(load_tagger, model_args=model_args, labels=labels, seed=training_args.seed)
+    load = partial(
+        load_labelled_model,
+        auto_class=AutoModelForTokenClassification,
+        model_args=model_args,
+        labels=labels,
+        seed=training_args.seed,
+    )
     models = load_models(model_args, training_args, load)
     max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     pad = data_args.pad_to_max_length

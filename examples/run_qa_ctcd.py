@@ -46,7 +46,9 @@ from script_common import (
     load_tokenizer,
     parse_arguments,
     set_up_logging,
+    split_of,
     train,
+    wanted_splits,
 )
 from torch.utils.data import DataLoader
 from transformers import (
@@ -116,18 +118,9 @@ def load_data(
     for split, path in data_args.files.items():
         if "data" in raw[split].column_names:  # {"data": [rows]}, as some files of SQuAD are
             raw[split] = load_files({split: path}, model_args.cache_dir, data_args.readers, field="data")[split]
-    wanted = {
-        "train": ("do_train", data_args.max_train_samples),
-        "validation": ("do_eval", data_args.max_eval_samples),
-        "test": ("do_predict", data_args.max_predict_samples),
-    }
     selected = {}
-    for split, (argument, limit) in wanted.items():
-        if not getattr(training_args, argument):
-            continue
-        if split not in raw:
-            raise ValueError(f"`--{argument}` needs the split {split!r}, and the data has only {list(raw)}.")
-        selected[split] = first_rows(raw[split], limit)
+    for split, limit in wanted_splits(data_args, training_args).items():
+        selected[split] = first_rows(split_of(raw, split), limit)
         _check_rows(selected[split], split, data_args.version_2_with_negative)
     return DatasetDict(selected)
 

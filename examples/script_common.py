@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import datasets
 import transformers
@@ -37,6 +37,15 @@ MODEL_OPTIONS: Mapping[str, str] = {
     "student_model": "student_model_name_or_path",
     "pretrained_teacher": "pretrained_teacher_name_or_path",
 }
+
+#: The arguments that ask for each split and that limit the number of its rows.
+SPLIT_ARGUMENTS: Mapping[str, tuple[str, str]] = {
+    "train": ("do_train", "max_train_samples"),
+    "validation": ("do_eval", "max_eval_samples"),
+    "test": ("do_predict", "max_predict_samples"),
+}
+
+Rows = Dataset | IterableDataset
 
 # ---- Arguments ----
 
@@ -96,6 +105,29 @@ class ModelArguments:
             "token": self.token,
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+@dataclass
+class LabelledModelArguments(ModelArguments):
+    """Which models are trained, and where they come from, for heads with an output for each label."""
+
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Whether a head with another number of labels is replaced by a new one."}
+    )
+
+
+class OutputLabels(Protocol):
+    """What the outputs of a head mean."""
+
+    #: Names of the labels in the order of the outputs.
+    names: tuple[str, ...]
+
+    @property
+    def for_config(self) -> dict[str, Any]:
+        """Settings of a config."""
+
+    def same_order(self, config: PreTrainedConfig) -> bool:
+        """Whether the outputs of a model with this config mean the same."""
 
 
 @dataclass
@@ -259,6 +291,39 @@ def load_raw_data(model_args: ModelArguments, data_args: DataArguments, **option
     )
 
 
+def wanted_splits(data_args: DataArguments, training_args: CoDistillationTrainingArguments) -> dict[str, int | None]:
+    """The splits that a run needs, with the number of their first rows to take, `None` for all.
+
+    Args:
+        data_args: The arguments that limit the splits; a split that they cannot limit is none of the script's.
+        training_args: The arguments that say what is to be done.
+    """
+    return {
+        split: getattr(data_args, limit)
+        for split, (argument, limit) in SPLIT_ARGUMENTS.items()
+        if hasattr(data_args, limit) and getattr(training_args, argument)
+    }
+
+
+def split_of(raw: Mapping[str, Rows], split: str, name: str | None = None) -> Rows:
+    """A split of the data.
+
+    Args:
+        raw: All splits.
+        split: What it is for: `train`, `validation` or `test`.
+        name: How the data calls it, if not so.
+
+    Raises:
+        ValueError: The data has none of this name.
+    """
+    name = name or split
+    if name not in raw:
+        raise ValueError(
+            f"`--{SPLIT_ARGUMENTS[split][0]}` needs the split {name!r}, and the data has only {list(raw)}."
+        )
+    return raw[name]
+
+
 def first_rows(rows: Dataset, limit: int | None) -> Dataset:
     """The first rows, all of them without a limit."""
     return rows if limit is None else rows.take(min(limit, len(rows)) if isinstance(rows, Sized) else limit)
@@ -306,6 +371,43 @@ def load_model(
         missing = sorted(report["missing_keys"])
         logger.warning("`--%s %s` is frozen, but not trained for this task: %s are random.", option, name, missing)
     return model
+
+
+def load_labelled_model(
+    option: str, frozen: bool, auto_class: type, model_args: LabelledModelArguments, labels: OutputLabels, seed: int
+) -> PreTrainedModel:
+    """Load a model with a head for these labels; see `load_model`.
+
+    Args:
+        option: Name of the argument that names the model.
+        frozen: Whether it is only learnt from.
+        auto_class: The `AutoModelFor...` class.
+        model_args: The arguments.
+        labels: The labels.
+        seed: The seed.
+
+    Raises:
+        ValueError: It is frozen, and its outputs mean other labels.
+    """
+    config = load_config(model_args, option)
+    if not labels.same_order(config):
+        own = list(config.id2label.values())
+        name = getattr(model_args, option)
+        message = f"`--{option} {name}` was trained with the labels {own}, not {list(labels.names)}."
+        if frozen:
+            raise ValueError(f"{message} It is frozen in this mode, so what it teaches would be wrong.")
+        logger.warning("%s Its outputs get the new meaning in this training.", message)
+    for key, value in labels.for_config.items():
+        setattr(config, key, value)
+    return load_model(
+        auto_class,
+        option,
+        model_args,
+        seed,
+        frozen,
+        config=config,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+    )
 
 
 def load_models(

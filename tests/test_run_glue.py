@@ -403,7 +403,7 @@ def test_yaml_config_file(monkeypatch, tmp_path):
     (tmp_path / "arguments.yaml").write_text(text)
     monkeypatch.setattr(sys, "argv", ["run_glue_ctcd.py", str(tmp_path / "arguments.yaml")])
     model_args, data_args, training_args = script_common.parse_arguments(
-        run_glue_ctcd.GlueModelArguments, run_glue_ctcd.GlueDataArguments, CoDistillationTrainingArguments
+        script_common.LabelledModelArguments, run_glue_ctcd.GlueDataArguments, CoDistillationTrainingArguments
     )
     assert (model_args.student_num_hidden_layers, data_args.task_name) == (2, "rte")
     assert training_args.learning_rate == 0.25
