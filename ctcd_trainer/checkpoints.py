@@ -8,7 +8,7 @@ from torch import nn
 from .graph import STUDENT
 from .metrics import LossMeter
 from .optimization import PairOptimizationTrainer
-from .tasks import is_peft_model
+from .wrapping import is_peft_model
 
 
 class PairCheckpointTrainer(PairOptimizationTrainer):

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .graph import Edge
-from .tasks import IGNORE_INDEX
+from .labels import IGNORE_INDEX
 
 #: Size of the logits of one chunk of one model. On CPUs the memory of a larger chunk only costs time; GPUs need one
 #: large enough to be busy. Measured with `examples/benchmarks/bench_fused_linear.py`.

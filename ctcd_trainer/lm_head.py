@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fused_linear import LinearHead, ScoredPositions
-from .tasks import IGNORE_INDEX, CausalLM, Task, base_model
+from .labels import IGNORE_INDEX
+from .tasks import Task
+from .wrapping import base_model
 
 
 class NoLinearHeadError(Exception):
@@ -115,7 +117,7 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
             scored = ScoredPositions(task.targets(row))
             if loss_matters and not _same_loss(F.cross_entropy(expected, scored.labels), outputs["loss"]):
                 reason = "its loss is not the mean cross-entropy"
-                if isinstance(task, CausalLM) and outputs["logits"].shape[:-1] == row["labels"].shape:
+                if task.shifts_labels and outputs["logits"].shape[:-1] == row["labels"].shape:
                     unshifted = F.cross_entropy(outputs["logits"].float().flatten(0, 1), row["labels"].flatten())
                     if _same_loss(unshifted, outputs["loss"]):
                         reason = "its labels are not shifted by the model (if so is meant, pass `task='masked-lm'`)"

@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .fused_linear import LinearHead, ScoredPositions
 from .graph import STUDENT, TEACHER
 from .lm_head import HeadTap
-from .tasks import Task, base_model
+from .tasks import Task
+from .wrapping import base_model
 
 
 class CoDistillationModel(PreTrainedModel):

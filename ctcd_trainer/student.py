@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .tasks import TASKS, base_model, find_task, is_peft_model, own_labels
+from .labels import own_labels
+from .tasks import TASKS, find_task
+from .wrapping import base_model, is_peft_model
 
 
 def load_model(

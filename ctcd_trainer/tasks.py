@@ -23,10 +23,9 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from .labels import IGNORE_INDEX, label_array, own_labels
 from .losses import Bernoulli, Categorical, Family, Point
-
-#: Label of a position that is not scored, the convention of `torch.nn.CrossEntropyLoss` and of transformers.
-IGNORE_INDEX = -100
+from .wrapping import base_model
 
 
 def _model_names(mapping: str) -> frozenset[str]:
@@ -54,11 +53,18 @@ class Task:
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     #: Whether the classes are the tokens of a vocabulary.
     language_model: ClassVar[bool] = False
+    #: Whether the models shift the labels, so that a position predicts the next label.
+    shifts_labels: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.num_labels: int = getattr(config, "num_labels", 0)
 
     # ---- Do the models and the labels fit? ----
+
+    @classmethod
+    def accepts(cls, config: PreTrainedConfig) -> bool:
+        """Whether a model with a class of `model_names` has this head."""
+        return True
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
         """Both models must have the same number of labels, with the same meaning.
@@ -448,6 +454,11 @@ class Seq2SeqLM(LanguageModel):
     auto_model = AutoModelForSeq2SeqLM
     model_names = _model_names("SEQ_TO_SEQ_CAUSAL_LM")
 
+    @classmethod
+    def accepts(cls, config: PreTrainedConfig) -> bool:
+        """Some of the classes have a decoder only."""
+        return config.is_encoder_decoder
+
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs without labels, but with the decoder inputs that the model makes of them.
 
@@ -480,6 +491,7 @@ class CausalLM(LanguageModel):
     name = "causal-lm"
     auto_model = AutoModelForCausalLM
     model_names = _model_names("CAUSAL_LM")
+    shifts_labels = True
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """The label of the next position; none at the last one."""
@@ -530,22 +542,6 @@ TASKS: tuple[type[Task], ...] = (
 )
 
 
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether a model is wrapped by PEFT (told by what it has, so that PEFT need not be imported)."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model itself, or the one inside a PEFT wrapper."""
-    return model.get_base_model() if is_peft_model(model) else model
-
-
-def own_labels(config: PreTrainedConfig) -> list[str] | None:
-    """Names of the labels in the order of the outputs; `None` if they are the default ones, which mean nothing."""
-    names = [config.id2label[index] for index in sorted(config.id2label)]
-    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
-
-
 def find_task(model: nn.Module, argument: str = "model") -> Task:
     """Recognise the head of a model by its class (or a class it inherits from).
 
@@ -558,9 +554,7 @@ def find_task(model: nn.Module, argument: str = "model") -> Task:
     """
     names = [cls.__name__ for cls in type(base_model(model)).__mro__]
     for task in TASKS:
-        if not task.model_names.intersection(names) or not hasattr(model, "config"):
-            continue
-        if task is not Seq2SeqLM or model.config.is_encoder_decoder:  # some of its models have a decoder only
+        if task.model_names.intersection(names) and hasattr(model, "config") and task.accepts(model.config):
             return task(model.config)
     supported = ", ".join(task.auto_model.__name__ for task in TASKS)
     raise ValueError(
@@ -582,30 +576,3 @@ def named_task(task: Task | str, config: PreTrainedConfig) -> Task:
         if known.name == task:
             return known(config)
     raise ValueError(f"`task={task!r}` is unknown. Valid values: {', '.join(known.name for known in TASKS)}.")
-
-
-def label_array(rows: Sequence[Any], first_row: int = 0) -> np.ndarray:
-    """Labels as an array of numbers.
-
-    Args:
-        rows: The label of each row, a number or a list of numbers.
-        first_row: Number of the first row, for the message.
-
-    Raises:
-        ValueError: A row has none, a text, or another number of values than the first one; names it.
-    """
-    labels = [label.tolist() if hasattr(label, "tolist") else label for label in rows]
-    shape = np.shape(labels[0]) if labels and labels[0] is not None else ()
-    for row, label in enumerate(labels, first_row):
-        values = label if isinstance(label, (list, tuple)) else [label]
-        if any(not isinstance(value, (int, float)) for value in values):
-            raise ValueError(
-                f"Label {label!r} of row {row} is no number. Encode labels as numbers (`Dataset.class_encode_column`)"
-                f", and drop rows without a label or give them the label {IGNORE_INDEX}."
-            )
-        if np.shape(label) != shape:
-            raise ValueError(
-                f"Label {label!r} of row {row} has the shape {np.shape(label)}, and the one of row 0 has {shape}. "
-                "Give every row the same number of values."
-            )
-    return np.asarray(labels)

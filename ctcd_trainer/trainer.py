@@ -22,14 +22,16 @@ from . import validation
 from .evaluation import PairEvaluationTrainer
 from .fused_linear import ScoredPositions
 from .graph import PRETRAINED, STUDENT, TEACHER
+from .labels import IGNORE_INDEX
 from .lm_head import HeadTap, NoLinearHeadError, find_tap
 from .metrics import EvaluationMeter, LossMeter, copy_of_metrics
 from .modeling import CoDistillationModel, LearnerView
 from .objective import SoftLossFunction, fused_losses, separate_losses
 from .pairing import NAME_OR_PATH, ModelSources
 from .student import load_model
-from .tasks import IGNORE_INDEX, CausalLM, Task, base_model
+from .tasks import Task
 from .training_args import DistillationArguments
+from .wrapping import base_model
 
 logger = logging.get_logger(__name__)
 
@@ -330,10 +332,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=num_items_in_batch)
             return loss * self._process_scale() if num_items_in_batch is not None else loss
         if "labels" in inputs and self.label_smoother is not None:
-            shift = isinstance(self.task, CausalLM)
-            return (
-                self.label_smoother(outputs, self.task.trainable_labels(inputs)["labels"], shift_labels=shift) * share
-            )
+            labels = self.task.trainable_labels(inputs)["labels"]
+            return self.label_smoother(outputs, labels, shift_labels=self.task.shifts_labels) * share
         if outputs.get("loss") is None:
             raise ValueError(
                 f"The model has computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "

@@ -1,0 +1,43 @@
+"""Labels: the names that a config gives them, and the numbers that a data set gives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+#: Label of a position that is not scored, the convention of `torch.nn.CrossEntropyLoss` and of transformers.
+IGNORE_INDEX = -100
+
+
+def own_labels(config: PreTrainedConfig) -> list[str] | None:
+    """Names of the labels in the order of the outputs; `None` if they are the default ones, which mean nothing."""
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+def label_array(rows: Sequence[Any], first_row: int = 0) -> np.ndarray:
+    """Labels as an array of numbers.
+
+    Args:
+        rows: The label of each row, a number or a list of numbers.
+        first_row: Number of the first row, for the message.
+
+    Raises:
+        ValueError: A row has none, a text, or another number of values than the first one; names it.
+    """
+    labels = [label.tolist() if hasattr(label, "tolist") else label for label in rows]
+    shape = np.shape(labels[0]) if labels and labels[0] is not None else ()
+    for row, label in enumerate(labels, first_row):
+        values = label if isinstance(label, (list, tuple)) else [label]
+        if any(not isinstance(value, (int, float)) for value in values):
+            raise ValueError(
+                f"Label {label!r} of row {row} is no number. Encode labels as numbers (`Dataset.class_encode_column`)"
+                f", and drop rows without a label or give them the label {IGNORE_INDEX}."
+            )
+        if np.shape(label) != shape:
+            raise ValueError(
+                f"Label {label!r} of row {row} has the shape {np.shape(label)}, and the one of row 0 has {shape}. "
+                "Give every row the same number of values."
+            )
+    return np.asarray(labels)
