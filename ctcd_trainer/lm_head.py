@@ -75,7 +75,10 @@ class HeadTap:
         expected = scored.shape if self.entry is None else (1, len(scored.index))
         if hidden.shape[:-1] != expected:
             raise NoLinearHeadError(f"{tuple(hidden.shape[:-1])} positions go into it, not {tuple(expected)}")
-        hidden = scored.select(hidden) if self.entry is None else hidden.squeeze(0)
+        return self.head(scored.select(hidden) if self.entry is None else hidden.squeeze(0))
+
+    def head(self, hidden: Tensor) -> LinearHead:
+        """The head with the hidden states `(positions, width)` that go into the layer."""
         # A view: DDP looks for the parameters that a forward has used behind its outputs, and overlooks bare ones.
         weight, bias = self.layer.weight.view_as(self.layer.weight), self.layer.bias
         if bias is not None:

@@ -55,6 +55,11 @@ class Task:
     language_model: ClassVar[bool] = False
     #: Whether the models shift the labels, so that a position predicts the next label.
     shifts_labels: ClassVar[bool] = False
+    #: The outputs that `compared` reads.
+    compared_outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    #: Whether these have a value for each token, so that they are as long as the padding of the batch; or one for each
+    #: row, which padding does not change; `None` if that is not known.
+    per_token: ClassVar[bool | None] = None
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.num_labels: int = getattr(config, "num_labels", 0)
@@ -219,6 +224,7 @@ class SequenceClassification(Task):
     name = "sequence-classification"
     auto_model = AutoModelForSequenceClassification
     model_names = _model_names("SEQUENCE_CLASSIFICATION")
+    per_token = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -330,6 +336,7 @@ class AudioClassification(Task):
     name = "audio-classification"
     auto_model = AutoModelForAudioClassification
     model_names = _model_names("AUDIO_CLASSIFICATION")
+    per_token = False
 
 
 class TokenClassification(Task):
@@ -338,6 +345,7 @@ class TokenClassification(Task):
     name = "token-classification"
     auto_model = AutoModelForTokenClassification
     model_names = _model_names("TOKEN_CLASSIFICATION")
+    per_token = True
 
     def _unlabelled_scored(self, inputs: Mapping[str, Any]) -> Tensor | None:
         return inputs.get("attention_mask")
@@ -355,6 +363,7 @@ class MultipleChoice(Task):
     name = "multiple-choice"
     auto_model = AutoModelForMultipleChoice
     model_names = _model_names("MULTIPLE_CHOICE")
+    per_token = False
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
         """Any two models fit: the choices are in the data."""
@@ -374,6 +383,8 @@ class QuestionAnswering(Task):
     auto_model = AutoModelForQuestionAnswering
     model_names = _model_names("QUESTION_ANSWERING")
     label_names = ("start_positions", "end_positions")
+    compared_outputs = ("start_logits", "end_logits")
+    per_token = True
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
         """Any two models fit: the positions are those of the input."""
@@ -408,6 +419,7 @@ class LanguageModel(Task):
     """A token of the vocabulary at each position; only scored positions are compared, on the ids that both have."""
 
     language_model = True
+    per_token = True
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
         """What must agree is the tokenizer: see `validation.check_vocabularies`."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from logging import INFO, WARNING
 from typing import Any
 
@@ -28,6 +29,7 @@ from .metrics import EvaluationMeter, LossMeter, copy_of_metrics
 from .modeling import CoDistillationModel, LearnerView
 from .objective import SoftLossFunction, fused_losses, separate_losses
 from .pairing import NAME_OR_PATH, ModelSources
+from .pretrained_cache import PretrainedCache
 from .student import load_model
 from .tasks import Task
 from .training_args import DistillationArguments
@@ -110,6 +112,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self.soft_loss_func = soft_loss_func
         self._fused: bool | None = None
         self._pretrained_tap: HeadTap | None = None
+        self._pretrained_cache: PretrainedCache | None = None
 
         seed = args.seed if args is not None else TrainingArguments.seed
         self._sources = ModelSources(
@@ -127,6 +130,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         if paired:
             self._sources.check_roles(has_model_init=model_init is not None)
             validation.check_arguments(args)
+            validation.check_pretrained_cache(self.distillation, soft_loss_func is not None)
             if args is not None and args.batch_eval_metrics and compute_metrics is not None:
                 self._student_metrics = copy_of_metrics(compute_metrics)
             for argument, dataset in datasets.items():
@@ -145,6 +149,10 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
             for argument, dataset in datasets.items():
                 validation.check_labels(self.task, dataset, argument)
+            if self.distillation.pretrained_cache_dir is not None:
+                self._pretrained_cache = PretrainedCache(
+                    self.distillation.pretrained_cache_dir, self.pretrained_teacher, self.task, args.mixed_precision
+                )
             return learners
 
         # Seq2SeqTrainer does not know this argument.
@@ -231,14 +239,14 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self._fused = None  # heads, adapters and loss functions may have changed since the last training
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
             align_special_tokens(self.student_model, self.processing_class)
-        if self.neftune_noise_alpha is None:
+        with ExitStack() as afterwards:
+            if self._pretrained_cache is not None:
+                afterwards.callback(self._pretrained_cache.finish)
+            if self.neftune_noise_alpha is not None:
+                student = base_model(self.student_model)
+                handle = activate_neftune(student, self.neftune_noise_alpha)
+                afterwards.callback(deactivate_neftune, student, handle)
             return super()._inner_training_loop(*args, **kwargs)
-        student = base_model(self.student_model)
-        handle = activate_neftune(student, self.neftune_noise_alpha)
-        try:
-            return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            deactivate_neftune(student, handle)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Count what the task scores, over the whole accumulated batch and all processes."""
@@ -344,9 +352,17 @@ class CoDistillationTrainer(PairEvaluationTrainer):
     def _pretrained_outputs(
         self, inputs: dict[str, Tensor | Any], tap: HeadTap | None = None, head_at: ScoredPositions | None = None
     ) -> Any:
-        """Outputs of the frozen teacher, once per batch."""
-        with torch.no_grad(), self.accelerator.autocast():
-            return self.pair.run(self.pretrained_teacher, inputs, labelled=False, tap=tap, head_at=head_at)
+        """What is compared of the outputs of the frozen teacher; it runs at most once per batch."""
+        model, cache = self.pretrained_teacher, self._pretrained_cache
+
+        def run(inputs: dict[str, Tensor | Any], head_at: ScoredPositions | None) -> Any:
+            with torch.no_grad(), self.accelerator.autocast():
+                return self.pair.run(model, inputs, labelled=False, tap=tap, head_at=head_at)
+
+        if cache is None or (self.task.language_model and tap is None):  # whole logits would fill the disk
+            return run(inputs, head_at)
+        taken = self.pair.inputs_of(model, self.task.unlabelled(base_model(model), inputs))
+        return cache.outputs(run, inputs, taken, tap, head_at, self.state.epoch or 0.0)
 
     # ---- Language models without logits ----
 
@@ -377,6 +393,10 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             unwanted = reason is not None and self.distillation.fused_lm_head
             if self.is_world_process_zero():
                 logger.log(WARNING if unwanted else INFO, "Losses of the language-model heads: %s.", path)
+                if reason is not None and self._pretrained_cache is not None:
+                    logger.warning(
+                        "Whole logits are not kept in `pretrained_cache_dir`: the frozen teacher runs always."
+                    )
         return bool(self._fused)
 
     def _why_logits(self, inputs: dict[str, Tensor | Any]) -> str | None:

@@ -25,8 +25,8 @@ class DistillationArguments:
 
     Raises:
         ValueError: An unknown mode or soft loss, a weight that is negative or not finite, a temperature that is not
-            above 0, a warm-up ratio outside of 0 to 1, a weight on an edge into a model that the mode freezes, or no
-            weight above 0 at all.
+            above 0, a warm-up ratio outside of 0 to 1, a weight on an edge into a model that the mode freezes, no
+            weight above 0 at all, or a cache of a frozen teacher that nothing learns from.
     """
 
     distillation_mode: Literal["ctcd", "community", "kd", "reversed", "standalone"] = field(
@@ -92,6 +92,13 @@ class DistillationArguments:
             "without the logits of all positions. Where the models do not allow it, whole logits are used anyway."
         },
     )
+    pretrained_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the predictions of the frozen pre-trained teacher are kept, so that later epochs "
+            "and later trainings do not run it. Default: it is run on every batch."
+        },
+    )
     student_hub_model_id: str | None = field(
         default=None,
         metadata={"help": "Repository of the student alone on the Hub. Default: `<hub_model_id>-student`."},
@@ -122,6 +129,12 @@ class DistillationArguments:
                 f"Nothing would be trained: all weights of the models that `distillation_mode="
                 f"'{self.distillation_mode}'` trains ({', '.join(mode.trained)}) are 0. Set at least one hard or soft "
                 "weight above 0."
+            )
+        if self.pretrained_cache_dir is not None and not self.graph.uses_pretrained:
+            raise ValueError(
+                f"`pretrained_cache_dir={self.pretrained_cache_dir!r}` has no effect: with `distillation_mode="
+                f"'{self.distillation_mode}'` and its weights nothing learns from a frozen pre-trained teacher. Leave "
+                "it out, or set `distillation_mode='community'` or one of the weights `..._from_pretrained_weight`."
             )
         parent = super()
         if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .graph import Graph
 from .tasks import Task, UnknownHead, find_task, named_task
+from .training_args import DistillationArguments
 
 #: Columns that Trainer's data collators take as labels.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -65,6 +66,23 @@ def check_arguments(args: TrainingArguments | None) -> None:
         raise ValueError(
             "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the logits of "
             "two. Set it to False."
+        )
+
+
+def check_pretrained_cache(arguments: DistillationArguments, has_soft_loss: bool) -> None:
+    """The cache of the frozen teacher keeps what the tasks compare, and no more.
+
+    Args:
+        arguments: The distillation arguments.
+        has_soft_loss: Whether the user's own function compares the outputs.
+
+    Raises:
+        ValueError: Such a function is given with a cache.
+    """
+    if arguments.pretrained_cache_dir is not None and has_soft_loss:
+        raise ValueError(
+            f"`soft_loss_func` takes all outputs of the frozen teacher, and `pretrained_cache_dir="
+            f"{arguments.pretrained_cache_dir!r}` keeps the logits alone. Leave out one of them."
         )
 
 

@@ -40,6 +40,7 @@ def test_it_is_a_training_arguments_with_the_documented_defaults():
         "student_weight_decay": None,
         "student_max_grad_norm": None,
         "fused_lm_head": True,
+        "pretrained_cache_dir": None,
         "student_hub_model_id": None,
     }
 
