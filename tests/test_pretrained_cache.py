@@ -17,7 +17,8 @@ from ctcd_trainer.prediction_store import PredictionStore
 from ctcd_trainer.pretrained_cache import fingerprint_of
 
 FAMILIES = [(head, family) for head, families in {**LANGUAGE_MODELS, **OTHERS}.items() for family in families]
-#: Heads whose rows have padding, each with the values that pad its inputs.
+ONE_OF_EACH = [(head, families[0]) for head, families in {**LANGUAGE_MODELS, **OTHERS}.items()]
+#: Heads whose rows have padding.
 PADDED = [
     ("masked-lm", "bert"),
     ("causal-lm", "gpt2"),
@@ -131,7 +132,7 @@ def test_the_frozen_teacher_runs_once_per_batch_without_gradients_and_under_auto
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("head", "family"), FAMILIES)
+@pytest.mark.parametrize(("head", "family"), ONE_OF_EACH)
 def test_a_training_is_bit_for_bit_that_without_a_cache_and_a_second_one_runs_the_model_not_at_all(
     head, family, precision, tmp_path
 ):
@@ -339,18 +340,18 @@ def test_what_a_kill_leaves_of_a_file_is_ignored_and_a_broken_one_is_passed_over
 
 
 def test_a_training_that_ends_in_an_error_keeps_what_it_has(tmp_path):
-    rows = tiny_rows(8)
+    rows = tiny_rows(12)
     cache = tmp_path / "cache"
 
     def broken(batch):
-        if batch[0]["input_ids"] == rows[4]["input_ids"]:
+        if batch[0]["input_ids"] == rows[8]["input_ids"]:
             raise RuntimeError("a broken row")
         return collate(batch)
 
     with pytest.raises(RuntimeError, match="a broken row"):
         trained(tmp_path, classifiers(), cache, train_dataset=rows, data_collator=broken)
-    _, counts = trained(tmp_path, classifiers(), cache, train_dataset=rows, data_collator=collate, max_steps=2)
-    assert sum(counts) == 4
+    _, counts = trained(tmp_path, classifiers(), cache, train_dataset=rows, data_collator=collate, max_steps=3)
+    assert counts == [4, 4]  # a data loader is one batch ahead
 
 
 def entry(value, length=2, width=3):
