@@ -1,0 +1,169 @@
+"""Prepared data: token ids and labels in safetensors files, and the rows that a training takes from them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from .cells import MLM, Cell
+
+MANIFEST = "manifest.json"
+#: Parts of a task: for training, for choosing settings (taken from the training set), and for the results.
+PARTS = ("train", "dev", "validation")
+
+
+class Rows(Dataset):
+    """The rows of one part of a prepared file, padded on disk and not here.
+
+    Args:
+        tensors: `input_ids` `(rows, tokens)`, optionally `token_type_ids` of this shape, `lengths` and `labels`
+            `(rows,)` (or `(rows, tokens)`).
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.lengths = tensors["lengths"].tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        length = self.lengths[index]
+        row = {name: values[index] for name, values in self.tensors.items() if name != "lengths"}
+        row = {name: value[:length].long() if value.ndim else value for name, value in row.items()}
+        return row | {"attention_mask": torch.ones(length, dtype=torch.long)}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Masks tokens as BERT does: 15 % are scored, of which 80 % are masked, 10 % random and 10 % kept.
+
+    The same number gives the same masks, whatever else has drawn random numbers: all methods see equal data.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, row: Mapping[str, Tensor], seed: int, number: int) -> dict[str, Tensor]:
+        """A row with masks and with labels at the masked tokens, the `number`-th that is seen with this seed."""
+        masker = DataCollatorForLanguageModeling(self.tokenizer)
+        masker.generator = torch.Generator().manual_seed((seed << 40) + number)
+        ids, labels = masker.torch_mask_tokens(row["input_ids"][None].clone())
+        return {**row, "input_ids": ids[0], "labels": labels[0]}
+
+
+class Schedule(Dataset):
+    """Every row that a training will see, in order: pass after pass, each shuffled by the seed.
+
+    It is read in sequence, so a training that is resumed goes on with the row at which it had stopped.
+
+    Args:
+        rows: The rows.
+        cell: The training.
+        masking: Masks each row anew each time it is seen; `None` for labelled rows.
+    """
+
+    def __init__(self, rows: Rows, cell: Cell, masking: Masking | None = None) -> None:
+        self.rows, self.masking, self.seed = rows, masking, cell.seed
+        count = len(rows) if cell.rows is None else cell.rows
+        if count > len(rows):
+            raise ValueError(f"`rows: {count}` of {cell.task}, but only {len(rows)} are prepared. Prepare more.")
+        make = torch.Generator().manual_seed(cell.seed)
+        wanted = cell.num_steps(len(rows)) * cell.batch_size
+        lengths = rows.lengths[:count]
+        self.order: list[int] = []
+        while len(self.order) < wanted:
+            # Rows of like length share a batch, so that little is padded; batches are in random order.
+            indices = get_length_grouped_indices(lengths, cell.batch_size, generator=make)
+            batches = [indices[start : start + cell.batch_size] for start in range(0, count, cell.batch_size)]
+            last = [batches.pop()] if len(batches[-1]) < cell.batch_size else []
+            shuffled = [batches[place] for place in torch.randperm(len(batches), generator=make).tolist()]
+            self.order += [index for batch in shuffled + last for index in batch]
+        del self.order[wanted:]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows[self.order[index]]
+        return row if self.masking is None else self.masking(row, self.seed, index)
+
+
+def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch, padded to its longest row; padding gets the id 0, no attention and no label."""
+    batch = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        fill = -100 if name == "labels" else 0
+        batch[name] = (
+            pad_sequence(values, batch_first=True, padding_value=fill) if values[0].ndim else torch.stack(values)
+        )
+    return batch
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that `prepare.py` has written, with all that trainings need.
+
+    Attributes:
+        folder: The folder.
+        manifest: `fingerprints` of the files, and what they were made of.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Prepared":
+        """Open a folder.
+
+        Raises:
+            FileNotFoundError: It was not prepared, or not to the end.
+        """
+        if not (folder / MANIFEST).exists():
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {MANIFEST}: it was not prepared, or not to the end. Run "
+                f"`python -m examples.paper.prepare --output {folder}` first."
+            )
+        return cls(folder, json.loads((folder / MANIFEST).read_text()))
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Hashes of the data of each task and of the `models`."""
+        return self.manifest["fingerprints"]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    def parts(self, task: str) -> dict[str, Rows]:
+        """The rows of a task, by part.
+
+        Raises:
+            ValueError: The task was not prepared.
+        """
+        path = self.folder / f"{task}.safetensors"
+        if not path.exists():
+            raise ValueError(f"The task {task!r} was not prepared in {str(self.folder)!r}: there is no {path.name}.")
+        tensors = load_file(path)
+        return {
+            part: Rows({name.split(".")[1]: value for name, value in tensors.items() if name.startswith(f"{part}.")})
+            for part in PARTS
+        }
+
+    def label_settings(self, task: str) -> dict[str, Any]:
+        """Settings of a model's config for the labels of a task; none for masked language modelling."""
+        if task == MLM:
+            return {}
+        with safe_open(self.folder / f"{task}.safetensors", "pt") as file:
+            return json.loads(file.metadata()["labels"])
