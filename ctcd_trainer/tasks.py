@@ -150,6 +150,10 @@ class Task:
         nothing = self.counted(inputs).eq(IGNORE_INDEX).all() if labels else None
         return {name: value.masked_fill(nothing, 0) for name, value in labels.items()}
 
+    def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether a model makes predictions only if it is given the labels."""
+        return False
+
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a model without labels, from which it makes the same predictions."""
         return {name: value for name, value in inputs.items() if name not in self.label_names}
@@ -471,6 +475,11 @@ class Seq2SeqLM(LanguageModel):
         """Some of the classes have a decoder only."""
         return config.is_encoder_decoder
 
+    def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model makes its decoder inputs only together with its loss (M2M100, NLLB, Blenderbot)."""
+        given = inputs.get("decoder_input_ids") is not None or "decoder_inputs_embeds" in inputs
+        return "labels" in inputs and not given and not hasattr(model, "prepare_decoder_input_ids_from_labels")
+
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs without labels, but with the decoder inputs that the model makes of them.
 
@@ -479,7 +488,7 @@ class Seq2SeqLM(LanguageModel):
         """
         own = super().unlabelled(model, inputs)
         if "labels" in inputs and own.get("decoder_input_ids") is None and "decoder_inputs_embeds" not in own:
-            if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            if self.needs_labels(model, inputs):
                 raise ValueError(
                     f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, so it needs "
                     "`decoder_input_ids` in the batch. Let the `data_collator` add them: the labels, shifted to the "

@@ -356,8 +356,9 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         model, cache = self.pretrained_teacher, self._pretrained_cache
 
         def run(inputs: dict[str, Tensor | Any], head_at: ScoredPositions | None) -> Any:
+            labelled = self.task.needs_labels(base_model(model), inputs)
             with torch.no_grad(), self.accelerator.autocast():
-                return self.pair.run(model, inputs, labelled=False, tap=tap, head_at=head_at)
+                return self.pair.run(model, inputs, labelled, tap, head_at)
 
         if cache is None or (self.task.language_model and tap is None):  # whole logits would fill the disk
             return run(inputs, head_at)

@@ -15,6 +15,7 @@ from torch import nn
 from ctcd_trainer import CoDistillationTrainer, pretrained_cache
 from ctcd_trainer.prediction_store import PredictionStore
 from ctcd_trainer.pretrained_cache import fingerprint_of
+from ctcd_trainer.tasks import Task
 
 FAMILIES = [(head, family) for head, families in {**LANGUAGE_MODELS, **OTHERS}.items() for family in families]
 ONE_OF_EACH = [(head, families[0]) for head, families in {**LANGUAGE_MODELS, **OTHERS}.items()]
@@ -49,7 +50,7 @@ def models_of(head, family):
 
 def community(tmp_path, models, cache=None, **options):
     """A trainer of copies of the models."""
-    names = ("train_dataset", "data_collator")
+    names = ("train_dataset", "data_collator", "task")
     own = {name: options.pop(name) for name in names if name in options}
     models = copy.deepcopy(models)
     args = tiny_args(
@@ -113,6 +114,14 @@ def test_every_head_has_the_naive_loss_and_gradients_without_a_cache_and_while_i
         assert_same_gradients(trainer.student_model, models["student"])
         if folder is not None:
             trainer._pretrained_cache.finish()
+
+
+def test_an_encoder_decoder_that_shifts_labels_only_in_its_forward_can_be_the_frozen_teacher(tmp_path):
+    models, batch = models_of("seq2seq-lm", "m2m_100"), tiny_batch("seq2seq-lm")
+    trainer = community(tmp_path, models)
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    expected = naive_loss("seq2seq-lm", **models, batch=batch, weights=dict.fromkeys(WEIGHTS, 1.0))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("head", ["masked-lm", "token-classification"])
@@ -284,6 +293,23 @@ def test_other_labels_find_the_same_predictions(tmp_path):
     other = {**batch, "labels": batch["labels"].where(batch["labels"] == IGNORED, 1)}
     _, counts = losses(tmp_path, models_of("token-classification", "bert"), tmp_path / "cache", [batch, other])
     assert counts == [4]
+
+
+class OfEachToken(Task):
+    """A task of which it is not known whether padding changes the shape of its outputs."""
+
+
+def test_a_task_of_the_user_finds_rows_with_the_same_padding(tmp_path):
+    rows = rows_of(tiny_batch("token-classification", 8))
+    models, cache = models_of("token-classification", "bert"), tmp_path / "cache"
+    options = {"train_dataset": rows, "max_steps": 2, "task": OfEachToken(models["teacher"].config)}
+    plain, _ = trained(tmp_path, models, **options)
+    trained(tmp_path, models, cache, **options)
+    kept, counts = trained(tmp_path, models, cache, **options)
+    assert counts == []
+    assert_same_training(kept, plain)
+    _, counts = trained(tmp_path, models, cache, data_collator=lambda batch: pad(batch, extra=2), **options)
+    assert counts == [4, 4]
 
 
 # ---- The folder ----
