@@ -124,7 +124,7 @@ def make_grid(seeds: tuple[int, ...] = SEEDS) -> list[Result]:
             ("soft_warmup_ratio", 0.3, -0.04),
         ):
             results.append(make_cell("mlm", "ctcd", seed, shift=shift, **{name: value}))
-        results.append(make_cell("mlm", "ctcd", seed, temperature=2.0, soft_weight=0.5))  # two axes at once
+        results.append(make_cell("mlm", "ctcd", seed, temperature=8.0, soft_weight=4.0))  # two axes at once
         for method in ("alone", "kd", "reversed", "ctcd", "community", "community-kd"):
             for task in GLUE:
                 for rows, shift in ((2000, 0.5), (None, 0.0)):

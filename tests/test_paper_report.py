@@ -25,7 +25,7 @@ from paper_grid import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from examples.paper import grouping, report
+from examples.paper import ablations, grouping, report
 
 PRETRAINING, FINETUNING = "Pre-training", "Fine-tuning: every pre-trained model by itself"
 CLAIM_A = "(a) The co-trained teacher beats the teacher trained alone"
@@ -106,6 +106,7 @@ def test_models_are_described_with_their_latency(sections) -> None:
         (CLAIM_B, ("ctcd", "student"), ("kd", "student")),
         (CLAIM_C, ("ctcd", "student"), ("alone", "teacher")),
         (CLAIM_B, ("community", "student"), ("community-kd", "student")),
+        (CLAIM_C, ("community", "student"), ("community-kd", "teacher")),
     ],
 )
 def test_claims_compare_the_right_models_seed_by_seed(sections, claim: str, ours, theirs) -> None:
@@ -197,6 +198,9 @@ def test_each_direction_alone_is_an_axis(sections) -> None:
 
 def test_cells_that_differ_in_two_axes_are_counted_and_left_out(grid) -> None:
     assert "3 co-trainings differ from the baseline in several axes" in report.write_report(grid)
+    experiments = grouping.arrange(grid)
+    labels = [variant.label for variant in ablations.variants(experiments.pretraining, experiments.baseline)]
+    assert not {"8", "1 : 4"} & set(labels)
 
 
 def test_the_baseline_is_the_setting_of_most_cells(grid) -> None:
@@ -204,6 +208,20 @@ def test_the_baseline_is_the_setting_of_most_cells(grid) -> None:
     chosen = {name: experiments.baseline[name] for name in ("steps", "rows", *SOFT)}
     assert chosen == {"steps": 200, "rows": None, **SOFT, "teacher_soft_weight": 1.0}
     assert len(experiments.pretrained) == len(GAINS) * len(SEEDS)
+
+
+def test_models_alone_belong_to_the_baseline_and_do_not_decide_it() -> None:
+    cells = [*(make_cell("mlm", "alone", seed) for seed in SEEDS), make_cell("mlm", "ctcd", 0, temperature=2.0)]
+    experiments = grouping.arrange(cells)
+    assert experiments.baseline["temperature"] == 2.0
+    assert len(experiments.pretrained) == 4
+
+
+def test_models_of_other_pretrainings_are_not_among_the_finetuned(grid, sections) -> None:
+    start = make_cell("mlm", "ctcd", 0, steps=800)
+    origin = {"start": start["key"], "learner": "teacher", "learners": ("teacher",), "scored_as": "ctcd"}
+    other = make_cell("rte", "alone", 0, shift=3.0, steps=None, epochs=3.0, **origin)
+    assert parse(report.write_report([*grid, start, other]))[FINETUNING] == sections[FINETUNING]
 
 
 # ---- Grids that have not ended ----

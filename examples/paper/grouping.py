@@ -30,8 +30,6 @@ ONE_DIRECTION = ("student-from-teacher", "teacher-from-student")
 SOFT_FIELDS = ("hard_weight", "soft_weight", "teacher_soft_weight", "temperature", "soft_warmup_ratio")
 #: What tells the rows of a table apart, and so is no part of its setting.
 ROW_FIELDS = ("method", "pretrained_teacher", "seed", "start", "learner")
-#: Copies of models of "alone".
-FROZEN = (("kd", TEACHER), ("reversed", STUDENT))
 
 
 # ---- Settings ----
@@ -148,7 +146,7 @@ def collect(results: Iterable[Result], value: Callable[[Result, str], Any]) -> d
         for learner in result.get("models", {}):
             row = (method_of(result), learner)
             found = value(result, learner)
-            if found is not None and row not in FROZEN:
+            if found is not None:
                 collected.setdefault(row, {})[result["cell"]["seed"]] = found
     return dict(sorted(collected.items(), key=lambda item: (item[0][1] == STUDENT, method_order(item[0][0]))))
 
