@@ -5,7 +5,7 @@ are both found. The models are timed without their task heads, taking turns, so 
 slows all of them alike.
 
 Example:
-    python -m examples.paper.latency outputs/paper/nano/models --output latency.json
+    python -m examples.paper.latency outputs/paper/nano/cells/KEY/models --output latency.json
 """
 
 import argparse
