@@ -194,7 +194,12 @@ def draw_quality(
             panels[0].set_ylabel(unit)
         handles = _handles(axes)
         labels = [method if method in handles else f"{method} " for method in methods]
-        _legend(figure, axes, order=labels, title="filled: teachers, hollow: students; error bars: standard deviation")
+        _legend(
+            figure,
+            axes,
+            order=labels,
+            title="filled: teachers, hollow: students, spread around their tick; bars: standard deviation",
+        )
     return True
 
 
