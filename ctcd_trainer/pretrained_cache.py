@@ -42,10 +42,11 @@ _TOKENS = frozenset(
 )
 #: The same for the labels of an encoder-decoder, whose decoder looks at nothing behind a position.
 _DECODER_TOKENS = frozenset(["decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"])
-#: Entries of the config of a model or an adapter that do not change a prediction.
+#: Entries of the config of a model or an adapter that do not change a prediction (or are seen in the weights).
 _OF_NO_ACCOUNT = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save"),
+    *("peft_version", "revision"),
 }
 #: Batches after the first epoch in which no row is found, after which there is no hope.
 _PATIENCE = 50

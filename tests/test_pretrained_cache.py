@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from naive_losses import naive_loss
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_heads import LANGUAGE_MODELS, OTHERS, assert_same_gradients
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import IGNORED, rows_of, tiny_batch, tiny_model
@@ -348,6 +349,25 @@ def test_a_model_that_was_saved_and_loaded_has_the_same_fingerprint(tmp_path):
     assert fingerprint_of(half, trainer.task, "no")["weights"] != fingerprint_of(model, trainer.task, "no")["weights"]
 
 
+def test_the_settings_of_an_adapter_belong_to_the_fingerprint_and_the_place_it_was_loaded_from_does_not(tmp_path):
+    def fingerprint(model):
+        return fingerprint_of(model, tiny_trainer(tmp_path).task, "no")
+
+    def adapted(alpha):
+        config = LoraConfig(
+            "SEQ_CLS", r=2, lora_alpha=alpha, target_modules=["query", "value"], init_lora_weights=False
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return get_peft_model(tiny_bert(2, 3), config)
+
+    adapted(4).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_bert(2, 3), tmp_path / "adapter")
+    assert fingerprint(loaded) == fingerprint(adapted(4))
+    one, other = fingerprint(adapted(4)), fingerprint(adapted(8))
+    assert [name for name in one if one[name] != other[name]] == ["config"]
+
+
 def test_what_a_kill_leaves_of_a_file_is_ignored_and_a_broken_one_is_passed_over(tmp_path, caplog):
     models, cache = classifiers(), tmp_path / "cache"
     options = {"train_dataset": tiny_rows(8), "data_collator": collate, "max_steps": 2}
@@ -378,41 +398,6 @@ def test_a_training_that_ends_in_an_error_keeps_what_it_has(tmp_path):
         trained(tmp_path, classifiers(), cache, train_dataset=rows, data_collator=broken)
     _, counts = trained(tmp_path, classifiers(), cache, train_dataset=rows, data_collator=collate, max_steps=3)
     assert counts == [4, 4]  # a data loader is one batch ahead
-
-
-def entry(value, length=2, width=3):
-    return {"logits": torch.full((length, width), float(value))}
-
-
-def test_stores_in_one_folder_find_each_others_entries_while_both_are_open(tmp_path):
-    first, second = (PredictionStore(tmp_path / "cache", {"model": "one"}) for _ in range(2))
-    assert second.get([b"0" * 16, b"1" * 16]) == [None, None]
-    first.add(b"0" * 16, entry(1.0))
-    first.add(b"1" * 16, entry(2.0, length=0))
-    first.add(b"2" * 16, entry(3.0, width=5))
-    assert second.get([b"0" * 16]) == [None]
-    first.flush()
-    assert len(shards(tmp_path / "cache")) == 2  # two widths
-    for store in (first, second, PredictionStore(tmp_path / "cache", {"model": "one"})):
-        found = store.get([b"2" * 16, b"1" * 16, b"3" * 16, b"0" * 16])
-        assert found[2] is None
-        expected = entry(3.0, width=5), entry(2.0, length=0), entry(1.0)
-        for own, other in zip((found[0], found[1], found[3]), expected, strict=True):
-            assert own.keys() == other.keys()
-            torch.testing.assert_close(own["logits"], other["logits"], rtol=0, atol=0)
-
-
-def test_entries_are_written_when_they_take_much_memory_or_have_waited_long(tmp_path, monkeypatch):
-    for limit in ("_FLUSH_BYTES", "_FLUSH_SECONDS"):
-        store = PredictionStore(tmp_path / limit, {})
-        store.add(b"0" * 16, entry(1.0))
-        assert shards(tmp_path / limit) == []
-        with monkeypatch.context() as patch:
-            patch.setattr(f"ctcd_trainer.prediction_store.{limit}", -1)
-            store.add(b"1" * 16, entry(1.0))
-        assert len(shards(tmp_path / limit)) == 1
-        store.flush()
-        assert len(shards(tmp_path / limit)) == 1
 
 
 # ---- Where it is of no use ----
