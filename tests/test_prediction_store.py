@@ -49,24 +49,22 @@ def test_entries_are_written_when_they_take_much_memory_or_have_waited_long(tmp_
         assert len(shards(tmp_path / limit)) == 1
 
 
-def write_many(folder, number, count, stop=False):
-    """Entries in files of ten each."""
+def write_many(folder, number, count, more=0):
+    """Entries in files of ten each; then say so, and write large ones until somebody kills this process."""
     store = PredictionStore(folder, {"model": "one"})
     for index in range(count):
         store.add(f"{number}-{index:014d}".encode(), entry(index))
         if index % 10 == 9:
             store.flush()
     print("written", flush=True)
-    while stop:
+    for _ in range(more):
         store.add(f"{number}-{uuid.uuid4().hex[:14]}".encode(), entry(0.0, length=1000))
         store.flush()
 
 
 def test_processes_write_at_once_and_one_that_is_killed_leaves_what_it_has_written(tmp_path):
     folder = str(tmp_path / "cache")
-    code = (
-        "import sys, test_prediction_store as t; t.write_many(sys.argv[1], int(sys.argv[2]), 100, sys.argv[2] == '1')"
-    )
+    code = "import sys, test_prediction_store as t; t.write_many(sys.argv[1], int(sys.argv[2]), 100, more=500)"
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     processes = [
         subprocess.Popen(
@@ -76,8 +74,8 @@ def test_processes_write_at_once_and_one_that_is_killed_leaves_what_it_has_writt
     ]
     for process in processes:
         assert process.stdout.readline() == "written\n"
-    processes[1].kill()
     for process in processes:
+        process.kill()
         process.communicate(timeout=60)
     keys = [f"{number}-{index:014d}".encode() for number in range(2) for index in range(100)]
     found = PredictionStore(folder, {"model": "one"}).get(keys)
