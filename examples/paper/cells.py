@@ -225,8 +225,8 @@ def expand(grid: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str
     Args:
         grid: Its blocks: fields of `Cell`, where a list stands for one cell for each of its values, and `then`: the
             GLUE tasks on which each resulting model is fine-tuned by itself.
-        defaults: Values of the fields that a block does not give: `mlm` for pre-training, `finetuning` for one model by
-            itself, `cotraining` for a pair on a GLUE task.
+        defaults: Values of the fields that a block does not give: `mlm` for pre-training, `finetuning` for one model
+            by itself, `cotraining` for a pair on a GLUE task.
 
     Raises:
         ValueError: A field is unknown or a value is not valid.
@@ -239,9 +239,8 @@ def expand(grid: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str
         cells.setdefault(cell)
 
     for block in grid:
-        block = dict(block)
-        tasks = block.pop("then", [])
-        for values in _product(block):
+        tasks = block.get("then", [])
+        for values in _product({name: value for name, value in block.items() if name != "then"}):
             kind = MLM if values.get("task") == MLM else "cotraining"
             cell = _cell(defaults.get(kind, {}) | values)
             add(cell)

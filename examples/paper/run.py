@@ -1,9 +1,9 @@
-"""Runs the grid of a scale: every cell that has no result yet, each from its last checkpoint.
+r"""Runs the grid of a scale: every cell that has no result yet, each from its last checkpoint.
 
 Stop it at any time and start it again. Start it several times with the same folders to use several processes: each
 takes the next cell that is free. The folder can be moved to another machine in between.
 
-    python -m examples.paper.run --config examples/paper/nano.yaml --prepared outputs/paper/nano/prepared \\
+    python -m examples.paper.run --config examples/paper/nano.yaml --prepared outputs/paper/nano/prepared \
         --output outputs/paper/nano
 """
 
@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -102,6 +103,12 @@ def _try_cell(
 def describe(cell: Cell) -> str:
     """A cell in a few words."""
     words = [cell.task, cell.method, f"seed {cell.seed}"]
+    if cell.learner is None:
+        names = ("rows", "steps", "epochs", "teacher_init", "student_init", "student_learning_rate")
+        names += ("hard_weight", "soft_weight", "teacher_soft_weight", "temperature", "soft_warmup_ratio")
+        defaults = {field.name: field.default for field in fields(cell)}
+        values = {name: getattr(cell, name) for name in names}
+        words += [f"{name} {value}" for name, value in values.items() if value not in (None, defaults[name])]
     if cell.start is not None:
         words.append(f"from {describe(cell.start)}")
     if cell.learner is not None:

@@ -1,0 +1,273 @@
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toy_protocol import GRID, numbers, write_toy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.paper import prepare, report, run
+from examples.paper.cells import METHODS, expand
+from examples.paper.data import Masking, Prepared, Schedule
+from examples.paper.settings import load_scale
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(module: object, *arguments: object) -> None:
+    """Run the `main` of a module with arguments of the command line."""
+    argv, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared toy scale whose whole grid has been run."""
+    folder = tmp_path_factory.mktemp("toy")
+    config = write_toy(folder)
+    call(prepare, "--config", config, "--output", folder / "prepared")
+    call(run, "--config", config, "--prepared", folder / "prepared", "--output", folder / "out", "--threads", 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(toy: Path) -> list[dict]:
+    return [json.loads(line) for line in (toy / "out" / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_method_is_trained_and_scored(results: list[dict]) -> None:
+    pretraining = [result for result in results if result["cell"]["task"] == "mlm"]
+    assert len(pretraining) == 2 * 6 + 2 + 1 + 2 + 2
+    trained = {result["cell"]["method"]: set(result["models"]) for result in pretraining}
+    both = {"teacher", "student"}
+    assert trained == {
+        "alone": both,
+        "kd": {"student"},
+        "reversed": {"teacher"},
+        "ctcd": both,
+        "student-from-teacher": both,
+        "teacher-from-student": both,
+        "community": both,
+        "community-kd": both,
+    }
+    for result in results:
+        for model in result["models"].values():
+            for scores in model["scores"].values():
+                assert all(math.isfinite(score) for score in scores.values())
+    # Each model of the main grid is fine-tuned by itself on each task: 10 models, 2 tasks, 2 seeds.
+    assert sum(result["cell"]["learner"] is not None for result in results) == 10 * 2 * 2
+
+
+def test_a_curve_ends_with_the_score_of_the_validation_set(results: list[dict]) -> None:
+    for result in results:
+        if result["cell"]["task"] == "mlm":
+            assert [point["step"] for point in result["curve"]] == [2, 4, 6]
+            for name, model in result["models"].items():
+                assert result["curve"][-1][name]["loss"] == pytest.approx(model["scores"]["validation"]["loss"])
+
+
+def test_methods_are_given_equal_data_and_equal_steps(results: list[dict]) -> None:
+    compute = {
+        result["cell"]["method"]: result["compute"]
+        for result in results
+        if result["cell"]["task"] == "mlm" and result["cell"]["seed"] == 1
+    }
+    assert len({(each["steps"], each["tokens"]) for each in compute.values()}) == 1
+    assert compute["alone"]["tokens"] == 6 * 4 * 16
+    # A frozen model costs its forward pass alone, and a third model costs one more.
+    assert compute["kd"]["flops"] < compute["alone"]["flops"] < compute["community"]["flops"]
+
+
+def test_frozen_models_are_those_trained_alone_with_the_same_seed(toy: Path, results: list[dict]) -> None:
+    keys = {
+        (result["cell"]["method"], result["cell"]["seed"]): result["key"]
+        for result in results
+        if result["cell"]["task"] == "mlm" and result["cell"]["temperature"] in (None, 1.0)
+    }
+    for seed in (0, 1):
+        for method, name in {"kd": "model.safetensors", "reversed": "student/model.safetensors"}.items():
+            frozen, source = (
+                (toy / "out" / "cells" / keys[each, seed] / "models" / name).read_bytes() for each in (method, "alone")
+            )
+            if seed == 1:  # of seed 0 there are several trainings alone
+                assert frozen == source
+
+
+def test_a_finished_grid_computes_nothing_again(toy: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (toy / "out" / "results.jsonl").read_bytes()
+    options = ["--config", toy / "toy.yaml", "--prepared", toy / "prepared", "--output", toy / "out"]
+    call(run, *options)
+    assert (toy / "out" / "results.jsonl").read_bytes() == before
+    call(run, *options, "--list")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(before.splitlines())
+    assert all("  done  " in line for line in lines)
+
+
+def test_chosen_cells_bring_those_that_they_need(toy: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--config", toy / "toy.yaml", "--prepared", toy / "prepared", "--output", toy / "none"]
+    call(run, *options, "--list", "--tasks", "stsb", "--methods", "kd", "--seeds", 1)
+    lines = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["mlm alone seed 1", "mlm kd seed 1", "stsb alone seed 1 from mlm kd seed 1 student"]
+
+
+def test_the_masks_do_not_depend_on_the_method_and_change_from_pass_to_pass(toy: Path) -> None:
+    scale, prepared = load_scale(toy / "toy.yaml"), Prepared.load(toy / "prepared")
+    cells = [cell for cell in expand(scale.grid, scale.defaults) if cell.rows == 8]
+    rows, masking = prepared.parts("mlm")["train"], Masking(prepared.tokenizer)
+    first, second = (Schedule(rows, cell, masking) for cell in cells[:2])
+    assert cells[0].method != cells[1].method
+    assert len(first) == 24
+    for index in range(24):
+        assert first[index]["input_ids"].equal(second[index]["input_ids"])
+        assert first[index]["labels"].equal(second[index]["labels"])
+    assert sorted(first.order[:8]) == sorted(first.order[8:16]) == list(range(8))
+    same = next(place for place in range(8, 16) if first.order[place] == first.order[0])
+    assert not first[0]["labels"].equal(first[same]["labels"])
+    kept = first[0]["labels"] == -100
+    original = rows[first.order[0]]["input_ids"]
+    assert first[0]["input_ids"][kept].equal(original[kept])
+    assert first[0]["labels"][~kept].equal(original[~kept])
+
+
+def test_the_report_has_the_numbers_of_the_results(toy: Path, results: list[dict]) -> None:
+    call(report, toy / "out" / "results.jsonl", "--output", toy / "report.md", "--figures", toy / "figures")
+    text = (toy / "report.md").read_text()
+    assert len(list((toy / "figures").glob("*.png"))) >= 4
+    losses = [
+        result["models"]["teacher"]["scores"]["validation"]["loss"]
+        for result in results
+        if result["cell"]["method"] == "reversed" and result["cell"]["task"] == "mlm"
+    ]
+    row = next(line for line in text.splitlines() if line.startswith("| reversed "))
+    assert f"{sum(losses) / 2:.3f} ± {abs(losses[0] - losses[1]) / 2**0.5:.3f}" in row
+
+
+BARE = """
+import importlib.util, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("datasets", "evaluate", "peft"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("datasets", "evaluate", "peft") else found(name, *rest)
+from examples.paper.run import main
+main()
+"""
+
+
+def test_a_prepared_grid_runs_without_datasets_evaluate_and_peft(toy: Path) -> None:
+    options = {"--config": "toy.yaml", "--prepared": "prepared", "--output": "bare"}
+    command = [sys.executable, "-c", BARE, "--threads", "1", "--tasks", "rte", "--methods", "kd", "--seeds", "1"]
+    command += [str(part) for name, value in options.items() for part in (name, toy / value)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    bare, whole = (numbers(toy / name / "results.jsonl") for name in ("bare", "out"))
+    assert bare == {key: whole[key] for key in bare}
+    assert len(bare) == 3
+
+
+SMALL = [{"task": "mlm", "seed": 0, "method": ["alone", "ctcd"], "then": ["rte"]}]
+
+
+def grid_process(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "examples.paper.run", "--threads", "1"]
+    options = {"--config": "toy.yaml", "--prepared": "prepared", "--output": "killed"}
+    command += [str(part) for name, value in options.items() for part in (name, folder / value)]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_a_grid_that_is_killed_goes_on_where_it_was_with_the_same_numbers(tmp_path: Path) -> None:
+    settings = {"mlm": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3}}
+    settings |= {"finetuning": {"epochs": 2, "rows": 24, "batch_size": 8, "learning_rate": 1e-3}}
+    config = write_toy(tmp_path, SMALL, defaults=settings, checkpoints=10)
+    options = ["--config", config, "--prepared", tmp_path / "prepared"]
+    call(prepare, "--config", config, "--output", tmp_path / "prepared")
+    call(run, *options, "--output", tmp_path / "whole", "--threads", 1)
+
+    draw = random.Random(0)
+    killed_at = []
+    while True:
+        process = grid_process(tmp_path)
+        checkpoints = set((tmp_path / "killed").glob("cells/*/run/checkpoint-*"))
+        while process.poll() is None and len(killed_at) < 3:
+            time.sleep(0.01)
+            if set((tmp_path / "killed").glob("cells/*/run/checkpoint-*")) - checkpoints:
+                time.sleep(draw.uniform(0, 0.2))  # in the middle of a step or of a save
+                process.send_signal(signal.SIGKILL)
+                killed_at.append(process.wait())
+        if process.wait() == 0:
+            break
+    assert killed_at == [-signal.SIGKILL] * 3
+    assert numbers(tmp_path / "killed" / "results.jsonl") == numbers(tmp_path / "whole" / "results.jsonl")
+
+
+def test_two_processes_share_a_grid(tmp_path: Path) -> None:
+    config = write_toy(tmp_path, SMALL)
+    call(prepare, "--config", config, "--output", tmp_path / "prepared")
+    processes = [grid_process(tmp_path) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert len(numbers(tmp_path / "killed" / "results.jsonl")) == 2 + 4
+
+
+def test_a_failed_cell_is_named_and_the_others_are_computed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    grid = [
+        {"task": "mlm", "seed": 0, "method": "alone", "rows": 10**6},
+        {"task": "mlm", "seed": 0, "method": "kd", "rows": 10**6},
+        {"task": "mlm", "seed": 0, "method": "alone"},
+    ]
+    config = write_toy(tmp_path, grid)
+    call(prepare, "--config", config, "--output", tmp_path / "prepared")
+    with pytest.raises(SystemExit, match="1"):
+        call(run, "--config", config, "--prepared", tmp_path / "prepared", "--output", tmp_path / "out")
+    errors = capsys.readouterr().err
+    assert "failed: mlm alone seed 0: `rows: 1000000` of mlm, but only" in errors
+    assert len(numbers(tmp_path / "out" / "results.jsonl")) == 1
+
+
+def test_models_that_are_gone_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = write_toy(tmp_path, [{"task": "mlm", "seed": 0, "method": "alone"}])
+    options = ["--prepared", tmp_path / "prepared", "--output", tmp_path / "out"]
+    call(prepare, "--config", config, "--output", tmp_path / "prepared")
+    call(run, "--config", config, *options)
+    (tmp_path / "out" / "cells").rename(tmp_path / "moved")
+    more = write_toy(tmp_path, [{"task": "mlm", "seed": 0, "method": "kd"}])
+    with pytest.raises(SystemExit, match="1"):
+        call(run, "--config", more, *options)
+    assert "Bring them back, or remove the line of this cell" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "best"}, "`method: best` is unknown"),
+        ({"steps": 3, "epochs": 1}, "`steps` .3. or `epochs` .1."),
+        ({"speed": 3}, "Unknown settings of a cell: speed"),
+        ({"teacher_init": "random"}, "`teacher_init: random` is unknown"),
+        ({"task": "qnli"}, "tasks .'qnli'., which are not in"),
+    ],
+)
+def test_a_bad_grid_is_refused_before_any_work(change: dict, message: str, toy: Path, tmp_path: Path) -> None:
+    config = write_toy(tmp_path, [{"task": "mlm", "seed": 0, "method": "alone", **change}])
+    with pytest.raises(SystemExit, match=message):
+        call(run, "--config", config, "--prepared", toy / "prepared", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_grid_of_the_fixture_has_every_method() -> None:
+    named = {
+        method
+        for block in GRID
+        for method in ([block["method"]] if isinstance(block["method"], str) else block["method"])
+    }
+    assert named == set(METHODS)
