@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers.utils import logging
 
@@ -109,7 +109,8 @@ class PredictionStore:
             tensors = {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
             temporary, name = self._temporary_path(), f"{uuid.uuid4().hex}{_SUFFIX}"
             joined = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
-            save_file({**tensors, "_keys": joined, "_ends": lengths.cumsum(0)}, temporary)
+            # Not `save_file`, whose files other users of the folder cannot read.
+            temporary.write_bytes(save({**tensors, "_keys": joined, "_ends": lengths.cumsum(0)}))
             os.replace(temporary, self.folder / name)
             self._open_shard(name)
         self._pending.clear()
