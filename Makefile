@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help install test test-all lint format demo bench clean
+.PHONY: help install test test-all lint format demo paper bench clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,6 +52,21 @@ demo: $(STAMP)  ## Co-train two models on synthetic sentences, and compare with 
 	$(DEMO_RUN) --distillation_mode standalone --output_dir $(DEMO)/alone
 	$(BIN)/python examples/compare_runs.py $(DEMO)/co-trained $(DEMO)/alone --labels co-trained alone \
 		--sequence_length 32 --json $(DEMO)/comparison.json --output $(DEMO)/comparison.png
+
+# The scale is a YAML file in examples/paper. Where the Hub cannot be reached, say where text, tasks and model are:
+# PREPARE_FLAGS="--text FOLDER --glue FOLDER --model FOLDER"
+SCALE ?= nano
+PREPARE_FLAGS ?=
+PAPER = outputs/paper/$(SCALE)
+
+paper: $(STAMP)  ## The paper's protocol at SCALE (nano, small, base), as far as it is not yet done, and its report
+	test -e $(PAPER)/prepared/manifest.json || $(BIN)/python -m examples.paper.prepare \
+		--config examples/paper/$(SCALE).yaml --output $(PAPER)/prepared $(PREPARE_FLAGS)
+	$(BIN)/python -m examples.paper.run \
+		--config examples/paper/$(SCALE).yaml --prepared $(PAPER)/prepared --output $(PAPER)
+	$(BIN)/python -m examples.paper.latency $(PAPER)/prepared/models --output $(PAPER)/latency.json
+	$(BIN)/python -m examples.paper.report $(PAPER)/results.jsonl \
+		--latency $(PAPER)/latency.json --output $(PAPER)/report.md --figures $(PAPER)/figures
 
 bench: $(STAMP)  ## Time and memory of co-trainings against plain and naive ones (about half an hour)
 	$(BIN)/python examples/benchmarks/bench_sequence_classification.py --markdown

@@ -118,7 +118,11 @@ def test_chosen_cells_bring_those_that_they_need(toy: Path, capsys: pytest.Captu
     options = ["--config", toy / "toy.yaml", "--prepared", toy / "prepared", "--output", toy / "none"]
     call(run, *options, "--list", "--tasks", "stsb", "--methods", "kd", "--seeds", 1)
     lines = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["mlm alone seed 1", "mlm kd seed 1", "stsb alone seed 1 from mlm kd seed 1 student"]
+    assert lines == [
+        "mlm alone seed 1 steps 6",
+        "mlm kd seed 1 steps 6",
+        "stsb alone seed 1 from mlm kd seed 1 steps 6 student",
+    ]
 
 
 def test_the_masks_do_not_depend_on_the_method_and_change_from_pass_to_pass(toy: Path) -> None:
@@ -231,7 +235,7 @@ def test_a_failed_cell_is_named_and_the_others_are_computed(tmp_path: Path, caps
     with pytest.raises(SystemExit, match="1"):
         call(run, "--config", config, "--prepared", tmp_path / "prepared", "--output", tmp_path / "out")
     errors = capsys.readouterr().err
-    assert "failed: mlm alone seed 0: `rows: 1000000` of mlm, but only" in errors
+    assert "failed: mlm alone seed 0 rows 1000000 steps 6: `rows: 1000000` of mlm, but only" in errors
     assert len(numbers(tmp_path / "out" / "results.jsonl")) == 1
 
 
@@ -271,3 +275,15 @@ def test_the_grid_of_the_fixture_has_every_method() -> None:
         for method in ([block["method"]] if isinstance(block["method"], str) else block["method"])
     }
     assert named == set(METHODS)
+
+
+@pytest.mark.parametrize("name", ["nano", "small", "base"])
+def test_the_scales_that_come_along_have_every_kind_of_cell(name: str) -> None:
+    scale = load_scale(ROOT / "examples" / "paper" / f"{name}.yaml")
+    cells = expand(scale.grid, scale.defaults)
+    for place, cell in enumerate(cells):
+        assert all(source in cells[:place] for source in cell.sources)
+        assert cell.task in ("mlm", *scale.tasks)
+    pretrained = {cell.method for cell in cells if cell.task == "mlm" and cell.learner is None}
+    assert pretrained == set(METHODS)
+    assert {cell.learner for cell in cells} == {None, "teacher", "student"}

@@ -74,7 +74,7 @@ def write_toy(folder: Path, grid: list[dict[str, Any]] | None = None, **settings
 
     scale = {
         "name": "toy",
-        "text": {"path": str(corpus)},
+        "text": [{"path": str(corpus)}],
         "glue": str(glue),
         "models": {"source": str(folder / "model"), "student": {"num_hidden_layers": 2}},
         "block_length": 16,

@@ -1,11 +1,11 @@
 """Time the models of a grid on the CPU, one sequence at a time, for the figure of quality against latency.
 
-A model is a folder that plain transformers reads; a teacher at the root of a folder and a student in its `student/`
-are both found. The models are timed without their task heads, taking turns, so that whatever else the machine does
-slows all of them alike.
+A model is a folder with a config.json; a teacher at the root of a folder or in its `teacher/`, and a student in its
+`student/`, are both found. The models are timed without their task heads, taking turns, so that whatever else the
+machine does slows all of them alike.
 
 Example:
-    python -m examples.paper.latency outputs/paper/nano/cells/KEY/models --output latency.json
+    python -m examples.paper.latency outputs/paper/nano/prepared/models --output latency.json
 """
 
 import argparse
@@ -54,7 +54,8 @@ def time_models(models: dict[str, Path], sequence_length: int, repeats: int) -> 
             raise ValueError(
                 f"--sequence_length {sequence_length} is more than the {longest} positions of {name!r}: shorten it."
             )
-    loaded = [AutoModel.from_pretrained(path).eval() for path in models.values()]
+    # How long a model takes does not depend on its weights.
+    loaded = [AutoModel.from_config(AutoConfig.from_pretrained(path)).eval() for path in models.values()]
     latencies = measure_latencies(loaded, sequence_length, repeats)
     timed = []
     for name, model, latency in zip(models, loaded, latencies, strict=True):

@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -47,8 +47,8 @@ SEED = 0
 def prepare_text(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Rows of text of one length: without masks for training, with masks that never change for scoring."""
     sets = {"train": _texts(scale, "train")}
-    if scale.text.validation_split is not None:
-        sets["validation"] = _texts(scale, scale.text.validation_split)
+    if any(text.validation_split is not None for text in scale.text):
+        sets["validation"] = _texts(scale, "validation")
     blocks = {
         part: texts.map(
             Blocks(tokenizer, scale.block_length, masked=False),
@@ -76,12 +76,16 @@ def prepare_text(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return tensors
 
 
-def _texts(scale: Scale, split: str) -> Dataset:
-    texts = load_dataset(scale.text.path, scale.text.name, split=split).shuffle(seed=SEED)
-    texts = texts.select_columns(scale.text.column)
-    if scale.text.column != "text":
-        texts = texts.rename_column(scale.text.column, "text")
-    return texts.take(min(scale.text.texts, len(texts))) if scale.text.texts and split == "train" else texts
+def _texts(scale: Scale, part: str) -> Dataset:
+    """The texts of all data sets, in random order."""
+    found = []
+    for text in scale.text:
+        split = "train" if part == "train" else text.validation_split
+        if split is not None:
+            texts = load_dataset(text.path, text.name, split=split).select_columns(text.column).shuffle(seed=SEED)
+            texts = texts if text.column == "text" else texts.rename_column(text.column, "text")
+            found.append(texts.take(min(text.texts, len(texts))) if text.texts and part == "train" else texts)
+    return concatenate_datasets(found).shuffle(seed=SEED)
 
 
 def _take(blocks: dict[str, Tensor], part: str, count: int) -> Tensor:
@@ -202,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the scale")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--text", help="folder or name of the text data set, instead of the one in the YAML file")
+    parser.add_argument("--text", help="folder or name of a text data set, instead of the YAML file's")
     parser.add_argument("--text_name", help="its configuration, with --text")
     parser.add_argument("--glue", help="folder or name of the GLUE data set, instead of the one in the YAML file")
     parser.add_argument("--model", help="folder or name of the source of the models, instead of the one in the file")
@@ -212,7 +216,7 @@ def main() -> None:
     datasets.utils.logging.set_verbosity_error()
     scale = load_scale(args.config)
     if args.text is not None:
-        scale = replace(scale, text=replace(scale.text, path=args.text, name=args.text_name))
+        scale = replace(scale, text=[replace(scale.text[0], path=args.text, name=args.text_name)])
     if args.glue is not None:
         scale = replace(scale, glue=args.glue)
     if args.model is not None:

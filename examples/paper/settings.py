@@ -10,14 +10,14 @@ import yaml
 
 @dataclass(frozen=True)
 class Text:
-    """The text of masked language modelling.
+    """A data set of text for masked language modelling.
 
     Attributes:
         path: Folder or name of a data set, as `load_dataset` takes it.
         name: Configuration of the data set.
         column: Column of text.
-        texts: Number of texts that are read, drawn at random; `None` for all.
-        validation_split: The scored split; without it, part of the training texts is scored.
+        texts: Number of training texts that are used, drawn at random; `None` for all.
+        validation_split: Its split that is scored. If no data set has any, part of the training texts is scored.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Scale:
 
     Attributes:
         name: Name of the scale.
-        text: The text of masked language modelling.
+        text: The data sets of text for masked language modelling.
         glue: Folder or name of the GLUE data set.
         tasks: The GLUE tasks, with `max_length` in tokens and `train_rows` (drawn at random), both optional.
         models: The models.
@@ -68,7 +68,7 @@ class Scale:
     """
 
     name: str
-    text: Text
+    text: Sequence[Text]
     glue: str
     tasks: Mapping[str, Mapping[str, int]]
     models: Models
@@ -90,7 +90,7 @@ def load_scale(path: Path) -> Scale:
         ValueError: A setting is unknown or missing.
     """
     values = yaml.safe_load(path.read_text())
-    values["text"] = _make(Text, values.get("text") or {}, f"{path}: text")
+    values["text"] = [_make(Text, each, f"{path}: text") for each in values.get("text") or []]
     values["models"] = _make(Models, values.get("models") or {}, f"{path}: models")
     return _make(Scale, values, str(path))
 
