@@ -62,7 +62,7 @@ class Masking:
 
 
 class Schedule(Dataset):
-    """Every row that a training will see, in order: pass after pass, each shuffled by the seed.
+    """Every row that a training will see, in order: pass after pass, each shuffled by the seed, in whole batches.
 
     It is read in sequence, so a training that is resumed goes on with the row at which it had stopped.
 
@@ -85,9 +85,10 @@ class Schedule(Dataset):
             # Rows of like length share a batch, so that little is padded; batches are in random order.
             indices = get_length_grouped_indices(lengths, cell.batch_size, generator=make)
             batches = [indices[start : start + cell.batch_size] for start in range(0, count, cell.batch_size)]
-            last = [batches.pop()] if len(batches[-1]) < cell.batch_size else []
-            shuffled = [batches[place] for place in torch.randperm(len(batches), generator=make).tolist()]
-            self.order += [index for batch in shuffled + last for index in batch]
+            if len(batches) > 1 and len(batches[-1]) < cell.batch_size:
+                batches.pop()  # other rows in each pass; batches would no longer begin where those of the order do
+            for place in torch.randperm(len(batches), generator=make).tolist():
+                self.order += batches[place]
         del self.order[wanted:]
 
     def __len__(self) -> int:
