@@ -1,13 +1,18 @@
 """Both models in the output folder and in checkpoints."""
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from .graph import STUDENT
 from .metrics import LossMeter
 from .optimization import PairOptimizationTrainer
+from .whole_folders import PARTIAL, clean_up, put_in_place
 from .wrapping import is_peft_model
 
 
@@ -15,6 +20,8 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
     """What Trainer does for saving and loading, for two models."""
 
     _loss_meter: LossMeter
+    #: Folder in which a checkpoint is put together, while that is done.
+    _staging: str | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the teacher in the folder as Trainer does, and the student complete in `student/`."""
@@ -26,11 +33,61 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         if processing_class is not None:
             processing_class.save_pretrained(folder)
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; see `Trainer.train`. What a killed training has left of a checkpoint is removed first."""
+        if self.pair is not None and self.is_world_process_zero():
+            clean_up(Path(self.args.output_dir))
+        return super().train(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint of both models, unless a loss was not finite: the last good one stays the last one."""
-        if self.pair is not None:
-            self._loss_meter.check(self.accelerator.gather)
-        super()._save_checkpoint(model, trial)
+        """Save a checkpoint of both models, whole or not at all.
+
+        Raises:
+            FloatingPointError: A loss was not finite; the last good checkpoint stays the last one.
+            OSError: The checkpoint could not be written; the ones before are as they were.
+        """
+        if self.pair is None:
+            return super()._save_checkpoint(model, trial)
+        self._loss_meter.check(self.accelerator.gather)
+        run_dir = self._get_output_dir(trial)
+        final = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._staging = os.path.join(run_dir, PARTIAL)
+        written = Path(self._staging, final.name)
+        try:
+            super()._save_checkpoint(model, trial)
+            # Trainer looks for the best checkpoint among the ones beside this one.
+            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if os.path.isdir(best) or self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                put_in_place(written, final)
+        except Exception as error:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint {str(final)!r} could not be written: {error!r}. The ones before it are as they were, "
+                f"the last is {get_last_checkpoint(run_dir)!r}. Make room or mend what is named, and resume with "
+                "`resume_from_checkpoint=True`."
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Folder of the checkpoints; while one is written, the folder in which it is put together."""
+        return self._staging or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint, but not before it is in its place."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load both models from a checkpoint folder.

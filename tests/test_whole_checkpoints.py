@@ -1,0 +1,141 @@
+"""A checkpoint is there whole or not at all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import assert_same_weights, tiny_trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from ctcd_trainer.whole_folders import PARTIAL, clean_up, put_in_place
+
+
+def write(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+    return folder
+
+
+def test_a_folder_takes_the_place_of_the_one_that_was_there(tmp_path):
+    final = write(tmp_path / "final", "old")
+    put_in_place(write(tmp_path / PARTIAL / "final", "new"), final)
+    assert (final / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_what_was_to_be_replaced_is_put_back_if_the_new_one_did_not_come(tmp_path):
+    write(tmp_path / PARTIAL / "replaced-final", "old")
+    write(tmp_path / PARTIAL / "final", "half of the ne")
+    clean_up(tmp_path)
+    assert (tmp_path / "final" / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_what_was_replaced_is_removed_if_the_new_one_came(tmp_path):
+    write(tmp_path / "final", "new")
+    write(tmp_path / PARTIAL / "replaced-final", "old")
+    clean_up(tmp_path)
+    clean_up(tmp_path)
+    assert (tmp_path / "final" / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["final"]
+
+
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state", "_save"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(part, tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    save = getattr(trainer, part)
+
+    def fail_later(*args, **kwargs):
+        if trainer.state.global_step > 2:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, part, fail_later)
+    with pytest.raises(OSError, match=r"checkpoint-4' could not be written.*No space left.*checkpoint-2"):
+        trainer.train()
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    resumed = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    whole = tiny_trainer(tmp_path / "whole")
+    whole.train()
+    assert_same_weights(resumed.pair, whole.pair)
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, {tests!r})
+from tiny import tiny_trainer
+trainer = tiny_trainer({folder!r}, save_strategy="steps", save_steps=2)
+save = trainer._save_checkpoint
+def limited(*args):
+    if trainer.state.global_step > 2:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    save(*args)
+trainer._save_checkpoint = limited
+trainer.train()
+"""
+
+
+def test_a_write_that_the_system_refuses_leaves_the_checkpoint_before(tmp_path):
+    code = FULL.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1
+    assert "checkpoint-4' could not be written" in result.stderr
+    assert os.listdir(tmp_path / "out") == ["checkpoint-2"]
+    resumed = tiny_trainer(tmp_path / "out")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+
+
+def test_what_a_kill_has_left_is_removed_at_the_next_start(tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    torn = tmp_path / PARTIAL / "checkpoint-4"
+    shutil.copytree(tmp_path / "checkpoint-2", torn)
+    (torn / "trainer_state.json").unlink()
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_best_checkpoint_is_named_by_its_final_place_and_kept(relative, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("out") if relative else tmp_path / "out"
+    values = iter([3.0, 1.0, 2.0, 4.0])
+    trainer = tiny_trainer(
+        folder,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=tiny_trainer(tmp_path / "other").train_dataset,
+        compute_metrics=lambda prediction: {"score": 0.0},
+        metric_for_best_model="student_score",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+        save_total_limit=2,
+    )
+    evaluate = trainer.evaluate
+
+    def scored(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        metrics["eval_student_score"] = next(values)
+        return metrics
+
+    monkeypatch.setattr(trainer, "evaluate", scored)
+    trainer.train()
+    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4"]
+    assert trainer.state.best_model_checkpoint == os.path.join(folder, "checkpoint-2")
+    for step in (2, 4):
+        state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == os.path.join(folder, "checkpoint-2")
+    best = torch.load(folder / "checkpoint-2" / "optimizer.pt", weights_only=False)
+    assert best["state"]
+    assert_same_weights(trainer.teacher_model, type(trainer.teacher_model).from_pretrained(folder / "checkpoint-2"))
