@@ -9,9 +9,11 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
+from .best_student import BEST_STUDENT, BestStudent
 from .graph import STUDENT
 from .metrics import LossMeter
 from .optimization import PairOptimizationTrainer
+from .saved_weights import check_weights
 from .whole_folders import PARTIAL, clean_up, put_in_place
 from .wrapping import is_peft_model
 
@@ -28,7 +30,12 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         super()._save(output_dir, state_dict)
         if self.pair is None or not self.args.should_save:
             return
-        folder = self.pair.folder_of(STUDENT, output_dir if output_dir is not None else self.args.output_dir)
+        self._save_processing_class(
+            self.pair.folder_of(STUDENT, output_dir if output_dir is not None else self.args.output_dir)
+        )
+
+    def _save_processing_class(self, folder: str) -> None:
+        """Save the tokenizer beside a student, so that its folder is complete."""
         processing_class = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
@@ -80,6 +87,20 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         if self.args.should_save:
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the checkpoint will be the best one; keeps the student if it is its own best."""
+        # Resuming may have put another object in the place of the one that was added.
+        best = next((each for each in self.callback_handler.callbacks if isinstance(each, BestStudent)), None)
+        if best is not None and best.improved(metrics, self.state.global_step):
+            run_dir = Path(self._get_output_dir(trial))
+            written = run_dir / PARTIAL / BEST_STUDENT
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.student_model.save_pretrained(written)
+                self._save_processing_class(str(written))
+                put_in_place(written, run_dir / BEST_STUDENT)
+        return super()._determine_best_metric(metrics, trial)
+
     def _get_output_dir(self, trial: Any) -> str:
         """Folder of the checkpoints; while one is written, the folder in which it is put together."""
         return self._staging or super()._get_output_dir(trial)
@@ -93,7 +114,7 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         """Load both models from a checkpoint folder.
 
         Raises:
-            ValueError: The folder has no student.
+            ValueError: The folder has no student, or the models of another pair; nothing was loaded.
         """
         if self.pair is None or model is not None:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -105,6 +126,9 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
                     "written by a trainer of one model. Resume from a checkpoint of both, or load its model with "
                     "`from_pretrained`, pass it as `model` and start a new training."
                 )
+        for name, folder in folders.items():
+            if not is_peft_model(self.pair.learners[name]):
+                check_weights(self.pair.learners[name], Path(folder), name)
         for name, folder in folders.items():
             learner = self.pair.learners[name]
             if is_peft_model(learner):

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput, align_special_tokens
 from transformers.utils import logging
 
 from . import validation
+from .best_student import BestStudent
 from .evaluation import PairEvaluationTrainer
 from .fused_linear import ScoredPositions
 from .graph import PRETRAINED, STUDENT, TEACHER
@@ -178,6 +179,9 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
             # model is the pair.
             self._install_pair(learners or make_learners(self.model))
+            metric = getattr(self.args, "student_metric_for_best_model", None)
+            if metric is not None:
+                self.add_callback(BestStudent(metric, self.args.student_greater_is_better))
 
     # ---- The pair ----
 

@@ -99,6 +99,20 @@ class DistillationArguments:
             "and later trainings do not run it. Default: it is run on every batch."
         },
     )
+    student_metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric of the student, such as `loss` or `accuracy`: the student that is best by it is kept in "
+            "`best-student/`, beside the checkpoints. Default: none is kept."
+        },
+    )
+    student_greater_is_better: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a larger `student_metric_for_best_model` is a better one. Default: unless its name ends "
+            "with `loss`."
+        },
+    )
     student_hub_model_id: str | None = field(
         default=None,
         metadata={"help": "Repository of the student alone on the Hub. Default: `<hub_model_id>-student`."},
@@ -135,6 +149,11 @@ class DistillationArguments:
                 f"`pretrained_cache_dir={self.pretrained_cache_dir!r}` has no effect: with `distillation_mode="
                 f"'{self.distillation_mode}'` and its weights nothing learns from a frozen pre-trained teacher. Leave "
                 "it out, or set `distillation_mode='community'` or one of the weights `..._from_pretrained_weight`."
+            )
+        if self.student_greater_is_better is not None and self.student_metric_for_best_model is None:
+            raise ValueError(
+                f"`student_greater_is_better={self.student_greater_is_better}` has no effect without "
+                "`student_metric_for_best_model` (None). Set both, or leave it out."
             )
         parent = super()
         if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into

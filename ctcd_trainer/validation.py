@@ -52,10 +52,17 @@ def check_arguments(args: TrainingArguments | None) -> None:
     """Arguments of Trainer that cannot hold for two models at once.
 
     Raises:
-        ValueError: `use_liger_kernel` is set, or one process would drive several devices (`nn.DataParallel`).
+        ValueError: `use_liger_kernel` is set, one process would drive several devices (`nn.DataParallel`), or a best
+            student is to be kept without any evaluation.
     """
     if args is None:
         return
+    metric = getattr(args, "student_metric_for_best_model", None)
+    if metric is not None and args.eval_strategy == "no":
+        raise ValueError(
+            f"`student_metric_for_best_model={metric!r}` has no effect with `eval_strategy='no'`: nothing is ever "
+            "evaluated. Set `eval_strategy` to 'steps' or 'epoch', or leave the metric out."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "

@@ -41,6 +41,8 @@ def test_it_is_a_training_arguments_with_the_documented_defaults():
         "student_max_grad_norm": None,
         "fused_lm_head": True,
         "pretrained_cache_dir": None,
+        "student_metric_for_best_model": None,
+        "student_greater_is_better": None,
         "student_hub_model_id": None,
     }
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_same_weights, tiny_trainer
+from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from tiny_models import rows_of, tiny_batch, tiny_model
+from transformers import PreTrainedModel, Trainer, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer.whole_folders import PARTIAL, clean_up, put_in_place
@@ -139,3 +141,67 @@ def test_the_best_checkpoint_is_named_by_its_final_place_and_kept(relative, tmp_
     best = torch.load(folder / "checkpoint-2" / "optimizer.pt", weights_only=False)
     assert best["state"]
     assert_same_weights(trainer.teacher_model, type(trainer.teacher_model).from_pretrained(folder / "checkpoint-2"))
+
+
+# ---- Whose checkpoint is it? ----
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"student_model": tiny_bert(3, seed=2)}, r"another student: `bert.encoder.layer.2.*not there there, \(16,"),
+        ({"student_model": tiny_bert(1, seed=2)}, r"another student: `bert.encoder.layer.1.* there, not there here"),
+        ({"model": tiny_bert(4, seed=1)}, r"another model|another teacher: `bert.encoder.layer.3"),
+        ({"student_model": tiny_bert(2, intermediate_size=48)}, r"another student: .*\(32,\) there, \(48,\) here"),
+    ],
+)
+def test_a_checkpoint_of_another_pair_is_refused_before_anything_is_loaded(other, message, tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=5).train()
+    trainer = tiny_trainer(tmp_path, **other)
+    before = {name: weights_of(model) for name, model in trainer.pair.learners.items()}
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    for name, model in trainer.pair.learners.items():
+        assert_same_weights(model, before[name])
+
+
+@pytest.mark.parametrize("head", ["masked-lm", "causal-lm", "seq2seq-lm"])
+def test_tied_weights_that_were_saved_once_are_those_of_the_same_pair(head, tmp_path):
+    family = {"masked-lm": "bert", "causal-lm": "gpt2", "seq2seq-lm": "t5"}[head]
+    rows = rows_of(tiny_batch(head))
+    pair = {"model": tiny_model(family, head, 2), "student_model": tiny_model(family, head, 1, seed=1)}
+    options = {"train_dataset": rows, "data_collator": default_data_collator, "max_steps": 2}
+    tiny_trainer(tmp_path, **pair, **options, save_strategy="steps", save_steps=1).train()
+    resumed = tiny_trainer(tmp_path, **pair, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+
+
+def test_a_sharded_checkpoint_resumes_and_is_checked(tmp_path, monkeypatch):
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "save_pretrained",
+        lambda self, *args, **kw: save(self, *args, **{**kw, "max_shard_size": "3KB"}),
+    )
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors.index.json").exists()
+    assert (tmp_path / "checkpoint-2" / "student" / "model.safetensors.index.json").exists()
+    resumed = tiny_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    whole = tiny_trainer(tmp_path / "whole")
+    whole.train()
+    assert_same_weights(resumed.pair, whole.pair)
+    with pytest.raises(ValueError, match="another student"):
+        tiny_trainer(tmp_path, student_model=tiny_bert(1)).train(resume_from_checkpoint=True)
+
+
+def test_a_co_training_starts_from_a_checkpoint_of_plain_trainer(tmp_path):
+    args = tiny_args(tmp_path / "plain", save_strategy="steps", save_steps=5)
+    Trainer(tiny_bert(3, seed=1), args, data_collator=collate, train_dataset=tiny_rows()).train()
+    checkpoint = tmp_path / "plain" / "checkpoint-5"
+    trainer = tiny_trainer(tmp_path / "pair", model=str(checkpoint), student_model=tiny_bert(2, seed=2))
+    assert_same_weights(trainer.teacher_model, type(trainer.teacher_model).from_pretrained(checkpoint))
+    trainer.train()
+    with pytest.raises(ValueError, match=r"has no student.*pass it as `model`"):
+        tiny_trainer(tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))
