@@ -102,7 +102,7 @@ class FileCalls(HubCalls):
 
     @route("GET", "/{prefix}{repo}/resolve/{revision}/{path}")
     def resolve(self, call: Call, repo: str, revision: str, path: str, kind: str = "models") -> Answer:
-        commit: Commit = self.repository(call, repo, kind).resolve(revision)
+        commit = self.repository(call, repo, kind).resolve(revision)
         headers = {"X-Repo-Commit": commit.oid}
         blob = commit.files.get(path)
         if blob is None:

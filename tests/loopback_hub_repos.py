@@ -27,7 +27,7 @@ class HubError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.headers = {"X-Error-Message": message, **headers}
+        self.headers = {"X-Error-Message": " ".join(message.encode("ascii", "replace").decode().split()), **headers}
         if code is not None:
             self.headers["X-Error-Code"] = code
 
@@ -81,7 +81,7 @@ class Repository:
     lfs: dict[str, bytes] = field(default_factory=dict)  # uploaded large files by SHA-256, committed or not
 
     def __post_init__(self) -> None:
-        self._append("main", {".gitattributes": Blob(GIT_ATTRIBUTES)}, "initial commit", "", self.owner)
+        self.append("main", {".gitattributes": Blob(GIT_ATTRIBUTES)}, "initial commit", "", self.owner)
 
     def resolve(self, revision: str) -> Commit:
         """The commit of a branch, a tag or a (shortened) commit id."""
@@ -145,9 +145,9 @@ class Repository:
             errors, _ = check_card(files["README.md"].data.decode())
             if errors:
                 raise HubError(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
-        return self._append(branch, files, header["summary"], header.get("description", ""), author)
+        return self.append(branch, files, header["summary"], header.get("description", ""), author)
 
-    def _append(self, branch: str, files: Mapping[str, Blob], title: str, message: str, author: str) -> Commit:
+    def append(self, branch: str, files: Mapping[str, Blob], title: str, message: str, author: str) -> Commit:
         parent = self.branches.get(branch)
         tree = sorted((path, blob.git_oid) for path, blob in files.items())
         oid = hashlib.sha1(json.dumps([self.id, parent, title, message, tree, len(self.commits)]).encode()).hexdigest()
