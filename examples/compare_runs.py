@@ -10,16 +10,16 @@ Example:
 import argparse
 import json
 import re
-import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
+
+from ctcd_trainer.measuring import count_parameters, measure_latencies, weight_bytes
 
 MODELS = ("teacher", "student")
 #: Keys of an evaluation that say how fast it was, not how good the model is.
@@ -105,28 +105,6 @@ def load_run(folder: Path, label: str) -> Run:
     )
 
 
-@torch.inference_mode()
-def measure_latencies(models: list[PreTrainedModel], sequence_length: int, repeats: int) -> list[float]:
-    """Median time in milliseconds of each model for one sequence.
-
-    The models take turns, so that whatever else the machine does meanwhile slows all of them alike.
-
-    Args:
-        models: The models, in evaluation mode.
-        sequence_length: Length of the sequence in tokens, which are random.
-        repeats: Number of timed calls of each model, after three that are not timed.
-    """
-    times: list[list[float]] = [[] for _ in models]
-    for repeat in range(-3, repeats):
-        for model, own in zip(models, times, strict=True):
-            input_ids = torch.randint(model.config.get_text_config().vocab_size, (1, sequence_length))
-            start = time.perf_counter()
-            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-            if repeat >= 0:
-                own.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(own) for own in times]
-
-
 def make_rows(runs: list[Run], sequence_length: int, repeats: int) -> list[dict[str, Any]]:
     """One row of the table for each model of each run, by column."""
     places = [(run, name, path) for run in runs for name, path in run.models.items()]
@@ -135,13 +113,12 @@ def make_rows(runs: list[Run], sequence_length: int, repeats: int) -> list[dict[
     for (run, name, path), model, latency in zip(
         places, models, measure_latencies(models, sequence_length, repeats), strict=True
     ):
-        weights = [file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern)]
         rows.append(
             {
                 "run": run.label,
                 "model": name,
-                "parameters (M)": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-                "on disk (MB)": sum(file.stat().st_size for file in weights) / 1e6,
+                "parameters (M)": count_parameters(model) / 1e6,
+                "on disk (MB)": weight_bytes(path) / 1e6,
                 "latency (ms)": latency,
                 **run.metrics(name),
             }
