@@ -45,6 +45,8 @@ class FileCalls(HubCalls):
     @route("POST", "/api/{kind}/{repo}/commit/{revision}")
     def commit(self, call: Call, kind: str, repo: str, revision: str) -> Answer:
         found = self.repository(call, repo, kind, write=True)
+        if "create_pr" in call.query:
+            raise HubError(400, "The loopback Hub has no pull requests")
         lines = [json.loads(line) for line in call.body.splitlines()]
         commit = found.commit(revision, lines, self.user(call).name)
         url = f"{self.endpoint}/{repo_key(kind, repo)}/commit/{commit.oid}"
