@@ -235,7 +235,7 @@ def test_a_failed_cell_is_named_and_the_others_are_computed(tmp_path: Path, caps
     with pytest.raises(SystemExit, match="1"):
         call(run, "--config", config, "--prepared", tmp_path / "prepared", "--output", tmp_path / "out")
     errors = capsys.readouterr().err
-    assert "failed: mlm alone seed 0 rows 1000000 steps 6: `rows: 1000000` of mlm, but only" in errors
+    assert "failed: mlm alone seed 0 rows 1000000 steps 6: ValueError: `rows: 1000000` of mlm, but only" in errors
     assert len(numbers(tmp_path / "out" / "results.jsonl")) == 1
 
 

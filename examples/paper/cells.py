@@ -11,6 +11,9 @@ from typing import Any
 from ctcd_trainer.graph import EDGES, MODES, PRETRAINED, STUDENT, TEACHER, Edge, Mode
 
 MLM = "mlm"
+#: Fields that are real numbers: 2 and 2.0 are one training.
+_NUMBERS = ("learning_rate", "epochs", "student_learning_rate", "weight_decay", "warmup_ratio", "hard_weight")
+_NUMBERS += ("soft_weight", "teacher_soft_weight", "temperature", "soft_warmup_ratio")
 #: Changes when the same description begins to mean another training.
 FORMAT = 1
 
@@ -118,6 +121,12 @@ class Cell:
         """
         if self.method not in METHODS:
             raise ValueError(f"`method: {self.method}` is unknown. Valid values: {', '.join(METHODS)}.")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, None if value is None else float(value))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`{name}: {value!r}` is no number (YAML wants a dot: 5.0e-4).") from error
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"A cell has either `steps` ({self.steps}) or `epochs` ({self.epochs}): give one of them."
@@ -196,16 +205,17 @@ class Cell:
         values = {
             name: value
             for name, value in self.describe(fingerprints).items()
-            if value is not None and value != defaults[name]
+            if value is not None and value != defaults.get(name)
         }
-        data = [fingerprints[self.task], fingerprints["models"]]
+        data = values.pop("data").split("-")
         text = json.dumps([FORMAT, values, data], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def describe(self, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-        """All fields as JSON values, with the key of `start` in its place."""
+        """All fields as JSON values, with the key of `start` in its place, and the hash of the data and models."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"start": None if self.start is None else self.start.key(fingerprints)}
+        start = None if self.start is None else self.start.key(fingerprints)
+        return values | {"start": start, "data": f"{fingerprints[self.task]}-{fingerprints['models']}"}
 
     def num_steps(self, num_rows: int) -> int:
         """Number of optimizer steps.

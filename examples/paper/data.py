@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrai
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .cells import MLM, Cell
+from .settings import Scale
 
 MANIFEST = "manifest.json"
 #: Parts of a task: for training, for choosing settings (taken from the training set), and for the results.
@@ -136,6 +137,25 @@ class Prepared:
                 f"`python -m examples.paper.prepare --output {folder}` first."
             )
         return cls(folder, json.loads((folder / MANIFEST).read_text()))
+
+    def check(self, scale: Scale) -> None:
+        """The folder must have been prepared for a scale; where its text and models come from may differ.
+
+        Raises:
+            ValueError: A setting differs; names it with both values.
+        """
+        now, then = asdict(scale), self.manifest["settings"]
+        for name in ("block_length", "train_blocks", "score_blocks", "dev_share", "tasks"):
+            self._same(name, now[name], then[name])
+        for name in ("teacher", "student", "vocab_size"):
+            self._same(f"models: {name}", now["models"][name], then["models"][name])
+
+    def _same(self, name: str, now: Any, then: Any) -> None:
+        if now != then:
+            raise ValueError(
+                f"{str(self.folder)!r} was prepared with `{name}: {then}`, and the YAML file has `{name}: {now}`. "
+                "Prepare again, in another folder."
+            )
 
     @property
     def fingerprints(self) -> Mapping[str, str]:

@@ -147,7 +147,13 @@ def collect(results: Iterable[Result], value: Callable[[Result, str], Any]) -> d
             row = (method_of(result), learner)
             found = value(result, learner)
             if found is not None:
-                collected.setdefault(row, {})[result["cell"]["seed"]] = found
+                seed, seeds = result["cell"]["seed"], collected.setdefault(row, {})
+                if seed in seeds:
+                    raise ValueError(
+                        f"There are two results of {' '.join(row)} on {result['cell']['task']} with seed {seed}, one "
+                        f"of them {result['key']}. Report on the files of one grid only."
+                    )
+                seeds[seed] = found
     return dict(sorted(collected.items(), key=lambda item: (item[0][1] == STUDENT, method_order(item[0][0]))))
 
 

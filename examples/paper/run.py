@@ -8,6 +8,8 @@ takes the next cell that is free. The folder can be moved to another machine in 
 """
 
 import argparse
+import gc
+import os
 import shutil
 import sys
 import time
@@ -31,7 +33,7 @@ RESULTS = "results.jsonl"
 WAIT = 2.0
 
 
-def run_grid(cells: Sequence[Cell], scale: Scale, prepared: Prepared, output: Path) -> dict[Cell, BaseException]:
+def run_grid(cells: Sequence[Cell], scale: Scale, prepared: Prepared, output: Path) -> dict[Cell, str]:
     """Compute the cells that have no result.
 
     Args:
@@ -46,7 +48,9 @@ def run_grid(cells: Sequence[Cell], scale: Scale, prepared: Prepared, output: Pa
     results = output / RESULTS
     keys = {cell: cell.key(prepared.fingerprints) for cell in cells}
     folders = {cell: output / "cells" / key for cell, key in keys.items()}
-    failed: dict[Cell, BaseException] = {}
+    failed: dict[Cell, str] = {}
+    for result in load_results([results]):  # of a process that was killed when all was done
+        shutil.rmtree(output / "cells" / result["key"] / RUN, ignore_errors=True)
     while True:
         done = {result["key"] for result in load_results([results])}
         left = [cell for cell in cells if keys[cell] not in done and not _lost(cell, failed)]
@@ -60,7 +64,7 @@ def run_grid(cells: Sequence[Cell], scale: Scale, prepared: Prepared, output: Pa
             time.sleep(WAIT)  # the others are being computed by other processes
 
 
-def _lost(cell: Cell, failed: Mapping[Cell, BaseException]) -> bool:
+def _lost(cell: Cell, failed: Mapping[Cell, str]) -> bool:
     """Whether a cell, or one that it needs, has failed."""
     return cell in failed or any(_lost(source, failed) for source in cell.sources)
 
@@ -71,7 +75,7 @@ def _try_cell(
     prepared: Prepared,
     folders: Mapping[Cell, Path],
     results: Path,
-    failed: dict[Cell, BaseException],
+    failed: dict[Cell, str],
     number: str,
 ) -> bool:
     """Compute a cell unless another process does; whether anything was done."""
@@ -87,8 +91,11 @@ def _try_cell(
                 result = train_cell(cell, prepared, folder, folders, scale)
             except Exception as error:
                 traceback.print_exc()
-                failed[cell] = error
+                failed[cell] = f"{type(error).__name__}: {error}"  # the error itself would keep the models in memory
                 return True
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
             described = {"scale": scale.name, **cell.describe(prepared.fingerprints)}
             with FileLock(results.with_suffix(".lock")):
                 append_result(results, {"key": folder.name, "cell": described, **result})
@@ -161,8 +168,15 @@ def main() -> None:
         logging.disable_progress_bar()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
+        sys.exit(
+            f"error: a cell is trained on one device, and this process sees {torch.cuda.device_count()} GPUs in a "
+            f"group of {os.environ.get('WORLD_SIZE', '1')} processes. Start this command once for each GPU, without "
+            "torchrun, each time with its own CUDA_VISIBLE_DEVICES: the processes share the cells."
+        )
     try:
         scale, prepared = load_scale(args.config), Prepared.load(args.prepared)
+        prepared.check(scale)
         cells = wanted(expand(scale.grid, scale.defaults), args)
         done = {result["key"] for result in load_results([args.output / RESULTS])}
         missing = {cell.task for cell in cells} - set(prepared.fingerprints)

@@ -65,6 +65,9 @@ class Scale:
         checkpoints: How often a training is saved.
         defaults: See `cells.expand`.
         grid: See `cells.expand`.
+
+    How often to evaluate is no part of a cell's key, but evaluations draw random numbers as well: do not change it in
+    the middle of a grid.
     """
 
     name: str

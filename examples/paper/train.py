@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -136,13 +137,14 @@ class Models:
         teacher = self.auto_model.from_pretrained(self.folder / TEACHER, **self.labels)
         if name == TEACHER:
             return teacher
-        student = create_student(teacher, config.num_hidden_layers)
-        if student.config.hidden_size != config.hidden_size:
-            raise ValueError(
-                f"`student_init: pretrained`, but the student has a `hidden_size` of {config.hidden_size} and the "
-                f"teacher of {student.config.hidden_size}: only its depth can be cut. Use `student_init: scratch`."
-            )
-        return student
+        own, other = (json.loads((self.folder / each / "config.json").read_text()) for each in (STUDENT, TEACHER))
+        for key in own.keys() - {"num_hidden_layers"}:
+            if own[key] != other.get(key):
+                raise ValueError(
+                    f"`student_init: pretrained`, but the student has `{key}: {own[key]}` and the teacher "
+                    f"`{key}: {other.get(key)}`: only its depth can be cut. Use `student_init: scratch`."
+                )
+        return create_student(teacher, config.num_hidden_layers)
 
 
 # ---- Training ----
@@ -180,6 +182,7 @@ def train_cell(
         bf16=cell.bf16,
         use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=4 if torch.cuda.is_available() else 0,  # masking keeps a GPU waiting
         seed=cell.seed,
         train_sampling_strategy="sequential",
         eval_strategy="steps" if cell.task == MLM else "no",
@@ -228,7 +231,7 @@ def train_cell(
         "compute": {
             "steps": steps,
             "tokens": sum(schedule.rows.lengths[index] for index in schedule.order),
-            "flops": steps * _flops_of_step(trainer, schedule, cell.batch_size),
+            "flops": _flops(trainer, schedule, cell.batch_size),
             "seconds": stopwatch.seconds,
         },
         "environment": {
@@ -269,16 +272,21 @@ def _scores_of(name: str, cell: Cell, metrics: Mapping[str, float], prefix: str)
     return {key: own[key] for key in names if key in own}
 
 
-def _flops_of_step(trainer: CoDistillationTrainer, schedule: Schedule, batch_size: int) -> float:
-    """Floating-point operations of the matrix products of one step: forward and backward of the first batch."""
+def _flops(trainer: CoDistillationTrainer, schedule: Schedule, batch_size: int) -> float:
+    """Floating-point operations of the matrix products of a training.
+
+    Counted in the forward and the backward of one batch, and extended to all by their numbers of padded tokens.
+    """
     inputs = trainer._prepare_inputs(collate([schedule[index] for index in range(batch_size)]))
     trainer.model.train()
-    with FlopCounterMode(display=False) as counter:
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, inputs)
-        loss.backward()
+    with trainer.compute_loss_context_manager(), sdpa_kernel(SDPBackend.MATH):  # others are not counted on CPUs
+        trainer.compute_loss(trainer.model, inputs)  # the first call of a process may try things
+        with FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(trainer.model, inputs).backward()
     trainer.model.zero_grad()
-    return float(counter.get_total_flops())
+    lengths = [schedule.rows.lengths[index] for index in schedule.order]
+    longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
+    return counter.get_total_flops() * sum(longest) / longest[0]
 
 
 def _device_name() -> str:
