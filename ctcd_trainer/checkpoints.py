@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from .best_student import BEST_STUDENT, BestStudent
 from .graph import STUDENT
 from .metrics import LossMeter
+from .model_card import save_model_cards
 from .optimization import PairOptimizationTrainer
 from .saved_weights import check_weights
 from .whole_folders import PARTIAL, clean_up, put_in_place
@@ -30,9 +31,9 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         super()._save(output_dir, state_dict)
         if self.pair is None or not self.args.should_save:
             return
-        self._save_processing_class(
-            self.pair.folder_of(STUDENT, output_dir if output_dir is not None else self.args.output_dir)
-        )
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        self._save_processing_class(self.pair.folder_of(STUDENT, folder))
+        save_model_cards(self, folder)
 
     def _save_processing_class(self, folder: str) -> None:
         """Save the tokenizer beside a student, so that its folder is complete."""
@@ -98,6 +99,7 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
             if self.args.should_save:
                 self.student_model.save_pretrained(written)
                 self._save_processing_class(str(written))
+                save_model_cards(self, written, only=STUDENT)
                 put_in_place(written, run_dir / BEST_STUDENT)
         return super()._determine_best_metric(metrics, trial)
 

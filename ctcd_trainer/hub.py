@@ -24,13 +24,13 @@ class PairHubTrainer(Trainer):
 
     pair: CoDistillationModel | None
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """A model card for the teacher in the output folder and one for the student in `student/`; see `Trainer`."""
+    def create_model_card(self, *args: Any, baseline: Any = None, **kwargs: Any) -> None:
+        """A model card for each model, beside it; see `Trainer` and, for the `baseline`, `write_model_cards`."""
         if self.pair is None:
             return super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             bound = inspect.signature(super().create_model_card).bind(*args, **kwargs)
-            write_model_cards(self, **bound.arguments)
+            write_model_cards(self, baseline, **bound.arguments)
 
     def push_to_hub(
         self,

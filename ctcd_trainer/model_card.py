@@ -69,7 +69,7 @@ def write_model_cards(
         cards.write(learner)
 
 
-def save_model_cards(trainer: "CoDistillationTrainer", folder: str | os.PathLike) -> None:
+def save_model_cards(trainer: "CoDistillationTrainer", folder: str | os.PathLike, only: str | None = None) -> None:
     """Write short cards into a folder in which the models have just been saved, unless it has others.
 
     A card that cannot be made is no reason to lose a checkpoint: then there is a warning.
@@ -77,13 +77,14 @@ def save_model_cards(trainer: "CoDistillationTrainer", folder: str | os.PathLike
     Args:
         trainer: A trainer with a pair.
         folder: Output or checkpoint folder.
+        only: Name of a learner that has the folder for itself.
 
     Raises:
         OSError: The files could not be written.
     """
     try:
-        cards = _Cards(trainer, str(folder), {}, {})
-        for learner in trainer.pair.learners:
+        cards = _Cards(trainer, str(folder), {}, {}, only)
+        for learner in [only] if only is not None else trainer.pair.learners:
             path = cards.folder(learner) / _FILE
             text = path.read_text(encoding="utf-8") if path.exists() else _SHORT
             if _SHORT in text or _PEFT_STUB in text:
@@ -102,14 +103,20 @@ class _Cards:
         root: The folder.
         baseline: Metrics of models that were trained otherwise.
         given: The arguments of `Trainer.create_model_card`.
+        alone: Name of a learner that has the folder for itself; the others are beside it.
     """
 
     def __init__(
-        self, trainer: "CoDistillationTrainer", root: str, baseline: Metrics, given: Mapping[str, Any]
+        self,
+        trainer: "CoDistillationTrainer",
+        root: str,
+        baseline: Metrics,
+        given: Mapping[str, Any],
+        alone: str | None = None,
     ) -> None:
         self.trainer, self.pair, self.args = trainer, trainer.pair, trainer.args
         self.models: dict[str, nn.Module] = dict(trainer.pair.learners)
-        self.root, self.baseline, self.given = root, baseline, given
+        self.root, self.baseline, self.given, self.alone = root, baseline, given, alone
         self.results = Results.of(trainer.state, list(self.models), self.args.load_best_model_at_end)
         self.metric = self.results.main_metric(self.args.metric_for_best_model)
         self.latencies = Latencies({}, "")
@@ -117,6 +124,10 @@ class _Cards:
 
     def folder(self, learner: str) -> Path:
         """Where a learner is."""
+        if self.alone is not None:
+            return Path(
+                self.root if learner == self.alone else self.pair.folder_of(learner, os.path.dirname(self.root))
+            )
         return Path(self.pair.folder_of(learner, self.root))
 
     def measure(self) -> None:
