@@ -14,7 +14,7 @@ from toy_protocol import GRID, numbers, write_toy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.paper import prepare, report, run
-from examples.paper.cells import METHODS, expand
+from examples.paper.cells import METHODS, Cell, expand
 from examples.paper.data import Masking, Prepared, Schedule
 from examples.paper.settings import load_scale
 
@@ -179,6 +179,48 @@ def test_a_prepared_grid_runs_without_datasets_evaluate_and_peft(toy: Path) -> N
     bare, whole = (numbers(toy / name / "results.jsonl") for name in ("bare", "out"))
     assert bare == {key: whole[key] for key in bare}
     assert len(bare) == 3
+
+
+def test_preparing_again_gives_the_same_keys_and_leaves_nothing_old(toy: Path, tmp_path: Path) -> None:
+    config = write_toy(tmp_path)
+    call(prepare, "--config", config, "--output", tmp_path / "prepared")
+    scratch = write_toy(tmp_path, models={"source": str(tmp_path / "model"), "teacher": {"hidden_act": "relu"}})
+    call(prepare, "--config", scratch, "--output", tmp_path / "prepared")
+    assert not list((tmp_path / "prepared" / "models").rglob("*.safetensors"))
+    with pytest.raises(SystemExit, match=r"prepared with `models: teacher: .*relu.*has `models: teacher: \{\}`"):
+        call(run, "--config", toy / "toy.yaml", "--prepared", tmp_path / "prepared", "--output", tmp_path / "out")
+    write_toy(tmp_path)
+    call(prepare, "--config", config, "--output", tmp_path / "prepared")
+    assert Prepared.load(tmp_path / "prepared").fingerprints == Prepared.load(toy / "prepared").fingerprints
+
+
+def test_no_row_is_both_for_training_and_for_choosing(toy: Path) -> None:
+    for task in ("mlm", "rte", "stsb"):
+        parts = Prepared.load(toy / "prepared").parts(task)
+        rows = {part: {tuple(row["input_ids"].tolist()) for row in parts[part]} for part in ("train", "dev")}
+        if task == "mlm":  # without their masks
+            rows["dev"] = {
+                tuple(row["input_ids"].where(row["labels"] == -100, row["labels"]).tolist()) for row in parts["dev"]
+            }
+        assert not rows["train"] & rows["dev"]
+        assert len(rows["dev"]) == len(parts["dev"])
+
+
+def test_several_processes_of_one_training_are_refused(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="group of 2 processes.*without torchrun"):
+        call(run, "--config", toy / "toy.yaml", "--prepared", toy / "prepared", "--output", tmp_path / "out")
+
+
+def test_a_number_is_the_same_with_and_without_a_point(toy: Path) -> None:
+    values = {"task": "rte", "method": "ctcd", "seed": 0, "batch_size": 8, "learning_rate": 1}
+    fingerprints = Prepared.load(toy / "prepared").fingerprints
+    keys = {Cell(**values, epochs=epochs, temperature=2).key(fingerprints) for epochs in (3, 3.0)}
+    assert len(keys) == 1
+    with pytest.raises(ValueError, match=r"`learning_rate: '5e-4x'` is no number"):
+        Cell(**{**values, "learning_rate": "5e-4x"}, epochs=1)
 
 
 SMALL = [{"task": "mlm", "seed": 0, "method": ["alone", "ctcd"], "then": ["rte"]}]

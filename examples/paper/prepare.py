@@ -9,6 +9,7 @@ a manifest with their hashes. The folder can be carried to another machine.
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -42,6 +43,8 @@ from glue_data import TASK_TO_TEXT
 from language_model_data import Blocks
 
 SEED = 0
+#: Entries of configs that change with the machine and the versions.
+_OF_NO_ACCOUNT = ("transformers_version", "is_local", "local_files_only", "name_or_path", "_name_or_path")
 
 
 def prepare_text(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
@@ -50,26 +53,28 @@ def prepare_text(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     if any(text.validation_split is not None for text in scale.text):
         sets["validation"] = _texts(scale, "validation")
     blocks = {
+        # Texts that follow each other fill a block together; it is blocks that are drawn.
         part: texts.map(
             Blocks(tokenizer, scale.block_length, masked=False),
             batched=True,
             remove_columns=texts.column_names,
             desc=f"Tokenizing text ({part})",
-        ).with_format("torch")["input_ids"][:]
+        )
+        .shuffle(seed=SEED)
+        .with_format("torch")
         for part, texts in sets.items()
     }
     scored = {"dev": _take(blocks, "train", scale.score_blocks)}
     scored["validation"] = _take(blocks, "validation" if "validation" in blocks else "train", scale.score_blocks)
-    _take(blocks, "train", 1)  # its first text goes on in the rows for scoring
-    train = blocks["train"][: scale.train_blocks]
-    if scale.train_blocks is not None and len(train) < scale.train_blocks:
+    count = len(blocks["train"]) if scale.train_blocks is None else scale.train_blocks
+    if count > len(blocks["train"]):
         raise ValueError(
-            f"`train_blocks: {scale.train_blocks}`, but the text has only {len(train)} blocks of {scale.block_length} "
+            f"`train_blocks: {count}`, but the text has only {len(blocks['train'])} blocks of {scale.block_length} "
             "tokens for training. Give more text, or lower it."
         )
-    masking, tensors = Masking(tokenizer), {"train.input_ids": train}
+    masking, tensors = Masking(tokenizer), {"train.input_ids": _take(blocks, "train", count)["input_ids"][:].int()}
     for part, rows in scored.items():
-        masked = [masking({"input_ids": row}, SEED, number) for number, row in enumerate(rows)]
+        masked = [masking(row, SEED, number) for number, row in enumerate(rows)]
         tensors |= {f"{part}.{name}": torch.stack([row[name] for row in masked]) for name in ("input_ids", "labels")}
     for part in PARTS:
         tensors[f"{part}.lengths"] = torch.full((len(tensors[f"{part}.input_ids"]),), scale.block_length)
@@ -77,22 +82,24 @@ def prepare_text(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 
 
 def _texts(scale: Scale, part: str) -> Dataset:
-    """The texts of all data sets, in random order."""
+    """The texts of all data sets, in their order."""
     found = []
     for text in scale.text:
         split = "train" if part == "train" else text.validation_split
         if split is not None:
-            texts = load_dataset(text.path, text.name, split=split).select_columns(text.column).shuffle(seed=SEED)
+            texts = load_dataset(text.path, text.name, split=split).select_columns(text.column)
             texts = texts if text.column == "text" else texts.rename_column(text.column, "text")
             found.append(texts.take(min(text.texts, len(texts))) if text.texts and part == "train" else texts)
-    return concatenate_datasets(found).shuffle(seed=SEED)
+    return concatenate_datasets(found)
 
 
-def _take(blocks: dict[str, Tensor], part: str, count: int) -> Tensor:
+def _take(blocks: dict[str, Dataset], part: str, count: int) -> Dataset:
     """Remove the first rows of a part, and return them."""
-    if len(blocks[part]) <= count:
-        raise ValueError(f"The {part} text has {len(blocks[part])} blocks, too few to keep {count} for scoring.")
-    taken, blocks[part] = blocks[part][:count], blocks[part][count:]
+    if len(blocks[part]) < count:
+        raise ValueError(f"The {part} text has {len(blocks[part])} blocks, and {count} are wanted. Give more text.")
+    taken = blocks[part].take(count)
+    if count < len(blocks[part]):
+        blocks[part] = blocks[part].skip(count)
     return taken
 
 
@@ -166,10 +173,14 @@ def prepare_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Hash of the contents of files."""
+    """Hash of the contents of files, without what JSON files say of the machine and the versions that wrote them."""
     digest = hashlib.sha256()
     for path in sorted(paths):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            values = {name: value for name, value in json.loads(content).items() if name not in _OF_NO_ACCOUNT}
+            content = json.dumps(values, sort_keys=True).encode()
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
 
 
@@ -177,6 +188,10 @@ def prepare(scale: Scale, folder: Path) -> None:
     """Write everything that the trainings of a scale need; the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
+    for old in (folder / "models", folder / "tokenizer"):
+        shutil.rmtree(old, ignore_errors=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
     set_seed(SEED)
     tokenizer = prepare_tokenizer(scale)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -187,7 +202,8 @@ def prepare(scale: Scale, folder: Path) -> None:
     for task, (tensors, labels) in files.items():
         small = {name: value.int() if value.dtype == torch.long else value.float() for name, value in tensors.items()}
         small |= {name: tensors[name] for name in tensors if name.endswith(".labels") and tensors[name].ndim == 1}
-        save_file(small, folder / f"{task}.safetensors", metadata={"labels": json.dumps(labels)})
+        # Not `save_file`, whose files other users of the folder cannot read.
+        (folder / f"{task}.safetensors").write_bytes(save(small, metadata={"labels": json.dumps(labels)}))
         counts[task] = {
             part: {"rows": len(tensors[f"{part}.lengths"]), "tokens": int(tensors[f"{part}.lengths"].sum())}
             for part in PARTS

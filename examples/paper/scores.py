@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from transformers import EvalPrediction
 
-#: The scores of each task besides its loss and, for classes, the calibration error; GLUE's own.
+#: The scores of each task besides its loss and, for classes, the calibration error: GLUE's own, but F1.
 TASK_SCORES: Mapping[str, tuple[str, ...]] = {
     "cola": ("matthews_correlation",),
     "mrpc": ("accuracy",),

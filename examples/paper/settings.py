@@ -16,7 +16,7 @@ class Text:
         path: Folder or name of a data set, as `load_dataset` takes it.
         name: Configuration of the data set.
         column: Column of text.
-        texts: Number of training texts that are used, drawn at random; `None` for all.
+        texts: Number of the first training texts, which are used; `None` for all.
         validation_split: Its split that is scored. If no data set has any, part of the training texts is scored.
     """
 
