@@ -190,7 +190,12 @@ def dataset_settings(dataset: Any, given: Mapping[str, Any]) -> dict[str, list[s
         tags, args = tags or [builder], args or _as_list(dataset.config_name)
         split = str(dataset.split) if dataset.split is not None else None
     tags = [tag for tag in tags if repo_id(tag) is not None]
-    return {"tags": tags, "names": [public_name(name) for name in names] or tags, "args": args, "split": split}
+    return {
+        "tags": tags,
+        "names": [public_name(name) for name in names] or tags,
+        "args": [public_name(str(arg)) for arg in args],
+        "split": split,
+    }
 
 
 def training_arguments(args: TrainingArguments) -> dict[str, str]:

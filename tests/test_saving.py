@@ -91,22 +91,6 @@ def test_the_config_of_each_saved_model_is_its_own(tmp_path):
         assert config["architectures"] == ["BertForSequenceClassification"]
 
 
-def test_both_models_get_a_model_card(tmp_path):
-    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_rows(6), logging_steps=1)
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.create_model_card(model_name="mine", tags="test")
-    teacher, student = ((tmp_path / name).read_text() for name in ("README.md", "student/README.md"))
-    assert "# mine\n" in teacher
-    assert "# mine-student\n" in student
-    assert f"Loss: {metrics['eval_loss']:.4f}" in teacher
-    assert f"Loss: {metrics['eval_student_loss']:.4f}" in student
-    for card, role in ((teacher, "teacher"), (student, "student")):
-        assert f"The {role} of a pair" in card
-        assert "arxiv.org/abs/2311.02849" in card
-        assert "Student Loss" not in card
-
-
 def test_a_student_of_another_family_is_written_whole(tmp_path):
     config = GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, pad_token_id=0)
     student = GPT2ForSequenceClassification(config)
@@ -114,19 +98,6 @@ def test_a_student_of_another_family_is_written_whole(tmp_path):
     trainer.train()
     trainer.save_model()
     assert_same_weights(GPT2ForSequenceClassification.from_pretrained(tmp_path / "student"), student)
-
-
-def test_cards_keep_what_trainer_writes_of_adapters_and_of_several_evaluation_sets(tmp_path):
-    trainer = tiny_trainer(tmp_path, student_model=lora(tiny_bert(2, 2)), eval_dataset={"dev": tiny_rows(6)})
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.create_model_card(tags=["mine"])
-    teacher, student = ((tmp_path / name).read_text() for name in ("README.md", "student/README.md"))
-    assert "library_name: peft" in student
-    assert "library_name: transformers" in teacher
-    assert "- mine\n" in teacher
-    assert f"{metrics['eval_dev_student_loss']:.4f}" not in teacher
 
 
 # ---- PEFT ----
