@@ -28,8 +28,14 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the teacher in the folder as Trainer does, and the student complete in `student/`."""
-        super()._save(output_dir, state_dict)
-        if self.pair is None or not self.args.should_save:
+        if self.pair is None:
+            return super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # Trainer saves its arguments as well
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if not self.args.should_save:
             return
         folder = output_dir if output_dir is not None else self.args.output_dir
         self._save_processing_class(self.pair.folder_of(STUDENT, folder))

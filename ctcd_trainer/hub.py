@@ -1,17 +1,28 @@
 """Both models on the Hub: the pair in one repository, the student alone at the root of its own."""
 
 import inspect
-import shutil
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import hf_api
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import logging
 
 from .graph import STUDENT
 from .model_card import write_model_cards
 from .modeling import CoDistillationModel
+from .uploads import Upload, UploadQueue
+
+logger = logging.get_logger(__name__)
+
+#: Files of a checkpoint that are for resuming alone.
+_TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "global_step*")
+#: Seconds that the end of a training waits for uploads at most.
+_LONGEST_END = 3600.0
+#: What does not belong to the models in an output folder.
+_NOT_MODELS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
 
 class PairHubTrainer(Trainer):
@@ -19,10 +30,14 @@ class PairHubTrainer(Trainer):
 
     `hub_model_id` receives the output folder, with the teacher at the root and the student in `student/`;
     `student_hub_model_id` (by default `<hub_model_id>-student`) receives the student alone, so that
-    `pipeline(task, model=<student repo>)` works.
+    `pipeline(task, model=<student repo>)` works. An upload that fails is tried again and never stops a training; see
+    `uploads.py`.
     """
 
     pair: CoDistillationModel | None
+    #: Whether there is, or will be, a pair.
+    _paired: bool = False
+    _uploads: UploadQueue | None = None
 
     def create_model_card(self, *args: Any, baseline: Any = None, **kwargs: Any) -> None:
         """A model card for each model, beside it; see `Trainer` and, for the `baseline`, `write_model_cards`."""
@@ -32,61 +47,137 @@ class PairHubTrainer(Trainer):
             bound = inspect.signature(super().create_model_card).bind(*args, **kwargs)
             write_model_cards(self, baseline, **bound.arguments)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository of the pair; see `Trainer`. If the Hub cannot be reached, that is done later.
+
+        Raises:
+            ValueError: The Hub does not accept the token, or it may not write there.
+        """
+        if not self._paired:
+            return super().init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return
+        self._uploads = UploadQueue(self.args.output_dir, token or self.args.hub_token)
+        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.push_in_progress = None
+        try:
+            super().init_hf_repo(token, private)
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403):
+                raise ValueError(
+                    f"The Hub does not let you write to `hub_model_id={self.hub_model_id!r}`: {error}. Log in with "
+                    "`hf auth login` or pass a `hub_token` with the right to write, or set `push_to_hub=False`."
+                ) from error
+            logger.warning("The repository %r cannot be made now, and will be later: %s", self.hub_model_id, error)
+        except HFValidationError:
+            raise
+        except Exception as error:  # of the client's HTTP library, which is not always the same
+            logger.warning("The Hub cannot be reached, and will be tried again at each save: %s", error)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
         **kwargs: Any,
-    ) -> CommitInfo:
+    ) -> CommitInfo | Any:
         """Upload the pair to `hub_model_id` and the student to its own repository; see `Trainer.push_to_hub`.
 
         Returns:
             What Trainer returns, for the repository of the pair.
+
+        Raises:
+            ConnectionError: Something could not be uploaded (only if `blocking`). It is remembered:
+                `python -m ctcd_trainer.push OUTPUT_DIR` completes it.
         """
-        commit = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
-        if self.pair is not None and self.is_world_process_zero():
-            self._push_student(
-                commit_message,
-                token=token or self.args.hub_token,
-                revision=revision or self.args.hub_revision,
-                private=kwargs.get("private"),
-                run_as_future=not blocking,
-            )
-        return commit
+        if self.pair is None:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        tags += [tag for tag in getattr(self.teacher_model, "model_tags", None) or [] if tag not in tags]
+        kwargs.setdefault("model_name", self.hub_model_id.split("/")[-1])
+        self.create_model_card(tags=tags or None, **kwargs)
+        self._uploads.token = token or self.args.hub_token
+        uploads = self._uploads_of(".", commit_message or "End of training", _NOT_MODELS, revision, private)
+        self._uploads.add(uploads)
+        if not blocking:
+            return self._uploads.start()
+        commits = self._uploads.finish()
+        self._report_missing(error=True)
+        return commits.get(uploads[0])
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push both models of a checkpoint while training goes on, as `hub_strategy` says."""
         if self.pair is None:
             return super()._push_from_checkpoint(checkpoint_folder)
-        jobs = self.push_in_progress
-        busy = jobs is not None and not jobs.is_done() and not self.args.hub_always_push
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or busy:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        # Trainer copies the teacher's files from the checkpoint to the output folder, which it then uploads.
-        source, target = (self.pair.folder_of(STUDENT, root) for root in (checkpoint_folder, self.args.output_dir))
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-        job = self._push_student(
-            f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            run_as_future=True,
-        )
-        self.push_in_progress.jobs.append(job)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # The checkpoint may be removed before it is uploaded.
+        snapshot = self._uploads.snapshot(checkpoint_folder)
+        message = f"Training in progress, step {self.state.global_step}"
+        uploads = self._uploads_of(snapshot, message, _TRAINING_STATE, self.args.hub_revision)
+        places = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }
+        if self.args.hub_strategy in places:
+            uploads.append(
+                Upload(
+                    self.hub_model_id,
+                    snapshot,
+                    f"{message}, checkpoint",
+                    places[self.args.hub_strategy],
+                    replace=True,
+                    revision=self.args.hub_revision,
+                    private=self.args.hub_private_repo,
+                )
+            )
+        self._uploads.add(uploads)
+        self._uploads.start(patiently=True)
 
-    def _push_student(
-        self, commit_message: str | None, token: str | None, private: bool | None = None, **options: Any
-    ) -> Any:
-        """Upload the folder of the student as a repository of its own, which is created if need be."""
-        name = getattr(self.args, "student_hub_model_id", None) or f"{self.hub_model_id}-student"
-        private = self.args.hub_private_repo if private is None else private
-        repo_id = hf_api().create_repo(name, token=token, private=private, exist_ok=True).repo_id
-        return hf_api().upload_folder(
-            repo_id=repo_id,
-            folder_path=self.pair.folder_of(STUDENT, self.args.output_dir),
-            commit_message=commit_message,
-            token=token,
-            **options,
+    def _uploads_of(
+        self,
+        folder: str,
+        message: str,
+        ignore: tuple[str, ...],
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> list[Upload]:
+        """The uploads of the pair and of the student alone, from a folder of both."""
+        options = {
+            "revision": revision or self.args.hub_revision,
+            "private": self.args.hub_private_repo if private is None else private,
+        }
+        student = getattr(self.args, "student_hub_model_id", None) or f"{self.hub_model_id}-student"
+        return [
+            Upload(self.hub_model_id, folder, message, ignore=ignore, **options),
+            Upload(student, self.pair.folder_of(STUDENT, folder), message, **options),
+        ]
+
+    def _finish_current_push(self) -> None:
+        """Wait for the uploads, and say what is missing on the Hub."""
+        if self.pair is None or self._uploads is None:
+            return super()._finish_current_push()
+        self._uploads.finish(timeout=_LONGEST_END)
+        self._report_missing()
+
+    def _report_missing(self, error: bool = False) -> None:
+        missing = [f"{upload} ({why})" for upload, why in self._uploads.missing.items()]
+        if not missing:
+            return
+        text = (
+            f"Not on the Hub: {'; '.join(missing)}. Nothing is lost: `python -m ctcd_trainer.push "
+            f"{self.args.output_dir}` uploads it later."
         )
+        if error:
+            raise ConnectionError(text)
+        logger.warning(text)

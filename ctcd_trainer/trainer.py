@@ -126,7 +126,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             has_soft_loss=soft_loss_func is not None,
         )
         plain = not isinstance(args, DistillationArguments) or args.distillation_mode == "standalone"
-        paired = self._sources.given or not plain
+        self._paired = paired = self._sources.given or not plain
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if paired:
             self._sources.check_roles(has_model_init=model_init is not None)

@@ -1,0 +1,37 @@
+"""Uploads what a training could not: `python -m ctcd_trainer.push OUTPUT_DIR`.
+
+The token is the one of `hf auth login` or of the environment variable HF_TOKEN.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .uploads import PUSH_FOLDER, UploadQueue
+
+
+def main() -> None:
+    """Upload what is left of an output folder, and say what is still missing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ctcd_trainer.push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="output folder of the training")
+    args = parser.parse_args()
+    if not args.output_dir.is_dir():
+        sys.exit(f"error: there is no folder {str(args.output_dir)!r}. Give the `output_dir` of a training.")
+    queue = UploadQueue(args.output_dir)
+    if not queue.missing:
+        print(f"Nothing is left to upload: {str(args.output_dir / PUSH_FOLDER)!r} is not there.")
+        return
+    for upload in queue.finish():
+        print(f"uploaded {upload}")
+    for upload, error in queue.missing.items():
+        print(f"still missing: {upload}: {error}", file=sys.stderr)
+    if queue.missing:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
