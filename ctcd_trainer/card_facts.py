@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -222,6 +223,7 @@ def training_arguments(args: TrainingArguments) -> dict[str, str]:
     return shown
 
 
+@cache
 def framework_versions(with_peft: bool) -> dict[str, str]:
     """Versions of what was used, by name."""
     packages = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .wrapping import base_model
 
@@ -128,12 +128,16 @@ def _why_not_timed(models: Sequence[nn.Module]) -> str | None:
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    """The model itself if it is on the CPU, or else a copy there, without one more copy where it is."""
+    """The model itself if it is on the CPU, or else a copy there."""
     tensors = [*model.parameters(), *model.buffers()]
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return model
-    memo = {id(tensor): tensor.detach().cpu() for tensor in tensors}
-    memo |= {id(parameter): nn.Parameter(memo[id(parameter)], requires_grad=False) for parameter in model.parameters()}
+    return model if all(tensor.device.type == "cpu" for tensor in tensors) else _copy_on(model, "cpu")
+
+
+def _copy_on(model: nn.Module, device: str) -> nn.Module:
+    """A copy of a model on another device, without one more copy on its own."""
+    memo: dict[int, Tensor] = {id(buffer): buffer.detach().to(device) for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
     return copy.deepcopy(model, memo)
 
 

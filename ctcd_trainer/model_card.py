@@ -3,11 +3,12 @@
 import os
 import shutil
 from collections.abc import Mapping, Sized
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 from torch import nn
 from transformers.modelcard import METRIC_TAGS, TASK_TAG_TO_NAME_MAPPING
 from transformers.utils import logging
@@ -34,6 +35,11 @@ _FULL = "ctcd_trainer has written this card from what the trainer knew."
 _PEFT_STUB = "# Model Card for Model ID"
 #: Metrics that are known on the Hub under these names.
 _HUB_METRICS = frozenset({*METRIC_TAGS, "exact_match", "mae", "mse", "perplexity"})
+
+
+@cache  # compiling takes longer than all the rest of a short card
+def _template() -> Template:
+    return Template(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def write_model_cards(
@@ -149,10 +155,10 @@ class _Cards:
         """Write the card of a learner."""
         folder = self.folder(learner)
         folder.mkdir(parents=True, exist_ok=True)
-        card = ModelCard.from_template(
-            self.metadata(learner), str(_TEMPLATE), **self.description(learner), **self.numbers(learner)
+        metadata = self.metadata(learner).to_yaml()
+        text = str(
+            ModelCard(_template().render(card_data=metadata, **self.description(learner), **self.numbers(learner)))
         )
-        text = str(card)
         if self.args.hub_token:
             text = text.replace(self.args.hub_token, "***")
         (folder / _FILE).write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from transformers import default_data_collator
 
 from ctcd_trainer import model_card
 from ctcd_trainer.card_results import Results, metrics_of
-from ctcd_trainer.measuring import latencies_of
+from ctcd_trainer.measuring import _copy_on, latencies_of
 
 FOLDERS = {"teacher": "", "student": "student"}
 #: Drawing takes most of the time of a card.
@@ -186,6 +186,15 @@ def test_timing_leaves_modes_and_the_random_state_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
     loss = models["a"](input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.tensor([1])).loss
     loss.backward()
+
+
+def test_a_model_elsewhere_is_copied_whole_and_stays_as_it_is():
+    model = tiny_model("gpt2", "causal-lm")
+    before = model.state_dict(keep_vars=True)
+    copied = _copy_on(model, "meta")
+    assert {tensor.device.type for tensor in copied.state_dict().values()} == {"meta"}
+    assert copied.lm_head.weight is copied.transformer.wte.weight  # tied, as they were
+    assert all(tensor is before[name] for name, tensor in model.state_dict(keep_vars=True).items())
 
 
 @pytest.mark.parametrize(

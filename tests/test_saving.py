@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import assert_same_weights, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from tiny import assert_same_weights, tiny_bert, tiny_trainer, weights_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
