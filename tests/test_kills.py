@@ -26,7 +26,7 @@ class Trainings:
             [sys.executable, str(Path(__file__).with_name("killed_training.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=open("/tmp/i4/kill.err", "w"),
+            stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
         )
