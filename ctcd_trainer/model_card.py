@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _FILE = "README.md"
-_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 #: First words of a card, by which a later save knows that it may replace it.
 _SHORT = "ctcd_trainer has written this short card when the model was saved."
 _FULL = "ctcd_trainer has written this card from what the trainer knew."
@@ -39,7 +38,7 @@ _HUB_METRICS = frozenset({*METRIC_TAGS, "exact_match", "mae", "mse", "perplexity
 
 @cache  # compiling takes longer than all the rest of a short card
 def _template() -> Template:
-    return Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return Template(Path(__file__).with_name("model_card_template.md").read_text(encoding="utf-8"))
 
 
 def write_model_cards(
@@ -203,8 +202,8 @@ class _Cards:
     @cached_property
     def data(self) -> dict[str, Any]:
         """What is known of the data; see `card_facts.dataset_settings`."""
-        dataset = self.trainer.eval_dataset if self.trainer.eval_dataset is not None else self.trainer.train_dataset
-        return facts.dataset_settings(dataset, self.given)
+        evaluated, trained = self.trainer.eval_dataset, self.trainer.train_dataset
+        return facts.dataset_settings(trained if evaluated is None else evaluated, self.given)
 
     @property
     def tasks(self) -> list[str]:
@@ -222,8 +221,7 @@ class _Cards:
         if is_peft_model(model):
             tags.append(str(getattr(model.active_peft_config.peft_type, "value", "adapter")).lower())
         own = {key: value for key, value in self.results.final_metrics[learner].items() if not is_agreement(key)}
-        name, tags_of_data, data_names = self.name(learner), self.data["tags"], self.data["names"]
-        args = self.data["args"]
+        tags_of_data, data_names, args = (self.data[key] for key in ("tags", "names", "args"))
         results = [
             EvalResult(
                 task_type=task,
@@ -248,7 +246,7 @@ class _Cards:
             datasets=tags_of_data or None,
             metrics=[key for key in own if key in _HUB_METRICS] or None,
             pipeline_tag=next(iter(self.tasks), None),
-            model_name=name,
+            model_name=self.name(learner),
             eval_results=results or None,
         )
 
@@ -332,7 +330,6 @@ class _Cards:
     def numbers(self, learner: str) -> dict[str, Any]:
         """The tables and pictures of the template."""
         final = self.results.final
-        pictures = {"curves": CURVES, "comparison": COMPARISON}
         return {
             "final_table": tables.final_table(self.results, learner),
             "final_when": f"at step {final.step:,}" if final is not None else "",
@@ -349,6 +346,6 @@ class _Cards:
             "evaluations_table": tables.evaluations_table(self.results),
             **{
                 key: {"file": name, "text": self.pictures[name]} if name in self.pictures else None
-                for key, name in pictures.items()
+                for key, name in (("curves", CURVES), ("comparison", COMPARISON))
             },
         }

@@ -282,11 +282,12 @@ def test_each_card_names_the_base_of_its_own_model(tmp_path):
     assert metadata_of(given["student"]).base_model == "me/other"
 
 
-def test_nothing_of_the_machine_and_no_secret_is_in_a_card(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["cellar", "cellar/start", "../here/cellar"])
+def test_nothing_of_the_machine_and_no_secret_is_in_a_card(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cellar" / "start").mkdir(parents=True)
     teacher, student = tiny_bert(3, 1), tiny_bert(2, 2)
-    teacher.config._name_or_path, student.config._name_or_path = str(tmp_path / "gone"), "cellar/start"
+    teacher.config._name_or_path, student.config._name_or_path = str(tmp_path / "gone"), folder
     trainer = tiny_trainer(
         tmp_path / "out",
         model=teacher,
