@@ -121,9 +121,9 @@ def predict(trainer: CoDistillationTrainer, parts: Mapping[str, Dataset], labels
                     file.write(f"{index}\t{labels.format(prediction)}\n")
 
 
-def model_card_settings(data_args: GlueDataArguments) -> dict[str, str]:
-    """What the model cards say about task and data."""
-    settings = {"tasks": "text-classification"}
+def model_card_settings(data_args: GlueDataArguments) -> dict[str, str | None]:
+    """What the model cards say about task, data and baseline."""
+    settings = {"tasks": "text-classification", "baseline": data_args.baseline}
     if data_args.task_name is not None:
         settings |= {
             "language": "en",

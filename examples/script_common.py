@@ -144,6 +144,10 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Number of processes that preprocess the data."}
     )
+    baseline: str | None = field(
+        default=None,
+        metadata={"help": "Output folder of another run, say `standalone`: the model cards state the gain over it."},
+    )
 
     #: How files are read, by the end of their name.
     readers: ClassVar[Mapping[str, str]] = TABLE_READERS
@@ -174,6 +178,10 @@ class DataArguments:
             file_reader(path, f"{split}_file", self.readers)
             if not os.path.isfile(path):
                 raise ValueError(f"`--{split}_file {path}` does not exist.")
+        if self.baseline is not None and not os.path.isfile(os.path.join(self.baseline, "all_results.json")):
+            raise ValueError(
+                f"`--baseline {self.baseline}` has no all_results.json: give the folder of a finished run."
+            )
 
 
 def parse_arguments(*groups: type) -> tuple[Any, ...]:
@@ -539,11 +547,12 @@ def in_order(trainer: CoDistillationTrainer) -> Iterator[None]:
 
 
 def card_of(data_args: DataArguments, task: str) -> dict[str, Any]:
-    """What the model cards say about task and data: arguments of `Trainer.create_model_card`."""
+    """What the model cards say about task, data and baseline: arguments of `create_model_card`."""
     name, config = data_args.dataset_name, data_args.dataset_config_name
+    card = {"tasks": task, "baseline": data_args.baseline}
     if name is None:
-        return {"tasks": task}
-    card = {"tasks": task, "dataset": " ".join(filter(None, (os.path.basename(os.path.normpath(name)), config)))}
+        return card
+    card |= {"dataset": " ".join(filter(None, (os.path.basename(os.path.normpath(name)), config)))}
     if not os.path.isdir(name):  # on the Hub
         card |= {"dataset_tags": name, "dataset": " ".join(filter(None, (name, config)))}
         card |= {"dataset_args": config} if config is not None else {}

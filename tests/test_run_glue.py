@@ -501,6 +501,11 @@ def test_model_cards_name_task_and_data(script, tmp_path, teacher):
     for path in (out / "README.md", out / "student" / "README.md"):
         assert "GLUE COLA" in path.read_text()
         assert "text-classification" in path.read_text()
+        assert "Gain over the baseline" not in path.read_text()
+    alone = json.loads((out / "all_results.json").read_text())["eval_student_matthews_correlation"]
+    second = tmp_path / "second"
+    script("--do_train", "--do_eval", task_name="cola", output_dir=second, baseline=out, **options)
+    assert f"| matthews correlation | {alone:.4f} |" in (second / "student" / "README.md").read_text()
 
 
 # ---- Errors ----
@@ -509,6 +514,7 @@ def test_model_cards_name_task_and_data(script, tmp_path, teacher):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"task_name": "rte", "baseline": "nowhere"}, "`--baseline nowhere` has no all_results.json"),
         (
             {"task_name": "snli"},
             "`--task_name snli` is unknown. Valid tasks: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb",
