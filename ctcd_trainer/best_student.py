@@ -1,5 +1,6 @@
 """The student's own best step, which need not be the teacher's."""
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,8 @@ class BestStudent(TrainerCallback, ExportableState):
     ) -> None:
         """Go on from what the checkpoint has, or anew."""
         saved = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
-        found = saved.get("attributes", {}) if state.global_step else {}
+        same = saved.get("args") == self.state()["args"]  # values of another metric say nothing
+        found = saved["attributes"] if state.global_step and same else {}
         self.value, self.step = found.get("value"), found.get("step")
 
     def improved(self, metrics: Mapping[str, float], step: int) -> bool:
@@ -58,7 +60,7 @@ class BestStudent(TrainerCallback, ExportableState):
                 f"the student are {found}."
             )
         better = operator.gt if self.greater_is_better else operator.lt
-        if self.value is not None and not better(metrics[self.key], self.value):
+        if math.isnan(metrics[self.key]) or (self.value is not None and not better(metrics[self.key], self.value)):
             return False
         self.value, self.step = float(metrics[self.key]), step
         return True

@@ -1,7 +1,6 @@
 """Both models in the output folder and in checkpoints."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +79,11 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
                 put_in_place(written, final)
         except Exception as error:
             if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
+                clean_up(Path(run_dir))
+            last = get_last_checkpoint(run_dir) if os.path.isdir(run_dir) else None
             raise OSError(
                 f"The checkpoint {str(final)!r} could not be written: {error!r}. The ones before it are as they were, "
-                f"the last is {get_last_checkpoint(run_dir)!r}. Make room or mend what is named, and resume with "
-                "`resume_from_checkpoint=True`."
+                f"the last is {last!r}. Make room or mend what is named, and `resume_from_checkpoint=True`."
             ) from error
         finally:
             self._staging = None

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -47,21 +47,24 @@ class PairHubTrainer(Trainer):
             bound = inspect.signature(super().create_model_card).bind(*args, **kwargs)
             write_model_cards(self, baseline, **bound.arguments)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None, **kwargs: Any) -> None:
         """Make the repository of the pair; see `Trainer`. If the Hub cannot be reached, that is done later.
 
         Raises:
             ValueError: The Hub does not accept the token, or it may not write there.
         """
         if not self._paired:
-            return super().init_hf_repo(token, private)
+            kwargs |= {"private": private} if private is not None else {}  # not every version of Trainer has it
+            return super().init_hf_repo(token, **kwargs)
         if not self.is_world_process_zero():
             return
         self._uploads = UploadQueue(self.args.output_dir, token or self.args.hub_token)
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         self.push_in_progress = None
+        private = self.args.hub_private_repo if private is None else private
         try:
-            super().init_hf_repo(token, private)
+            repo = HfApi(token=self._uploads.token).create_repo(self.hub_model_id, private=private, exist_ok=True)
+            self.hub_model_id = repo.repo_id
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code in (401, 403):
                 raise ValueError(
@@ -69,7 +72,7 @@ class PairHubTrainer(Trainer):
                     "`hf auth login` or pass a `hub_token` with the right to write, or set `push_to_hub=False`."
                 ) from error
             logger.warning("The repository %r cannot be made now, and will be later: %s", self.hub_model_id, error)
-        except HFValidationError:
+        except (HFValidationError, TypeError, AttributeError):
             raise
         except Exception as error:  # of the client's HTTP library, which is not always the same
             logger.warning("The Hub cannot be reached, and will be tried again at each save: %s", error)
@@ -93,7 +96,8 @@ class PairHubTrainer(Trainer):
                 `python -m ctcd_trainer.push OUTPUT_DIR` completes it.
         """
         if self.pair is None:
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            kwargs |= {"private": private} if private is not None else {}
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -114,6 +118,15 @@ class PairHubTrainer(Trainer):
         self._report_missing(error=True)
         return commits.get(uploads[0])
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save both models; see `Trainer.save_model`. A push that fails is reported, and loses nothing."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except ConnectionError as error:
+            if self.pair is None:
+                raise
+            logger.warning("The models are saved. %s", error)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push both models of a checkpoint while training goes on, as `hub_strategy` says."""
         if self.pair is None:
@@ -121,8 +134,12 @@ class PairHubTrainer(Trainer):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # The checkpoint may be removed before it is uploaded.
-        snapshot = self._uploads.snapshot(checkpoint_folder)
+        try:
+            # The checkpoint may be removed before it is uploaded.
+            snapshot = self._uploads.snapshot(checkpoint_folder)
+        except OSError as error:  # `shutil.Error` among them
+            logger.warning("The checkpoint %s is not pushed: %s", checkpoint_folder, error)
+            return
         message = f"Training in progress, step {self.state.global_step}"
         uploads = self._uploads_of(snapshot, message, _TRAINING_STATE, self.args.hub_revision)
         places = {

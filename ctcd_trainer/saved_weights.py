@@ -38,7 +38,8 @@ def check_weights(model: nn.Module, folder: Path, learner: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in here.items()}
     # Tied parameters are saved once, under any of their names.
     saved = {here[name].data_ptr() for name in there if name in here}
-    needed = {name for name in here if name in there or here[name].data_ptr() not in saved}
+    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    needed = {name for name in here if name in there or here[name].data_ptr() not in saved} - left_out
     different = [name for name in [*there, *sorted(needed - there.keys())] if there.get(name) != shapes.get(name)]
     if different:
         listed = "; ".join(

@@ -80,9 +80,13 @@ class UploadQueue:
         self._failures, self._not_before = 0, 0.0
         self._errors: dict[Upload, str] = {}
         self._pending: list[Upload] = []
-        if (self.folder / _PENDING).exists():
-            found = json.loads((self.folder / _PENDING).read_text())
-            self._pending = [Upload(**{**each, "ignore": tuple(each["ignore"])}) for each in found]
+        path = self.folder / _PENDING
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+                self._pending = [Upload(**{**each, "ignore": tuple(each["ignore"])}) for each in found]
+            except (ValueError, TypeError, KeyError) as error:
+                logger.warning("%s cannot be read, so what it names is not pushed: %s", path, error)
 
     @property
     def missing(self) -> dict[Upload, str | None]:
@@ -162,16 +166,17 @@ class UploadQueue:
     def _upload_all(self) -> dict[Upload, Any]:
         """Upload until nothing is left that has not been tried in this round."""
         commits: dict[Upload, Any] = {}
-        tried: set[Upload] = set()
+        tried: list[Upload] = []
         failed = False
         while True:
             with self._lock:
-                self._current = next((upload for upload in self._pending if upload not in tried), None)
+                self._current = next((each for each in self._pending if not any(each is one for one in tried)), None)
                 self._remove_unused()
                 if self._current is None:
+                    self._running = None  # what is added from now on needs another round
                     break
                 upload = self._current
-            tried.add(upload)
+            tried.append(upload)
             try:
                 commits[upload] = self._upload(upload)
             except Exception as error:  # whatever goes wrong, the training goes on
@@ -186,7 +191,7 @@ class UploadQueue:
                 )
             else:
                 with self._lock:
-                    self._pending = [each for each in self._pending if each != upload]
+                    self._pending = [each for each in self._pending if each is not upload]
                     self._errors.pop(upload, None)
                     self._write()
         self._failures = self._failures + 1 if failed else 0
@@ -210,7 +215,7 @@ class UploadQueue:
 
     def _time_of_retry(self, error: Exception) -> float:
         """When to try again: later after each failure, and not before the Hub says."""
-        wait = min(_FIRST_WAIT * 2**self._failures, _LONGEST_WAIT)
+        wait = min(_FIRST_WAIT * 2 ** min(self._failures, 10), _LONGEST_WAIT)
         said = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
         return time.monotonic() + max(wait, float(said) if said.isdecimal() else 0.0)
 
@@ -223,10 +228,16 @@ class UploadQueue:
         if not self._pending and self._reserved is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f"{_PENDING}.tmp"
-        temporary.write_text(json.dumps([asdict(upload) for upload in self._pending], indent=2) + "\n")
-        os.replace(temporary, self.folder / _PENDING)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f"{_PENDING}.tmp"
+            with temporary.open("w") as file:
+                json.dump([asdict(upload) for upload in self._pending], file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / _PENDING)
+        except OSError as error:  # a full disk, say: it is only needed if this process ends too early
+            logger.warning("What is still to be pushed could not be written down in %s: %s", self.folder, error)
 
     def _remove_unused(self) -> None:
         """Remove the snapshots in which nothing is that is to be uploaded."""

@@ -82,6 +82,20 @@ def test_a_new_training_begins_with_no_best_one(tmp_path, monkeypatch):
     assert_same_weights(kept(tmp_path), students[0])
 
 
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
+    students = []
+    trainer_with(tmp_path, [float("nan"), 0.5, float("nan")], monkeypatch, students).train()
+    assert_same_weights(kept(tmp_path), students[1])
+
+
+def test_values_of_another_metric_do_not_count_after_resuming(tmp_path, monkeypatch):
+    students = []
+    trainer_with(tmp_path, [0.9, 0.9, 0.9], monkeypatch, callbacks=[Stop(2)]).train()
+    resumed = trainer_with(tmp_path, [0.1] * 3, monkeypatch, students, student_greater_is_better=False)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(kept(tmp_path), students[0])
+
+
 def test_a_metric_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
     trainer = trainer_with(tmp_path, [0.9], monkeypatch, student_metric_for_best_model="student_f1")
     with pytest.raises(KeyError, match=r"student_f1.*eval_student_f1.*eval_student_loss"):

@@ -603,4 +603,4 @@ def test_real_text(run, bert, tmp_path):
     options = {"model_name_or_path": bert, "student_num_hidden_layers": 1, "dataset_name": folder}
     out = run(run_mlm_ctcd, "--do_eval", "--line_by_line", max_eval_samples=12, **options)
     assert results(out)["eval_samples"] == 12
-    assert "on the corpus dataset" in (out / "README.md").read_text()
+    assert "on the data set corpus" in (out / "README.md").read_text()
