@@ -106,7 +106,7 @@ def latencies_of(models: Mapping[str, nn.Module], seconds: float = 1.0) -> Laten
     dtypes = " and ".join(sorted({str(model.dtype).removeprefix("torch.") for model in timed}))
     return Latencies(
         {name: statistics.median(own) for name, own in zip(models, times, strict=True)},
-        f"Latency: one sequence of {sequence_length} random tokens on the CPU ({_cpu_name()}, "
+        f"Latency: one sequence of {sequence_length} random tokens on the CPU ({cpu_name()}, "
         f"{torch.get_num_threads()} torch thread(s), {dtypes}, PyTorch {torch.__version__}), median of "
         f"{len(times[0])} call(s) of each model in turn. Size on disk: the weight files.",
     )
@@ -141,7 +141,7 @@ def _copy_on(model: nn.Module, device: str) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -25,7 +25,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 10.0, 600.0
 _SILENCE = 120.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two uploads are two, also where they say the same
 class Upload:
     """One commit to one repository, in which all of a folder appears at once.
 
@@ -166,17 +166,17 @@ class UploadQueue:
     def _upload_all(self) -> dict[Upload, Any]:
         """Upload until nothing is left that has not been tried in this round."""
         commits: dict[Upload, Any] = {}
-        tried: list[Upload] = []
+        tried: set[Upload] = set()
         failed = False
         while True:
             with self._lock:
-                self._current = next((each for each in self._pending if not any(each is one for one in tried)), None)
+                self._current = next((each for each in self._pending if each not in tried), None)
                 self._remove_unused()
                 if self._current is None:
                     self._running = None  # what is added from now on needs another round
                     break
                 upload = self._current
-            tried.append(upload)
+            tried.add(upload)
             try:
                 commits[upload] = self._upload(upload)
             except Exception as error:  # whatever goes wrong, the training goes on
@@ -191,7 +191,7 @@ class UploadQueue:
                 )
             else:
                 with self._lock:
-                    self._pending = [each for each in self._pending if each is not upload]
+                    self._pending = [each for each in self._pending if each != upload]
                     self._errors.pop(upload, None)
                     self._write()
         self._failures = self._failures + 1 if failed else 0

@@ -15,6 +15,8 @@ import torch
 import transformers
 from transformers import Trainer
 
+from ctcd_trainer.measuring import cpu_name
+
 #: Columns of `comparison_row`.
 COMPARISON_HEADER = [
     *("work", "compared with", "ours (s)", "theirs (s)", "ratio (min to max)", "target"),
@@ -164,16 +166,9 @@ def format_table(lines: Sequence[Sequence[str]], markdown: bool) -> str:
 
 def describe_machine(device: str = "cpu") -> str:
     """Processor, cores and versions."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"
-        ]
-        cpu = names[0] if names else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f"{torch.cuda.get_device_name()}; " if device == "cuda" else ""
     return (
-        f"{gpu}{cpu}, {cores} cores, {torch.get_num_threads()} torch threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{gpu}{cpu_name()}, {cores} cores, {torch.get_num_threads()} torch threads; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )

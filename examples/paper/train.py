@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, create_student
 from ctcd_trainer.graph import STUDENT, TEACHER
+from ctcd_trainer.measuring import cpu_name
 
 from .cells import METHODS, MLM, Cell
 from .data import PARTS, Masking, Prepared, Schedule, collate
@@ -235,7 +235,7 @@ def train_cell(
             "seconds": stopwatch.seconds,
         },
         "environment": {
-            "device": _device_name(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -287,11 +287,3 @@ def _flops(trainer: CoDistillationTrainer, schedule: Schedule, batch_size: int) 
     lengths = [schedule.rows.lengths[index] for index in schedule.order]
     longest = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
     return counter.get_total_flops() * sum(longest) / longest[0]
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
