@@ -1,21 +1,27 @@
 """Both models in the output folder and in checkpoints."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, sort_checkpoints
 
 from .best_student import BEST_STUDENT, BestStudent
 from .graph import STUDENT
 from .metrics import LossMeter
 from .model_card import save_model_cards
 from .optimization import PairOptimizationTrainer
-from .saved_weights import check_weights
-from .whole_folders import PARTIAL, clean_up, put_in_place
+from .saved_weights import converted_weights
+from .whole_folders import clean_up, place_to_write, put_in_place, remove
 from .wrapping import is_peft_model
+
+#: File of Trainer's in the place of a checkpoint that is being written (`enable_jit_checkpoint`).
+_INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 
 class PairCheckpointTrainer(PairOptimizationTrainer):
@@ -48,9 +54,42 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `Trainer.train`. What a killed training has left of a checkpoint is removed first."""
-        if self.pair is not None and self.is_world_process_zero():
-            clean_up(Path(self.args.output_dir))
+        if self.pair is not None:
+            self._clean_up(Path(self.args.output_dir))
         return super().train(*args, **kwargs)
+
+    def _clean_up(self, folder: Path) -> None:
+        if self.args.should_save:
+            clean_up(folder)
+            # `enable_jit_checkpoint` marks the place of a checkpoint before that is written.
+            for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_INCOMPLETE}"):
+                remove(mark.parent)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _whole(self, final: Path) -> Iterator[Path]:
+        """A folder that all processes write, and that is then in the place of `final`, or after an error nowhere.
+
+        Raises:
+            OSError: It could not be written; what was there is as it was.
+        """
+        self._clean_up(final.parent)
+        try:
+            yield place_to_write(final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                put_in_place(final)
+        except Exception as error:
+            if self.args.should_save:
+                clean_up(final.parent)
+            if not isinstance(error, (OSError, SafetensorError, RuntimeError)):  # the last is what `torch.save` raises
+                raise
+            last = get_last_checkpoint(str(final.parent)) if final.parent.is_dir() else None
+            raise OSError(
+                f"{str(final)!r} could not be written: {error!r}. What was there before is as it was; the last "
+                f"checkpoint is {last!r}. Make room or mend what is named, and `resume_from_checkpoint=True`."
+            ) from error
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint of both models, whole or not at all.
@@ -64,48 +103,52 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         self._loss_meter.check(self.accelerator.gather)
         run_dir = self._get_output_dir(trial)
         final = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self._staging = os.path.join(run_dir, PARTIAL)
-        written = Path(self._staging, final.name)
         try:
-            super()._save_checkpoint(model, trial)
-            # Trainer looks for the best checkpoint among the ones beside this one.
-            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if os.path.isdir(best) or self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = best
-            if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                put_in_place(written, final)
-        except Exception as error:
-            if self.args.should_save:
-                clean_up(Path(run_dir))
-            last = get_last_checkpoint(run_dir) if os.path.isdir(run_dir) else None
-            raise OSError(
-                f"The checkpoint {str(final)!r} could not be written: {error!r}. The ones before it are as they were, "
-                f"the last is {last!r}. Make room or mend what is named, and `resume_from_checkpoint=True`."
-            ) from error
+            with self._whole(final) as written:
+                self._staging = str(written.parent)
+                super()._save_checkpoint(model, trial)
+                # Trainer looks for the best checkpoint among the ones beside this one.
+                best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+                if os.path.isdir(best) or self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = best
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            self._remove_checkpoints(run_dir, self.args.save_total_limit or 0)
+
+    def _remove_checkpoints(self, run_dir: str, limit: int) -> None:
+        """Keep so many checkpoints, if a limit is set, as Trainer does; which, if killed, would leave halves."""
+        checkpoints = sort_checkpoints(run_dir, use_mtime=True)
+        kept = {Path(path) for path in (*checkpoints[-1:], self.state.best_model_checkpoint) if path is not None}
+        removable = [path for path in map(Path, checkpoints) if path not in kept]
+        if limit > 0:
+            for path in removable[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+                remove(path)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
+        """End the training; see `Trainer`."""
+        best = self.state.best_model_checkpoint
+        if self.pair is not None and self.args.should_save and self.args.save_total_limit == 1 and best is not None:
+            # As Trainer does below, which would leave halves if it is killed.
+            for path in sort_checkpoints(self._get_output_dir(trial)):
+                if os.path.isdir(best) and not os.path.samefile(path, best):
+                    remove(Path(path))
+        return super()._finalize_training(trial, *args)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether the checkpoint will be the best one; keeps the student if it is its own best."""
         # Resuming may have put another object in the place of the one that was added.
         best = next((each for each in self.callback_handler.callbacks if isinstance(each, BestStudent)), None)
         if best is not None and best.improved(metrics, self.state.global_step):
-            run_dir = Path(self._get_output_dir(trial))
-            written = run_dir / PARTIAL / BEST_STUDENT
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.student_model.save_pretrained(written)
-                self._save_processing_class(str(written))
-                save_model_cards(self, written, only=STUDENT)
-                put_in_place(written, run_dir / BEST_STUDENT)
+            with self._whole(Path(self._get_output_dir(trial), BEST_STUDENT)) as written:
+                if self.args.should_save:
+                    self.student_model.save_pretrained(written)
+                    self._save_processing_class(str(written))
+                    save_model_cards(self, written, only=STUDENT)
         return super()._determine_best_metric(metrics, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -133,20 +176,23 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
                     "written by a trainer of one model. Resume from a checkpoint of both, or load its model with "
                     "`from_pretrained`, pass it as `model` and start a new training."
                 )
-        for name, folder in folders.items():
-            if not is_peft_model(self.pair.learners[name]):
-                check_weights(self.pair.learners[name], Path(folder), name)
+        plain = {name: learner for name, learner in self.pair.learners.items() if not is_peft_model(learner)}
+        converted = {name: converted_weights(learner, Path(folders[name]), name) for name, learner in plain.items()}
         for name, folder in folders.items():
             learner = self.pair.learners[name]
-            if is_peft_model(learner):
+            if name not in plain:
                 # Trainer would take the adapter in `student/` for a second one of the teacher.
-                learner.load_adapter(folder, learner.active_adapter, is_trainable=name not in self.pair.frozen)
+                for adapter in learner.active_adapters:
+                    there = folder if adapter == "default" else os.path.join(folder, adapter)
+                    learner.load_adapter(there, adapter, is_trainable=name not in self.pair.frozen)
+            elif converted[name] is not None:
+                learner.load_state_dict(converted[name], strict=False)
             else:
                 super()._load_from_checkpoint(folder, learner)
 
     def _load_best_model(self) -> None:
         """Load both models of the best checkpoint."""
-        there = os.path.isdir(self.state.best_model_checkpoint)  # if not, Trainer warns
-        if self.pair is None or self.is_deepspeed_enabled or self.is_fsdp_enabled or not there:
-            return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if self.pair is None or self.is_deepspeed_enabled or self.is_fsdp_enabled or not os.path.isdir(best):
+            return super()._load_best_model()  # if the folder is gone, Trainer warns
+        self._load_from_checkpoint(best)

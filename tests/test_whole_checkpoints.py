@@ -14,7 +14,7 @@ from tiny_models import rows_of, tiny_batch, tiny_model
 from transformers import PreTrainedModel, Trainer, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
-from ctcd_trainer.saved_weights import check_weights
+from ctcd_trainer.saved_weights import converted_weights
 from ctcd_trainer.whole_folders import PARTIAL, clean_up, put_in_place
 
 
@@ -26,7 +26,8 @@ def write(folder: Path, text: str) -> Path:
 
 def test_a_folder_takes_the_place_of_the_one_that_was_there(tmp_path):
     final = write(tmp_path / "final", "old")
-    put_in_place(write(tmp_path / PARTIAL / "final", "new"), final)
+    write(tmp_path / PARTIAL / "final", "new")
+    put_in_place(final)
     assert (final / "file").read_text() == "new"
     assert os.listdir(tmp_path) == ["final"]
 
@@ -81,7 +82,7 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match=r"could not be written.*the last is '.*checkpoint-5'"):
+    with pytest.raises(OSError, match=r"could not be written.*the last checkpoint is '.*checkpoint-5'"):
         tiny_trainer(tmp_path, learning_rate=1e-3, **options).train()
     assert (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes() == before
     assert os.listdir(tmp_path) == ["checkpoint-5"]
@@ -91,9 +92,9 @@ def test_weights_that_are_never_saved_are_not_missed(tmp_path):
     learner = tiny_bert(2)
     learner.save_pretrained(tmp_path, state_dict={k: v for k, v in learner.state_dict().items() if "pooler" not in k})
     with pytest.raises(ValueError, match="pooler"):
-        check_weights(learner, tmp_path, "teacher")
+        converted_weights(learner, tmp_path, "teacher")
     learner._keys_to_ignore_on_save = [name for name in learner.state_dict() if "pooler" in name]
-    check_weights(learner, tmp_path, "teacher")
+    converted_weights(learner, tmp_path, "teacher")
 
 
 FULL = """
