@@ -38,8 +38,8 @@ OTHER_SETTINGS = (
 class LoopbackHub(Traffic):
     """A Hub on 127.0.0.1, in memory, from entering the context to leaving it.
 
-    Large files are up- and downloaded at a second port, as the storage of the real Hub is another host, which takes no
-    tokens.
+    Large files are up- and downloaded at a second port of another name, as the storage of the real Hub is another host,
+    which takes no tokens.
     The user "me" owns `token`; more are made with `add_token`.
 
     Args:
@@ -57,7 +57,10 @@ class LoopbackHub(Traffic):
     def __enter__(self) -> "LoopbackHub":
         self.folder = Path(tempfile.mkdtemp(prefix="loopback-hub-"))
         self._servers = [HubServer(self, self._api) for _ in range(2)]
-        self._api.endpoint, self._api.storage = (f"http://127.0.0.1:{x.server_port}" for x in self._servers)
+        names = ("127.0.0.1", "localhost")  # a client may take ports of one name for one host, and send its token
+        self._api.endpoint, self._api.storage = (
+            f"http://{name}:{server.server_port}" for name, server in zip(names, self._servers, strict=True)
+        )
         for server in self._servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -132,8 +135,8 @@ class LoopbackHub(Traffic):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
             **({} if token is None else {"HF_TOKEN": token}),
         }
         return {name: value for name, value in os.environ.items() if name not in OTHER_SETTINGS} | settings

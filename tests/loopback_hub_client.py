@@ -35,9 +35,10 @@ def use_hub(
     cache = cache or hub.folder / "cache"
     for name in OTHER_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"HF_TOKEN": token, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
-        if value is not None:
-            monkeypatch.setenv(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
 
     values = {
         "ENDPOINT": hub.endpoint,
