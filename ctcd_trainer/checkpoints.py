@@ -91,6 +91,13 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
             ) from error
         self.accelerator.wait_for_everyone()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch; not if a training is resumed that was at its end (Trainer would do one step more)."""
+        if self.pair is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint of both models, whole or not at all.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from tiny import assert_same_weights, tiny_rows, tiny_trainer, weights_of
@@ -86,6 +87,37 @@ def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
     students = []
     trainer_with(tmp_path, [float("nan"), 0.5, float("nan")], monkeypatch, students).train()
     assert_same_weights(kept(tmp_path), students[1])
+
+
+def test_a_best_student_that_is_not_on_this_machine_is_not_waited_for(tmp_path, monkeypatch):
+    students = []
+    trainer_with(tmp_path / "one", [0.9, 0.8, 0.2, 0.1], monkeypatch, callbacks=[Stop(2)]).train()
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
+    resumed = trainer_with(tmp_path / "two", [0.9, 0.8, 0.2, 0.1], monkeypatch, students)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(kept(tmp_path / "two"), students[0])
+
+
+def test_the_metric_may_be_of_one_of_several_evaluation_sets(tmp_path):
+    students = []
+
+    class Remember(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            students.append((metrics.get("eval_second_student_loss"), weights_of(trainer.student_model)))
+
+    trainer = tiny_trainer(
+        tmp_path,
+        eval_dataset={"first": tiny_rows(seed=1), "second": tiny_rows(seed=2)},
+        save_strategy="steps",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=5,
+        student_metric_for_best_model="second_student_loss",
+        callbacks=[Remember()],
+    )
+    trainer.train()
+    best = min((each for each in students if each[0] is not None), key=lambda each: each[0])
+    assert_same_weights(kept(tmp_path), best[1])
 
 
 def test_values_of_another_metric_do_not_count_after_resuming(tmp_path, monkeypatch):

@@ -11,10 +11,17 @@ import pytest
 import torch
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights_of
 from tiny_models import rows_of, tiny_batch, tiny_model
-from transformers import PreTrainedModel, Trainer, default_data_collator
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
-from ctcd_trainer.saved_weights import converted_weights
+from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer.saved_weights import converted_weights, saved_shapes
 from ctcd_trainer.whole_folders import PARTIAL, clean_up, put_in_place
 
 
@@ -223,6 +230,159 @@ def test_a_sharded_checkpoint_resumes_and_is_checked(tmp_path, monkeypatch):
     assert_same_weights(resumed.pair, whole.pair)
     with pytest.raises(ValueError, match="another student"):
         tiny_trainer(tmp_path, student_model=tiny_bert(1)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_families_that_are_saved_under_other_names_resume(best, tmp_path):
+    rows = rows_of(tiny_batch("causal-lm"))
+    options = {"train_dataset": rows, "data_collator": default_data_collator, "max_steps": 2}
+    if best:
+        options |= {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+
+    options |= {"save_strategy": "steps", "save_steps": 1}
+
+    def pair() -> dict:
+        models = tiny_model("mixtral", "causal-lm", 2), tiny_model("mixtral", "causal-lm", 1, seed=1)
+        return dict(zip(("model", "student_model"), models, strict=True))
+
+    whole = tiny_trainer(tmp_path, **pair(), **options)
+    whole.train()
+    names = saved_shapes(tmp_path / "checkpoint-1").keys()
+    assert not names <= whole.teacher_model.state_dict().keys()
+    resumed = tiny_trainer(tmp_path, **pair(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same_weights(resumed.pair, whole.pair)
+    other = pair() | {"student_model": tiny_model("mixtral", "causal-lm", 2, seed=1)}
+    with pytest.raises(ValueError, match=r"another student: `model.layers.1.* not there there"):
+        tiny_trainer(tmp_path, **other, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("names", [("default", "default"), ("first", "second")])
+def test_adapters_of_any_name_resume(names, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def pair() -> dict:
+        config = peft.LoraConfig(target_modules=["query", "value"], r=2, init_lora_weights=False)
+        torch.manual_seed(5)
+        models = (tiny_bert(3, seed=1), tiny_bert(2, seed=2))
+        adapted = [
+            peft.get_peft_model(model, config, adapter_name=name) for model, name in zip(models, names, strict=True)
+        ]
+        return dict(zip(("model", "student_model"), adapted, strict=True))
+
+    whole = tiny_trainer(tmp_path, **pair(), save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = tiny_trainer(tmp_path, **pair())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(resumed.pair, whole.pair)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows whose number is not known before they are read."""
+
+    def __iter__(self):
+        yield from tiny_rows(80)
+
+
+def test_a_stream_resumes_in_the_middle_of_the_soft_warm_up_with_dropout_and_accumulation(tmp_path):
+    def trainer(folder: Path, **options) -> CoDistillationTrainer:
+        return tiny_trainer(
+            folder,
+            model=tiny_bert(3, seed=1, dropout=0.1),
+            student_model=tiny_bert(2, seed=2, dropout=0.1),
+            train_dataset=Stream(),
+            max_steps=8,
+            gradient_accumulation_steps=2,
+            soft_warmup_ratio=1.0,
+            **options,
+        )
+
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=5)
+    whole.train()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert resumed.state.global_step == 8
+    assert_same_weights(resumed.pair, whole.pair)
+
+
+def test_resuming_at_the_end_changes_nothing(tmp_path):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=5)  # in the middle of an epoch
+    trainer.train()
+    resumed = tiny_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+    assert_same_weights(resumed.pair, trainer.pair)
+
+
+def test_the_mark_of_a_checkpoint_on_sigterm_that_did_not_come_is_removed(tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    marked = tmp_path / "checkpoint-4"
+    marked.mkdir()
+    (marked / "checkpoint-is-incomplete.txt").write_text("Checkpoint started at step 4 and in progress...")
+    resumed = tiny_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_checkpoint_on_sigterm_is_whole(tmp_path):
+    class Signal(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            manager = next(each for each in trainer.callback_handler.callbacks if hasattr(each, "jit_manager"))
+            manager.jit_manager.is_checkpoint_requested = state.global_step == 3
+
+    trainer = tiny_trainer(tmp_path, enable_jit_checkpoint=True, callbacks=[Signal()])
+    trainer.train()
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    resumed = tiny_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    whole = tiny_trainer(tmp_path / "whole")
+    whole.train()
+    assert_same_weights(resumed.pair, whole.pair)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("only_student", [False, True])
+def test_a_full_disk_leaves_what_was_there_and_room_lets_it_go_on(only_student, small_disk, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    if only_student:
+        # The loss of the student decreases, so that `best-student` is replaced at every evaluation.
+        best = {"eval_dataset": tiny_rows(), "eval_strategy": "steps", "student_metric_for_best_model": "loss"}
+        options = {"save_strategy": "steps", "save_steps": 5, "eval_steps": 1, **best}
+    trainer = tiny_trainer(small_disk, **options)
+    ballast = small_disk / "ballast"
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                free = shutil.disk_usage(small_disk).free
+                ballast.write_bytes(bytes(max(0, free - 40_000)))
+
+    trainer.add_callback(Fill())
+    name = "best-student" if only_student else "checkpoint-4"
+    with pytest.raises(OSError, match=rf"{name}' could not be written: .*Make room"):
+        trainer.train()
+    left = "best-student" if only_student else "checkpoint-2"
+    assert sorted(os.listdir(small_disk)) == ["ballast", left]
+    AutoModelForSequenceClassification.from_pretrained(small_disk / left)
+    ballast.unlink()
+    if not only_student:
+        resumed = tiny_trainer(small_disk, **options, save_total_limit=1)
+        resumed.train(resume_from_checkpoint=True)
+        whole = tiny_trainer(tmp_path / "whole")
+        whole.train()
+        assert_same_weights(resumed.pair, whole.pair)
 
 
 def test_a_co_training_starts_from_a_checkpoint_of_plain_trainer(tmp_path):
