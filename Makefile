@@ -71,6 +71,7 @@ paper: $(STAMP)  ## The paper's protocol at SCALE (nano, small, base), as far as
 bench: $(STAMP)  ## Time and memory of co-trainings against plain and naive ones (about half an hour)
 	$(BIN)/python examples/benchmarks/bench_sequence_classification.py --markdown
 	$(BIN)/python examples/benchmarks/bench_language_models.py --markdown --dropout 0
+	$(BIN)/python examples/benchmarks/bench_checkpoints.py --markdown
 	mkdir -p outputs/bench
 	$(BIN)/python examples/benchmarks/bench_fused_linear.py --markdown --plot outputs/bench/growth.png
 

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
+import bench_checkpoints as checkpoints
 import bench_common as common
 import bench_fused_linear as fused
 import bench_language_models as language_models
@@ -83,6 +84,30 @@ def test_comparison_is_judged_by_the_median_time_and_by_the_peak(targets, verdic
     assert row[4] == "0.500 (0.250 to 0.500)"
     assert row[8] == "0.500"
     assert row[-1] == verdict
+
+
+# ---- bench_checkpoints.py ----
+
+
+def test_checkpoints_report(monkeypatch, capsys):
+    ((header, *rows),) = tables(report(checkpoints, monkeypatch, capsys, "--quick", "--markdown"))
+    assert header[2:] == ["ours (s)", "theirs (s)", "ratio (min to max)", "target", "verdict"]
+    assert [row[5] for row in rows] == ["<= 1.10", "<= 1.10", "-"]
+    for row in rows:
+        assert_figures([*row[:5], *["-"] * 6])
+
+
+def test_checkpoints_save_all_that_the_two_alone_save(tmp_path):
+    """Otherwise the comparison would be of unlike things."""
+    trainers = checkpoints.make_trainers(checkpoints.Workload(True, 1, str(tmp_path)), str(tmp_path))
+    sizes = {}
+    for variant, trainer in trainers.items():
+        checkpoints.save(trainer)
+        checkpoints.wait_for_disk(trainer)
+        (folder,) = (tmp_path / variant).iterdir()
+        sizes[variant] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    both, *alone = sizes.values()
+    assert both == pytest.approx(sum(alone), rel=0.05)
 
 
 # ---- bench_language_models.py ----
