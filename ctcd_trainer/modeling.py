@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .fused_linear import LinearHead, ScoredPositions
 from .graph import STUDENT, TEACHER
 from .lm_head import HeadTap
+from .sharding import layer_classes
 from .tasks import Task
 from .wrapping import base_model
 
@@ -72,6 +73,11 @@ class CoDistillationModel(PreTrainedModel):
     def trained(self) -> dict[str, nn.Module]:
         """The learners that are trained, by name."""
         return {name: model for name, model in self.learners.items() if name not in self.frozen}
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers, of all learners, that FSDP shards one by one unless the user names others."""
+        return layer_classes(self.learners.values())
 
     def folder_of(self, learner: str, root: str) -> str:
         """Folder of a learner in an output or checkpoint folder: the root for the primary, its name for the others."""
@@ -148,14 +154,18 @@ class CoDistillationModel(PreTrainedModel):
         config of the others.
         """
         own = self.named_inputs(model, inputs)
-        if "use_cache" in self._accepted[type(base_model(model))]:
+        if "use_cache" in self._accepted_by(model):
             own.setdefault("use_cache", getattr(self.config, "use_cache", False))
         return own
 
     def named_inputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a batch that a model takes: what its `forward` names, and what nobody names."""
-        accepted = self._accepted[type(base_model(model))]
+        accepted = self._accepted_by(model)
         return {key: value for key, value in inputs.items() if key in accepted or key not in self.known_inputs}
+
+    def _accepted_by(self, model: nn.Module) -> frozenset[str]:
+        """Names of the inputs of a model, also where FSDP2 has made its class a subclass."""
+        return next(self._accepted[cls] for cls in type(base_model(model)).__mro__ if cls in self._accepted)
 
     def save_pretrained(
         self,

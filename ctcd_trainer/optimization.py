@@ -5,9 +5,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .graph import STUDENT, Graph
 from .hub import PairHubTrainer
+from .sharding import clip_grad_norm
 from .training_args import DistillationArguments, learner_arguments
 
 
@@ -70,9 +72,10 @@ class PairOptimizationTrainer(PairHubTrainer):
         if self.pair is None:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
+        fsdp1 = self.model if isinstance(self.model, FullyShardedDataParallel) else None
         self._grad_norms = {
-            name: nn.utils.clip_grad_norm_(
-                learner.parameters(), learner_arguments(self.args, name).max_grad_norm or float("inf")
+            name: clip_grad_norm(
+                learner.parameters(), learner_arguments(self.args, name).max_grad_norm or float("inf"), fsdp1
             )
             for name, learner in self.pair.trained.items()
         }

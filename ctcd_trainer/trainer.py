@@ -26,12 +26,13 @@ from .fused_linear import ScoredPositions
 from .graph import PRETRAINED, STUDENT, TEACHER
 from .labels import IGNORE_INDEX
 from .lm_head import HeadTap, NoLinearHeadError, find_tap
+from .loading import load_model
 from .metrics import EvaluationMeter, LossMeter, copy_of_metrics
 from .modeling import CoDistillationModel, LearnerView
 from .objective import SoftLossFunction, fused_losses, separate_losses
 from .pairing import NAME_OR_PATH, ModelSources
 from .pretrained_cache import PretrainedCache
-from .student import load_model
+from .sharding import shard_frozen, tied_layers_in_root
 from .tasks import Task
 from .training_args import DistillationArguments
 from .wrapping import base_model
@@ -251,6 +252,24 @@ class CoDistillationTrainer(PairEvaluationTrainer):
                 handle = activate_neftune(student, self.neftune_noise_alpha)
                 afterwards.callback(deactivate_neftune, student, handle)
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
+        """Wrap the pair and make its optimizer, as Trainer does; place the frozen teacher, too."""
+        if self.pair is None:
+            return super()._prepare_for_training(*args, **kwargs)
+        if self.pretrained_teacher is not None:
+            self._place_pretrained()
+        with tied_layers_in_root(self.pair):
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _place_pretrained(self) -> None:
+        """Place the frozen teacher where Trainer leaves that to the strategy, sharded if the strategy shards."""
+        model = self.pretrained_teacher
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self._pretrained_cache is None:
+            shard_frozen(model, self.accelerator)
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # With a cache a process runs it only for rows that it has not seen: sharded, it would wait for the others.
+            self._move_model_to_device(model, self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Count what the task scores, over the whole accumulated batch and all processes."""
