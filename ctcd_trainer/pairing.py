@@ -11,7 +11,7 @@ from transformers.trainer_utils import number_of_arguments
 
 from . import validation
 from .graph import STUDENT, TEACHER
-from .student import load_model
+from .loading import load_model
 from .tasks import Task
 from .training_args import DistillationArguments
 

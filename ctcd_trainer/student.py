@@ -1,58 +1,18 @@
-"""Where a student comes from: a name or path, or a teacher with some of its layers left out."""
+"""Where a student comes from: a teacher with some of its layers left out, made narrower, or a config alone."""
 
 import copy
-import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-import torch
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .labels import own_labels
-from .tasks import TASKS, find_task
-from .wrapping import base_model, is_peft_model
+from .narrowing import Widths, narrow, new_model
+from .wrapping import is_peft_model
 
-
-def load_model(
-    name_or_path: str | os.PathLike, argument: str, like: PreTrainedModel | None = None, frozen: bool = False
-) -> PreTrainedModel:
-    """Load a model by name or path, as `from_pretrained` takes them.
-
-    Args:
-        name_or_path: A folder or the name of a repository on the Hub.
-        argument: Name of the argument that gave it, for the message.
-        like: A model that it will be paired with: its head is used, and its labels unless the checkpoint has its own.
-            Without it, the head is the one that the checkpoint was saved with.
-        frozen: Whether it will only be learnt from, so that it needs a trained head.
-
-    Raises:
-        ValueError: There is no model to take the head from and the checkpoint has none, or it is frozen and some of
-            its weights are not in the checkpoint.
-    """
-    config = AutoConfig.from_pretrained(name_or_path)
-    if like is not None:
-        try:
-            auto_model = find_task(like).auto_model
-        except ValueError:  # a head that only the user's own soft loss knows
-            auto_model = type(base_model(like))
-        if own_labels(config) is None:
-            config.id2label, config.label2id = dict(like.config.id2label), dict(like.config.label2id)
-        config.problem_type = config.problem_type or like.config.problem_type
-    else:
-        names = set(config.architectures or ())
-        auto_model = next((task.auto_model for task in TASKS if task.model_names & names), None)
-        if auto_model is None:
-            raise ValueError(
-                f"`{argument}={str(name_or_path)!r}` was saved as {config.architectures}, which has no head that is "
-                "supported. Load it with the `AutoModelFor...` class of your task and pass the model."
-            )
-    model, report = auto_model.from_pretrained(name_or_path, config=config, output_loading_info=True)
-    if frozen and report["missing_keys"]:
-        raise ValueError(
-            f"`{argument}={str(name_or_path)!r}` is frozen, and has no trained weights for "
-            f"{sorted(report['missing_keys'])}: what it teaches would be random. Fine-tune it on this task first."
-        )
-    return model
+#: Attributes of a config that count the layers of one stack each, the encoder's or only one first.
+_DEPTHS = (("num_hidden_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
 
 
 def uniform_layers(num_layers: int, num_kept: int) -> list[int]:
@@ -67,64 +27,165 @@ def uniform_layers(num_layers: int, num_kept: int) -> list[int]:
     return [round(index * (num_layers - 1) / (num_kept - 1)) for index in range(num_kept)]
 
 
-def create_student(teacher: PreTrainedModel, num_hidden_layers: int) -> PreTrainedModel:
-    """A student with the teacher's architecture, weights and head, but fewer layers.
+def create_student(
+    teacher: PreTrainedModel,
+    num_hidden_layers: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    num_attention_heads: int | None = None,
+    layers: Literal["uniform", "first", "last"] | Sequence[int] = "uniform",
+    init: Literal["copy", "random"] = "copy",
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> PreTrainedModel:
+    """A smaller model of the teacher's class and head, cut from the teacher or made from its config.
 
-    The layers that are kept are spread evenly (`uniform_layers`), as in DistilBERT (arXiv 1910.01108, section 3).
+    Layers are left out first (DistilBERT, arXiv 1910.01108, section 3). Then narrower widths keep the most important
+    heads, feed-forward units and hidden units; see `narrowing.py`.
 
     Args:
-        teacher: Any transformers model with one stack of `config.num_hidden_layers` layers. It is not changed, and
-            shares no parameter with the student.
-        num_hidden_layers: Number of layers of the student, from 1 to the teacher's number.
+        teacher: A transformers model with `config.num_hidden_layers` layers in one stack, or in one stack each of an
+            encoder and a decoder. It is not changed, and shares no parameter with the student.
+        num_hidden_layers: Number of layers of the student (of each of two stacks); by default as many as the teacher
+            has, or as `layers` lists.
+        hidden_size: Width of the hidden states; by default the teacher's.
+        intermediate_size: Width of the feed-forward layers; by default the teacher's.
+        num_attention_heads: Number of heads. By default the teacher's, or, in families whose heads are
+            `hidden_size / num_attention_heads` wide, as many of that width as `hidden_size` holds.
+        layers: Which layers are kept: spread evenly with the first and the last one (`uniform_layers`), the first
+            ones, the last ones, or these, counted from 0.
+        init: "copy" for the teacher's weights, "random" for new ones (from the random state of torch).
+        calibration: Some batches of inputs, for the importance of units: the mean size of what they pass on (Minitron,
+            arXiv 2407.14679). By default, the size of their weights.
 
     Returns:
         An ordinary model of the teacher's class, in the teacher's dtype and on its device.
 
     Raises:
-        ValueError: The number of layers is out of range, or the model has no such stack of layers or is wrapped by
-            PEFT.
+        ValueError: A size is out of range or does not divide, the layers are not the teacher's, or the model is of a
+            family in which that cannot be cut.
+
+    Example:
+        ```python
+        student = create_student(teacher, num_hidden_layers=3, intermediate_size=768)
+        ```
     """
     if is_peft_model(teacher):
         raise ValueError(
             "`teacher` is wrapped by PEFT. Cut the student from the model inside (`teacher.get_base_model()`) before "
             "adapters are added, or merge them first (`merge_and_unload`)."
         )
-    num_layers = teacher.config.num_hidden_layers
-    if not 1 <= num_hidden_layers <= num_layers:
+    if init not in ("copy", "random"):
+        raise ValueError(f"`init={init!r}` is not known: it is 'copy' or 'random'.")
+    widths = Widths(hidden_size, intermediate_size, num_attention_heads)
+    kept = {
+        attribute: _kept_layers(getattr(teacher.config, attribute), num_hidden_layers, layers)
+        for attribute in _depth_attributes(teacher.config)
+    }
+    if init == "random":
+        config = _cut_config(teacher.config, kept)
+        widths.apply(config)
+        return type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
+    student = _cut(teacher, kept)
+    return narrow(student, widths, calibration) if widths.any else student
+
+
+def _depth_attributes(config: PreTrainedConfig) -> list[str]:
+    for encoder, decoder in _DEPTHS:
+        if getattr(config, decoder, None) is not None and hasattr(config, encoder):
+            return [encoder, decoder]
+    return ["num_hidden_layers"]
+
+
+def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int]) -> list[int]:
+    """Indices of the layers that are kept of a stack.
+
+    Raises:
+        ValueError: The number or the indices are not valid.
+    """
+    if not isinstance(layers, str):
+        indices = list(layers)
+        if number not in (None, len(indices)):
+            raise ValueError(
+                f"`num_hidden_layers={number}`, but `layers={indices}` are {len(indices)}: leave out one of them."
+            )
+        if not indices or sorted({*indices} & {*range(num_layers)}) != indices:
+            raise ValueError(
+                f"`layers={indices}` are not valid: give at least one, in ascending order, of the teacher's layers 0 "
+                f"to {num_layers - 1}."
+            )
+        return indices
+    number = num_layers if number is None else number
+    if not 1 <= number <= num_layers:
         raise ValueError(
-            f"`num_hidden_layers={num_hidden_layers}` is not valid: the teacher has {num_layers} layers, so a student "
-            f"cut from it has from 1 to {num_layers}."
+            f"`num_hidden_layers={number}` is not valid: the teacher has {num_layers} layers, so a student cut from "
+            f"it has from 1 to {num_layers}."
         )
-    stacks = [
-        name
-        for name, module in teacher.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    stacks = [name for name in stacks if not any(name.startswith(f"{outer}.") for outer in stacks)]
-    if len(stacks) != 1:
-        raise ValueError(
-            f"A {type(teacher).__name__} has {len(stacks)} stacks of {num_layers} layers {stacks}, and cutting needs "
-            "exactly one. Build the student from a smaller config instead."
-        )
-    kept = uniform_layers(num_layers, num_hidden_layers)
-    config = copy.deepcopy(teacher.config)
+    choices = {
+        "uniform": uniform_layers(num_layers, number),
+        "first": list(range(number)),
+        "last": list(range(num_layers - number, num_layers)),
+    }
+    if layers not in choices:
+        raise ValueError(f"`layers={layers!r}` is not known: it is one of {list(choices)}, or a list of indices.")
+    return choices[layers]
+
+
+def _cut_config(config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> PreTrainedConfig:
+    """The config of a model with the layers that are kept, by the attribute that counts them."""
+    config = copy.deepcopy(config)
+    first, *_ = kept.values()
+    num_layers = getattr(config, next(iter(kept)))
     for name, value in config.to_dict().items():
         if isinstance(value, (list, tuple)) and len(value) == num_layers:  # e.g. `layer_types`, one entry a layer
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = num_hidden_layers
+            setattr(config, name, [value[index] for index in first])
+    for attribute, indices in kept.items():
+        setattr(config, attribute, len(indices))
+    return config
 
-    new_index = {str(old): str(new) for new, old in enumerate(kept)}
-    layer_of = re.compile(rf"{re.escape(stacks[0])}\.(\d+)\.(.*)")
-    state_dict = {}
-    for name, value in teacher.state_dict().items():
-        match = layer_of.fullmatch(name)
-        if match is None:
-            state_dict[name] = value
-        elif match[1] in new_index:
-            state_dict[f"{stacks[0]}.{new_index[match[1]]}.{match[2]}"] = value
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the random initialisation is overwritten: it must not move the user's seed
-        student = type(teacher)(config)
-    student.load_state_dict(state_dict)
+
+def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> PreTrainedModel:
+    """A copy of the teacher with the layers that are kept."""
+    student = new_model(teacher, _cut_config(teacher.config, kept))
+    state = teacher.state_dict()
+    for stack, indices in _stacks(teacher, kept).items():
+        layer_of = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.*)")
+        own = {name: match for name in state if (match := layer_of.fullmatch(name))}
+        layers: dict[int, dict[str, Tensor]] = {}
+        for name, match in own.items():
+            layers.setdefault(int(match[1]), {})[match[2]] = state.pop(name)
+        for new, old in enumerate(indices):
+            # What only the first layer has (position biases that all layers use, say) is its, whichever comes first.
+            parameters = layers.get(old, {}) | (
+                {name: value for name, value in layers[0].items() if name not in layers[old]} if new == 0 else {}
+            )
+            state |= {f"{stack}.{new}.{name}": value for name, value in parameters.items()}
+    names = student.state_dict().keys()
+    report = student.load_state_dict({name: value for name, value in state.items() if name in names}, strict=False)
+    # A norm that only layers other than the first one have begins as it is made.
+    missing = [name for name in report.missing_keys if "norm" not in name.lower()]
+    if missing:
+        raise ValueError(f"A {type(teacher).__name__} cannot be cut so: its layers have no {missing}.")
     return student.to(device=teacher.device, dtype=teacher.dtype)
+
+
+def _stacks(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The layers that are kept, by the name of the stack.
+
+    Raises:
+        ValueError: The stacks cannot be told.
+    """
+    if getattr(teacher.config, "num_hidden_groups", None) == 1:  # ALBERT: one layer is run several times
+        return {}
+    sizes = [getattr(teacher.config, attribute) for attribute in kept]
+    found = [
+        name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) in sizes
+    ]
+    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+    if len(found) > 1:
+        found.sort(key=lambda name: "decoder" in name.split("."))
+    if [len(teacher.get_submodule(name)) for name in found] != sizes:
+        raise ValueError(
+            f"A {type(teacher).__name__} has {len(found)} stacks of layers {found} where {sizes} layers are expected, "
+            "and cutting needs exactly one for each. Build the student from a smaller config instead."
+        )
+    return dict(zip(found, kept.values(), strict=True))

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from ctcd_trainer import create_student
-from ctcd_trainer.student import load_model, uniform_layers
+from ctcd_trainer.loading import load_model
+from ctcd_trainer.student import uniform_layers
 
 
 def test_layers_are_kept_evenly_with_the_first_and_the_last():

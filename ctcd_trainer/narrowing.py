@@ -1,0 +1,340 @@
+"""A narrower copy of a model: which heads, feed-forward units and hidden units it keeps, and their weights.
+
+Nothing here knows a family. The narrower model is made from its config, and every dimension of a parameter whose size
+differs is one of three axes: hidden units, which are the same in the whole model; feed-forward units of a layer; heads
+of an attention. Only the projections into and out of heads are told by their names, since they are as wide as the
+hidden states in many families.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+_INTERMEDIATE_SIZES = ("intermediate_size", "n_inner", "hidden_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
+_HEADS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
+_HEAD_WIDTHS = ("head_dim", "d_kv")
+
+HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS = "hidden units", "feed-forward units", "heads", "key-value heads"
+
+_ATTENTION = re.compile(
+    r"(?P<scope>.*?\b\w*att(?:n|ention)\w*)\.(?:.*\.)?(?P<module>\w+)\.(?:weight|bias)", re.IGNORECASE
+)
+_QUERIES = {"query", "query_proj", "pos_query_proj", "q_proj", "q_lin", "q", "q_norm", "c_attn", "Wqkv"}
+_KEYS = {"key", "key_proj", "pos_key_proj", "k_proj", "k_lin", "k", "k_norm"}
+_VALUES = {"value", "value_proj", "v_proj", "v_lin", "v"}
+_OUT = {"dense", "out_proj", "o_proj", "out_lin", "o", "c_proj", "Wo"}
+_BIAS = "relative_attention_bias"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of a narrower model; `None` for those that stay.
+
+    Attributes:
+        hidden_size: Width of the hidden states.
+        intermediate_size: Width of the feed-forward layers.
+        num_attention_heads: Number of heads.
+    """
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether any is given."""
+        return any(size is not None for size in (self.hidden_size, self.intermediate_size, self.num_attention_heads))
+
+    def apply(self, config: PreTrainedConfig) -> None:
+        """Set the sizes in a config, under the names that its family has for them.
+
+        Raises:
+            ValueError: They do not divide, or the family has no such size.
+        """
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        width = head_width(config)
+        free = any(getattr(config, name, None) is not None for name in _HEAD_WIDTHS)
+        new_hidden = hidden if self.hidden_size is None else self.hidden_size
+        new_heads = self.num_attention_heads
+        if new_heads is None:
+            new_heads = heads if free or self.hidden_size is None else max(1, new_hidden // width)
+        for argument, size in vars(self).items():
+            if size is not None and size < 1:
+                raise ValueError(f"`{argument}={size}` is not valid: it is at least 1.")
+        if not free and new_hidden != new_heads * width:
+            raise ValueError(
+                f"`hidden_size={new_hidden}` and `num_attention_heads={new_heads}` do not fit: the heads of a "
+                f"{config.model_type} are hidden_size / num_attention_heads wide, here {hidden} / {heads} = {width}, "
+                f"which is kept. Give `hidden_size={new_heads * width}`, or `num_attention_heads` = hidden_size / "
+                f"{width}."
+            )
+        intermediates = [name for name in _INTERMEDIATE_SIZES if hasattr(config, name)]
+        if self.intermediate_size is not None and not intermediates:
+            raise ValueError(
+                f"`intermediate_size={self.intermediate_size}`: the config of a {config.model_type} has none of "
+                f"{_INTERMEDIATE_SIZES}. Build the student from a smaller config instead."
+            )
+        for name in intermediates:
+            if self.intermediate_size is not None:
+                setattr(config, name, self.intermediate_size)
+            elif getattr(config, name) is None:  # GPT-2: four times the hidden size
+                setattr(config, name, 4 * hidden)
+        key_heads = getattr(config, "num_key_value_heads", None)
+        if key_heads is not None:
+            config.num_key_value_heads = _key_heads(heads, key_heads, new_heads)
+        if free:
+            for name in _HEAD_WIDTHS:
+                if getattr(config, name, None) is not None:
+                    setattr(config, name, width)
+        for name in _HEADS:
+            if hasattr(config, name):
+                setattr(config, name, new_heads)
+        config.hidden_size = new_hidden
+
+
+def _key_heads(heads: int, key_heads: int, new_heads: int) -> int:
+    """Key-value heads of a model with fewer heads: as many heads share one as before, if that divides.
+
+    Raises:
+        ValueError: Nothing divides.
+    """
+    shared = heads // key_heads
+    if new_heads % shared == 0:
+        return new_heads // shared
+    if new_heads % key_heads == 0:
+        return key_heads
+    raise ValueError(
+        f"`num_attention_heads={new_heads}` does not fit: {shared} of the teacher's {heads} heads share one of "
+        f"{key_heads} key-value heads. Give a multiple of {shared} or of {key_heads}."
+    )
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """Width of one head."""
+    given = (getattr(config, name, None) for name in _HEAD_WIDTHS)
+    return next((width for width in given if width is not None), config.hidden_size // config.num_attention_heads)
+
+
+def new_model(like: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the same class whose weights will be overwritten, without a step of the user's random state."""
+    with torch.random.fork_rng(devices=[]):
+        return type(like)(config)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a dimension of a parameter counts.
+
+    Attributes:
+        kind: Of which units.
+        scope: Within what they are chosen: the layer or the attention; empty for the whole model.
+        units: Their number.
+        width: Consecutive indices of one unit.
+        groups: Number of groups of as many units each, of which as many are kept each.
+        kept: Number of units that are kept.
+    """
+
+    kind: str
+    scope: str
+    units: int
+    width: int = 1
+    groups: int = 1
+    kept: int = 0
+
+    def of(self, tensor: Tensor, dim: int) -> Tensor:
+        """The slices of each unit, `(units, ...)`; several blocks one after the other count together."""
+        blocks = tensor.movedim(dim, 0).reshape(-1, self.units, self.width, *tensor.movedim(dim, 0).shape[1:])
+        return blocks.movedim(1, 0)
+
+    def kept_of(self, tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+        """The tensor with some of the units."""
+        own = self.of(tensor, dim)[kept].movedim(0, 1)
+        return own.flatten(0, 2).movedim(0, dim)
+
+
+def narrow(
+    model: PreTrainedModel, widths: Widths, calibration: Iterable[Mapping[str, Any]] | None = None
+) -> PreTrainedModel:
+    """A copy of a model with fewer heads, feed-forward units and hidden units: the most important ones.
+
+    Args:
+        model: The model. It is not changed.
+        widths: The sizes.
+        calibration: Batches of inputs, for the importance by what units pass on; by default, by their weights.
+
+    Raises:
+        ValueError: A size is larger than the model's or does not divide, or something in the model cannot be cut.
+    """
+    config = copy.deepcopy(model.config)
+    widths.apply(config)
+    student = new_model(model, config)
+    axes = _axes(model, student)
+    state = model.state_dict()
+    scores = _importance_of_weights(state, axes)
+    if calibration is not None:
+        scores |= _importance_of_activations(model, axes, calibration)
+    kept = _choose(scores)
+    for name, dims in axes.items():
+        for dim, axis in dims.items():
+            state[name] = axis.kept_of(state[name], dim, kept[axis].to(state[name].device))
+    student.load_state_dict(state)
+    return student.to(device=model.device, dtype=model.dtype)
+
+
+def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[int, Axis]]:
+    """The axis of each dimension whose size differs, by parameter.
+
+    Raises:
+        ValueError: A dimension is none of the axes, is larger than it was, or could be either of two.
+    """
+    config = model.config
+    intermediates = {value for name in _INTERMEDIATE_SIZES if (value := getattr(config, name, None)) is not None}
+    if config.hidden_size in intermediates and config.hidden_size != student.config.hidden_size:
+        raise ValueError(
+            f"The hidden states and the feed-forward layers of this {type(model).__name__} are both "
+            f"{config.hidden_size} wide, so they cannot be told from each other. Keep the hidden size."
+        )
+    smaller = student.state_dict()
+    axes: dict[str, dict[int, Axis]] = {}
+    for name, tensor in model.state_dict().items():
+        for dim, (old, new) in enumerate(zip(tensor.shape, smaller[name].shape, strict=True)):
+            if old == new:
+                continue
+            axis = _head_axis(model, name, dim)
+            if axis is None and old == config.hidden_size:
+                axis = Axis(HIDDEN, "", old)
+            if axis is None and old in intermediates | {2 * each for each in intermediates if _gated(name, dim)}:
+                axis = Axis(INTERMEDIATE, _layer(name), old if old in intermediates else old // 2)
+            if axis is None or old % (axis.units * axis.width):
+                raise ValueError(
+                    f"A {type(model).__name__} cannot be narrowed so: `{name}` is {tuple(tensor.shape)}, would be "
+                    f"{tuple(smaller[name].shape)}, and is not known to be of heads, feed-forward or hidden units. "
+                    "Make the student from a config alone (`init='random'`), or keep these sizes."
+                )
+            if old < new:
+                raise ValueError(
+                    f"The student cannot be wider than its teacher: `{name}` is {tuple(tensor.shape)}, and would be "
+                    f"{tuple(smaller[name].shape)}. Give smaller sizes, or `init='random'`."
+                )
+            axes.setdefault(name, {})[dim] = replace(axis, kept=axis.units * new // old)
+    return axes
+
+
+def _layer(name: str) -> str:
+    """Name of the innermost layer of a stack that a parameter is in."""
+    match = re.match(r"(.*\.\d+)\.", name)
+    return match[1] if match else ""
+
+
+def _gated(name: str, dim: int) -> bool:
+    """Whether a parameter holds the gate and the values of a feed-forward layer, one block after the other."""
+    return re.search(r"\.(Wi|gate_up_proj)(\.|$)", name) is not None and dim == ("experts" in name)
+
+
+def _head_axis(model: PreTrainedModel, name: str, dim: int) -> Axis | None:
+    """The axis of a dimension that counts heads; `None` if it does not."""
+    match = _ATTENTION.fullmatch(name)
+    if match is None:
+        return None
+    config, scope, module = model.config, match["scope"], match["module"]
+    heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    groups = 1 if key_heads in (None, heads) else key_heads
+    # The scores of all layers are added to the same bias, so that its heads are chosen once.
+    biased = any(_BIAS in each and _any(each).startswith(f"{_any(scope)}.") for each in model.state_dict())
+    scope = _any(scope) if biased else scope
+    if module == _BIAS:
+        return Axis(HEADS, scope, heads) if dim == 1 else None
+    out = int(isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and name.endswith("weight"))
+    if module in _QUERIES and dim == out:
+        return Axis(HEADS, scope, heads, head_width(config), groups)
+    if module in _KEYS | _VALUES and dim == out:
+        if groups > 1:
+            return Axis(KEY_HEADS, scope, key_heads, head_width(config))
+        return Axis(HEADS, scope, heads, head_width(config))
+    if module in _OUT and name.endswith("weight") and dim == 1 - out:
+        return Axis(HEADS, scope, heads, head_width(config), groups)
+    return None
+
+
+def _any(name: str) -> str:
+    """A name without the numbers of layers."""
+    return re.sub(r"\.\d+", "", name)
+
+
+def _importance_of_weights(state: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, Axis]]) -> dict[Axis, Tensor]:
+    """Sum of squared weights of each unit; every parameter counts the same."""
+    scores: dict[Axis, Tensor] = {}
+    for name, dims in axes.items():
+        for dim, axis in dims.items():
+            squares = axis.of(state[name].float().cpu(), dim).square().flatten(1).sum(1)
+            scores[axis] = scores.get(axis, 0.0) + squares / squares.mean().clamp(min=1e-30)
+    return scores
+
+
+@torch.no_grad()
+def _importance_of_activations(
+    model: PreTrainedModel, axes: Mapping[str, Mapping[int, Axis]], batches: Iterable[Mapping[str, Any]]
+) -> dict[Axis, Tensor]:
+    """Mean size of what each unit passes on to the projections that read it, over all positions of some batches."""
+    sums: dict[tuple[str, Axis], Tensor] = {}
+
+    def add(module: nn.Module, arguments: tuple[Tensor, ...], key: tuple[str, Axis]) -> None:
+        axis = key[1]
+        sizes = axis.of(arguments[0].float().flatten(0, -2), 1).square().sum((1, 2)).sqrt()  # (units, positions)
+        sums[key] = sums.get(key, 0.0) + sizes.sum(1).cpu()
+
+    training = model.training
+    model.eval()
+    with ExitStack() as hooks:
+        hooks.callback(model.train, training)
+        for name, dims in axes.items():
+            owner = name.rpartition(".")[0]
+            module = model.get_submodule(owner)
+            read = 0 if isinstance(module, Conv1D) else 1
+            if isinstance(module, (nn.Linear, Conv1D)) and name.endswith(".weight") and read in dims:
+                hook = module.register_forward_pre_hook(partial(add, key=(owner, dims[read])))
+                hooks.callback(hook.remove)
+        for batch in batches:
+            model(**{key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor)})
+    scores: dict[Axis, Tensor] = {}
+    for (_, axis), total in sums.items():
+        scores[axis] = scores.get(axis, 0.0) + total / total.mean().clamp(min=1e-30)
+    if not scores:
+        raise ValueError("`calibration` has no batch, or the model ran none of the layers that are cut with it.")
+    return scores
+
+
+def _choose(scores: Mapping[Axis, Tensor]) -> dict[Axis, Tensor]:
+    """Indices of the units that are kept of each axis, in ascending order.
+
+    Heads that share key-value heads are kept by whole groups if these are cut as well, or else as many of each group.
+    """
+    by_place = {(axis.kind, axis.scope): axis for axis in scores}
+    kept = {}
+    for axis, score in scores.items():
+        keys = by_place.get((KEY_HEADS, axis.scope)) if axis.kind == HEADS else None
+        if axis.kind == KEY_HEADS and (heads := by_place.get((HEADS, axis.scope))) is not None:
+            kept[axis] = _largest(score + scores[heads].reshape(axis.units, -1).sum(1), axis.kept)
+        elif keys is not None:
+            size = axis.units // keys.units
+            groups = _largest(scores[keys] + score.reshape(keys.units, size).sum(1), keys.kept)
+            kept[axis] = (groups[:, None] * size + torch.arange(size)).flatten()
+        elif axis.groups > 1:
+            own = [_largest(part, axis.kept // axis.groups) for part in score.chunk(axis.groups)]
+            kept[axis] = torch.cat([part + index * (axis.units // axis.groups) for index, part in enumerate(own)])
+        else:
+            kept[axis] = _largest(score, axis.kept)
+    return kept
+
+
+def _largest(scores: Tensor, number: int) -> Tensor:
+    return scores.topk(number).indices.sort().values
