@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -138,7 +138,7 @@ class Axis:
         kind: Of which units.
         scope: Within what they are chosen: the layer or the attention; empty for the whole model.
         units: Their number.
-        width: Consecutive indices of one unit.
+        width: Consecutive indices of one unit; the same units may have others elsewhere.
         groups: Number of groups of as many units each, of which as many are kept each.
         kept: Number of units that are kept.
     """
@@ -146,7 +146,7 @@ class Axis:
     kind: str
     scope: str
     units: int
-    width: int = 1
+    width: int = field(default=1, compare=False)
     groups: int = 1
     kept: int = 0
 
@@ -205,6 +205,12 @@ def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[in
         )
     smaller = student.state_dict()
     axes: dict[str, dict[int, Axis]] = {}
+    gone = [name for name in model.state_dict() if name not in smaller]
+    if gone:
+        raise ValueError(
+            f"A {type(model).__name__} of these sizes has no {gone}, so it would not be the teacher's. Choose another "
+            "`hidden_size`, or `init='random'`."
+        )
     for name, tensor in model.state_dict().items():
         for dim, (old, new) in enumerate(zip(tensor.shape, smaller[name].shape, strict=True)):
             if old == new:

@@ -90,9 +90,19 @@ def create_student(
 
 
 def _depth_attributes(config: PreTrainedConfig) -> list[str]:
+    """Attributes that count the layers of each stack.
+
+    Raises:
+        ValueError: There is none.
+    """
     for encoder, decoder in _DEPTHS:
         if getattr(config, decoder, None) is not None and hasattr(config, encoder):
             return [encoder, decoder]
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(
+            f"The config of a {config.model_type} has no `num_hidden_layers`, so layers cannot be left out. Build the "
+            "student from a smaller config instead."
+        )
     return ["num_hidden_layers"]
 
 
@@ -181,6 +191,10 @@ def _stacks(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> dict[str
         name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) in sizes
     ]
     found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+    if len(found) > len(sizes):  # a stack of convolutions, say, with as many layers
+        found = [
+            name for name in found if any("att" in part for part, _ in teacher.get_submodule(name).named_modules())
+        ]
     if len(found) > 1:
         found.sort(key=lambda name: "decoder" in name.split("."))
     if [len(teacher.get_submodule(name)) for name in found] != sizes:
