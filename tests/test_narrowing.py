@@ -8,7 +8,14 @@ import torch
 from tiny import collate, tiny_bert, tiny_rows, weights_of
 from tiny_models import FAMILIES, HEADS, tiny_batch, tiny_model
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, T5Config, T5ForSequenceClassification
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForSequenceClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ctcd_trainer import create_student
@@ -308,7 +315,6 @@ def test_a_random_student_has_the_config_and_no_weights_of_the_teacher():
         ("bert", {"intermediate_size": 0}, r"`intermediate_size=0` is not valid"),
         ("llama", {"num_attention_heads": 3}, r"`num_attention_heads=3` does not fit: 2 of the teacher's 4 heads"),
         ("wav2vec2", {"hidden_size": 8}, r"cannot be narrowed so: `wav2vec2.*conv.*init='random'"),
-        ("resnet", {"num_hidden_layers": 1}, r"no `num_hidden_layers`.*smaller config"),
         ("bert", {"layers": [1, 1]}, r"`layers=\[1, 1\]` are not valid.*0 to 1"),
         ("bert", {"layers": [2]}, r"`layers=\[2\]` are not valid.*0 to 1"),
         ("bert", {"layers": [0], "num_hidden_layers": 2}, r"`num_hidden_layers=2`, but `layers=\[0\]` are 1"),
@@ -319,9 +325,13 @@ def test_a_random_student_has_the_config_and_no_weights_of_the_teacher():
 )
 def test_what_cannot_be_cut_is_refused(teacher, settings, message):
     options = {"num_attention_heads": 4, "num_key_value_heads": 2} if teacher == "llama" else {}
-    head = READERS[teacher][0] if teacher in READERS else "image-classification"
     with pytest.raises(ValueError, match=message):
-        create_student(tiny_model(teacher, head, **options), **settings)
+        create_student(tiny_model(teacher, READERS[teacher][0], **options), **settings)
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ValueError, match=r"config of a resnet has no `num_hidden_layers`.*smaller config"):
+        create_student(ResNetForImageClassification(ResNetConfig()), 1)
 
 
 def test_widths_that_cannot_be_told_from_each_other_are_refused():
