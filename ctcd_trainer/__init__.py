@@ -3,6 +3,7 @@
 Change the class name of your `Trainer`, add a `student_model`, and get two models that taught each other.
 """
 
+from .estimating import Estimate, estimate
 from .evaluation import CoDistillationPredictionOutput
 from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
 from .student import create_student
@@ -16,6 +17,8 @@ __all__ = [
     "CoDistillationSeq2SeqTrainingArguments",
     "CoDistillationTrainer",
     "CoDistillationTrainingArguments",
+    "Estimate",
     "__version__",
     "create_student",
+    "estimate",
 ]
