@@ -22,14 +22,18 @@ def main() -> None:
     if not args.output_dir.is_dir():
         sys.exit(f"error: there is no folder {str(args.output_dir)!r}. Give the `output_dir` of a training.")
     queue = UploadQueue(args.output_dir)
-    if not queue.missing:
+    missing = queue.missing
+    if not missing:
         print(f"Nothing is left to upload: {str(args.output_dir / PUSH_FOLDER)!r} is not there.")
         return
-    for upload in queue.finish():
-        print(f"uploaded {upload}")
-    for upload, error in queue.missing.items():
-        print(f"still missing: {upload}: {error}", file=sys.stderr)
-    if queue.missing:
+    queue.finish()
+    errors = queue.missing
+    for upload in missing:
+        if upload in errors:
+            print(f"still missing: {upload}: {errors[upload]}", file=sys.stderr)
+        else:
+            print(f"uploaded {upload}")
+    if errors:
         sys.exit(1)
 
 

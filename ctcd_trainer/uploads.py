@@ -1,62 +1,45 @@
 """Uploads to the Hub that neither stop nor slow a training: in the background, tried again, remembered on disk."""
 
+import dataclasses
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from huggingface_hub import HfApi, get_session
+from huggingface_hub import CommitInfo
 from transformers.utils import logging
+
+from .hub_errors import limit_silence, needs_mending, seconds_asked_for, without_token
+from .hub_upload import Upload
+from .snapshots import oldest_alone, snapshot
 
 logger = logging.get_logger(__name__)
 
-#: Folder in the output folder for what is still to be uploaded. Uploads of the output folder leave it out.
+#: Folder in the output folder for what is still to be uploaded.
 PUSH_FOLDER = "_push"
 _PENDING = "pending.json"
 #: Seconds to wait after a first failure, and at most; each further failure doubles the time.
 _FIRST_WAIT, _LONGEST_WAIT = 10.0, 600.0
-#: Seconds without any data after which a connection is given up; the client itself would wait for ever.
-_SILENCE = 120.0
+#: Seconds that `finish` waits in all because the Hub asks for it.
+_PATIENCE = 3600.0
+#: Checkpoints that are kept for uploads alone.
+_MOST_ALONE = 3
+_Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, eq=False)  # two uploads are two, also where they say the same
-class Upload:
-    """One commit to one repository, in which all of a folder appears at once.
+@dataclass(frozen=True)
+class _Pause:
+    """Until when (of `time.monotonic`) a repository is left alone, after how many failures, and at whose wish."""
 
-    Attributes:
-        repo_id: The repository; it is made if it is not there.
-        folder: The folder, relative to the output folder.
-        message: Commit message.
-        path_in_repo: Where the folder goes.
-        ignore: Patterns of files that are left out.
-        replace: Whether files that are there and are not in the folder are removed.
-        revision: Branch; `None` for the main one.
-        private: Whether a repository that is made is private; `None` for the default of its owner.
-    """
-
-    repo_id: str
-    folder: str
-    message: str
-    path_in_repo: str = ""
-    ignore: tuple[str, ...] = ()
-    replace: bool = False
-    revision: str | None = None
-    private: bool | None = None
-
-    def replaces(self, other: "Upload") -> bool:
-        """Whether another upload to the same place need not be made any more."""
-        places = [(each.repo_id, each.path_in_repo, each.revision) for each in (self, other)]
-        return places[0] == places[1]
-
-    def __str__(self) -> str:
-        place = "/".join(part for part in (self.repo_id, self.path_in_repo) if part)
-        return f"{self.folder!r} to {place!r}" + (f" ({self.revision})" if self.revision else "")
+    until: float
+    failures: int
+    asked: bool
 
 
 class UploadQueue:
@@ -70,15 +53,18 @@ class UploadQueue:
     """
 
     def __init__(self, output_dir: str | os.PathLike, token: str | None = None) -> None:
+        limit_silence()
         self.output_dir = Path(output_dir)
         self.token = token
         self.folder = self.output_dir / PUSH_FOLDER
-        self._lock = threading.Lock()
-        self._running: Future | None = None
+        self._lock = threading.RLock()
+        self._running: Future[None] | None = None
+        self._patient = False
         self._current: Upload | None = None
-        self._reserved: str | None = None
-        self._failures, self._not_before = 0, 0.0
+        self._pauses: dict[str, _Pause] = {}
+        self._to_mend: set[str | Upload] = set()
         self._errors: dict[Upload, str] = {}
+        self._commits: dict[tuple[str, str, str | None], CommitInfo] = {}
         self._pending: list[Upload] = []
         path = self.folder / _PENDING
         if path.exists():
@@ -89,150 +75,166 @@ class UploadQueue:
                 logger.warning("%s cannot be read, so what it names is not pushed: %s", path, error)
 
     @property
-    def missing(self) -> dict[Upload, str | None]:
-        """What is not yet on the Hub, with the last error if it was tried."""
+    def missing(self) -> dict[Upload, str]:
+        """What is not yet on the Hub, and why."""
         with self._lock:
-            return {upload: self._errors.get(upload) for upload in self._pending}
+            return {upload: self._errors.get(upload, "not tried yet") for upload in self._pending}
 
-    def snapshot(self, folder: str | os.PathLike) -> str:
-        """A copy of a folder whose files never change, which takes no space while the folder is there as well.
+    def commit_of(self, upload: Upload) -> CommitInfo | None:
+        """The last commit of this process to the place of an upload."""
+        with self._lock:
+            return self._commits.get(upload.place)
+
+    def add_folder(self, folder: str | os.PathLike, uploads: Iterable[Upload], live: bool = False) -> list[Upload]:
+        """Note what is to be uploaded of a folder as it is now; that begins with `start`.
+
+        Args:
+            folder: A checkpoint, whose files never change; or with `live` the output folder, for the models in it.
+            uploads: The uploads, whose folders are relative to this one.
+            live: Whether the files may change later; see `snapshots.snapshot`.
 
         Returns:
-            Its path relative to the output folder. It is removed when nothing that is to be uploaded is in it, but not
-            before the next `add`.
+            The uploads, of the snapshot.
+
+        Raises:
+            OSError: There is no room for the snapshot, say. Nothing is noted.
         """
-        target = self.folder / f"{Path(folder).name}-{time.time_ns()}"
         with self._lock:
-            self._reserved = target.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(folder, target, copy_function=_link_or_copy)
-        return str(target.relative_to(self.output_dir))
-
-    def add(self, uploads: Iterable[Upload]) -> None:
-        """Note what is to be uploaded; it begins with `start`."""
-        with self._lock:
-            for upload in uploads:
-                self._pending = [each for each in self._pending if not upload.replaces(each)] + [upload]
-            self._reserved = None
+            try:
+                kept = snapshot(folder, self.folder, live).relative_to(self.output_dir)
+            except OSError:
+                self._write()  # or else an empty folder may be left
+                raise
+            added = [dataclasses.replace(upload, folder=os.path.normpath(kept / upload.folder)) for upload in uploads]
+            places = {upload.place for upload in added}
+            self._pending = [each for each in self._pending if each.always or each.place not in places] + added
+            self._drop_oldest()
             self._write()
+        return added
 
-    def start(self, patiently: bool = False) -> Future:
+    def start(self, patiently: bool = False) -> Future[None]:
         """Upload in the background, unless that is being done.
 
         Args:
-            patiently: Whether to wait for a while after a failure, until one of the next calls.
+            patiently: Whether to leave alone for a while what has failed, and what must be mended first for good.
 
         Returns:
-            Whose result is there when nothing more is uploaded: the commits, by upload.
+            Which is done when nothing more is uploaded.
         """
         with self._lock:
-            if self._running is not None and not self._running.done():
-                return self._running
-            if patiently and time.monotonic() < self._not_before:
-                self._running = Future()
-                self._running.set_result({})
-                return self._running
-            self._running = future = Future()
-            # A daemon, so that the process can end although the Hub does not answer.
-            threading.Thread(target=self._work, args=(future,), name="ctcd-uploads", daemon=True).start()
-            return future
+            running = self._running is not None and not self._running.done()
+            self._patient = patiently and (self._patient or not running)
+            if not running:
+                self._running = in_background(self._upload_all)
+            return self._running
 
-    def finish(self, timeout: float | None = None) -> dict[Upload, Any]:
-        """Wait until everything that can be uploaded is; what has failed is tried once more.
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait until everything that can be uploaded is; what has failed is tried once more. See `missing` then.
 
         Args:
             timeout: Seconds after which to go on without waiting any longer; `None` for no limit.
-
-        Returns:
-            The commits of this last try, by upload. See `missing` for what is not there.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        commits: dict[Upload, Any] = {}
-        for again in (False, True):
-            if again and not self._pending:
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        patience, patiently = _PATIENCE, False
+        running = self._running
+        if running is not None:
+            _join(running, end)
+        while self._pending:
+            _join(self.start(patiently), end)
+            now = time.monotonic()
+            with self._lock:
+                waiting = {upload.repo_id for upload in self._pending}
+                asked = [pause.until for name, pause in self._pauses.items() if pause.asked and name in waiting]
+            seconds = max(0.0, max(asked, default=float("inf")) - now)
+            if seconds > patience or now + seconds > end:
                 break
-            future = self.start() if again else self._running
-            if future is not None:
-                wait([future], None if end is None else max(0.0, end - time.monotonic()))
-                commits |= future.result() if future.done() else {}
-        return commits
+            logger.warning("The Hub asks to wait: the next try is in %.0f seconds.", seconds)
+            time.sleep(seconds)
+            patience -= seconds
+            patiently = True  # the other repositories have had their last try
 
-    def _work(self, future: Future) -> None:
-        try:
-            future.set_result(self._upload_all())
-        except BaseException as error:  # a mistake of ours must not leave anybody waiting
-            future.set_exception(error)
-
-    def _upload_all(self) -> dict[Upload, Any]:
-        """Upload until nothing is left that has not been tried in this round."""
-        commits: dict[Upload, Any] = {}
+    def _upload_all(self) -> None:
+        """Upload until nothing is left that is due and has not been tried in this round."""
         tried: set[Upload] = set()
-        failed = False
         while True:
             with self._lock:
-                self._current = next((each for each in self._pending if each not in tried), None)
+                self._current = upload = next((each for each in self._pending if self._is_due(each, tried)), None)
                 self._remove_unused()
-                if self._current is None:
+                if upload is None:
                     self._running = None  # what is added from now on needs another round
-                    break
-                upload = self._current
+                    return
             tried.add(upload)
             try:
-                commits[upload] = self._upload(upload)
+                commit = upload.make(self.output_dir, self.token)
             except Exception as error:  # whatever goes wrong, the training goes on
-                failed = True
                 with self._lock:
-                    self._errors[upload] = self._without_token(error)
-                    self._not_before = self._time_of_retry(error)
-                logger.warning(
-                    "Uploading %s has failed and will be tried again at a later save: %s",
-                    upload,
-                    self._errors[upload],
-                )
+                    self._note_failure(upload, error)
             else:
                 with self._lock:
-                    self._pending = [each for each in self._pending if each != upload]
-                    self._errors.pop(upload, None)
-                    self._write()
-        self._failures = self._failures + 1 if failed else 0
-        return commits
+                    self._note_success(upload, commit)
 
-    def _upload(self, upload: Upload) -> Any:
-        get_session().timeout = _SILENCE
-        api = HfApi(token=self.token)
-        repo_id = api.create_repo(upload.repo_id, private=upload.private, exist_ok=True).repo_id
-        if upload.revision is not None:
-            api.create_branch(repo_id, branch=upload.revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=self.output_dir / upload.folder,
-            path_in_repo=upload.path_in_repo,
-            commit_message=upload.message,
-            ignore_patterns=list(upload.ignore),
-            delete_patterns="*" if upload.replace else None,
-            revision=upload.revision,
-        )
+    def _is_due(self, upload: Upload, tried: set[Upload]) -> bool:
+        if upload in tried:
+            return False
+        pause = self._pauses.get(upload.repo_id)
+        waits = pause is not None and time.monotonic() < pause.until
+        return not self._patient or not (waits or self._to_mend & {upload, upload.repo_id})
 
-    def _time_of_retry(self, error: Exception) -> float:
-        """When to try again: later after each failure, and not before the Hub says."""
-        wait = min(_FIRST_WAIT * 2 ** min(self._failures, 10), _LONGEST_WAIT)
-        said = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-        return time.monotonic() + max(wait, float(said) if said.isdecimal() else 0.0)
+    def _note_success(self, upload: Upload, commit: CommitInfo) -> None:
+        if upload in self._pending:
+            # An older one to this place would now undo it.
+            older = self._pending[: self._pending.index(upload)]
+            done = {upload, *(each for each in older if each.place == upload.place)}
+            self._pending = [each for each in self._pending if each not in done]
+        self._commits[upload.place] = commit
+        self._pauses.pop(upload.repo_id, None)
+        self._to_mend.discard(upload.repo_id)
+        self._current = None
+        self._write()
 
-    def _without_token(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {error}"
-        return text.replace(self.token, "***") if self.token else text
+    def _note_failure(self, upload: Upload, error: Exception) -> None:
+        self._errors[upload] = without_token(error, self.token)
+        then = "will be tried again at a later save"
+        if needs_mending(error):
+            what = upload if isinstance(error, NotADirectoryError) else upload.repo_id
+            if what in self._to_mend:
+                return
+            self._to_mend.add(what)
+            then = "will be tried again at the end only, since waiting does not mend it"
+        else:
+            failures = self._pauses[upload.repo_id].failures if upload.repo_id in self._pauses else 0
+            asked = seconds_asked_for(error)
+            pause = max(asked, min(_FIRST_WAIT * 2 ** min(failures, 10), _LONGEST_WAIT))
+            self._pauses[upload.repo_id] = _Pause(time.monotonic() + pause, failures + 1, asked > 0)
+        logger.warning("Uploading %s has failed and %s: %s", upload, then, self._errors[upload])
+
+    def _drop_oldest(self) -> None:
+        """Forget the oldest checkpoints, where too many take space only because the Hub does not take them."""
+        snapshots = {path for upload in self._pending if (path := self._snapshot_of(upload)) is not None}
+        snapshots -= {self._snapshot_of(self._current)} if self._current is not None else set()
+        for path in oldest_alone(snapshots, _MOST_ALONE):
+            dropped = [upload for upload in self._pending if self._snapshot_of(upload) == path]
+            self._pending = [upload for upload in self._pending if upload not in dropped]
+            logger.warning(
+                "Not pushed any more, because the Hub has not taken the %d newer checkpoints either that have been "
+                "removed from the output folder: %s",
+                _MOST_ALONE,
+                "; ".join(map(str, dropped)),
+            )
+
+    def _snapshot_of(self, upload: Upload) -> Path | None:
+        parts = Path(upload.folder).parts
+        return self.folder / parts[1] if parts[:1] == (PUSH_FOLDER,) else None
 
     def _write(self) -> None:
         """Write down what is to be uploaded, or remove the folder if nothing is."""
-        if not self._pending and self._reserved is None:
+        if not self._pending and self._current is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f"{_PENDING}.tmp"
             with temporary.open("w") as file:
-                json.dump([asdict(upload) for upload in self._pending], file, indent=2)
+                json.dump([dataclasses.asdict(upload) for upload in self._pending], file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / _PENDING)
@@ -241,17 +243,29 @@ class UploadQueue:
 
     def _remove_unused(self) -> None:
         """Remove the snapshots in which nothing is that is to be uploaded."""
-        if not self.folder.is_dir():
-            return
-        used = [Path(upload.folder).parts for upload in [*self._pending, self._current] if upload is not None]
-        names = {self._reserved, *(parts[1] for parts in used if parts[:1] == (PUSH_FOLDER,))}
-        for path in self.folder.iterdir():
-            if path.is_dir() and path.name not in names:
+        uploads = [*self._pending, *([] if self._current is None else [self._current])]
+        needed = {self._snapshot_of(upload) for upload in uploads}
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.is_dir() and path not in needed:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        shutil.copy2(source, target)
+def in_background(work: Callable[[], _Result]) -> Future[_Result]:
+    """Call a function in a thread that keeps no process from ending although the Hub does not answer."""
+    future: Future[_Result] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # nobody may be left waiting
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="ctcd-uploads", daemon=True).start()
+    return future
+
+
+def _join(future: Future[None], end: float) -> None:
+    """Wait until it is done, but not beyond a time of `time.monotonic`."""
+    wait([future], None if end == float("inf") else max(0.0, end - time.monotonic()))
+    if future.done() and future.exception() is not None:  # a mistake of ours must not end a training
+        logger.warning("The uploads have come to a halt: %r", future.exception())

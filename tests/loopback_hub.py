@@ -38,8 +38,8 @@ OTHER_SETTINGS = (
 class LoopbackHub(Traffic):
     """A Hub on 127.0.0.1, in memory, from entering the context to leaving it.
 
-    Large files are up- and downloaded at a second port of another name, as the storage of the real Hub is another host,
-    which takes no tokens.
+    Large files are up- and downloaded at a second port of another name, as the storage of the real Hub is another
+    host, which takes no tokens.
     The user "me" owns `token`; more are made with `add_token`.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import close_session
+from huggingface_hub.utils._http import default_client_factory
 from loopback_hub import OTHER_SETTINGS, LoopbackHub
 
 
@@ -63,6 +64,8 @@ def use_hub(
     monkeypatch.setattr("huggingface_hub.hf_api.api._whoami_cache", {}, raising=False)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
 
+    # Who sets another one changes it in this process for good.
+    monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", default_client_factory)
     waits: list[float] = []
 
     def sleep(seconds: float) -> None:

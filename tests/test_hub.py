@@ -3,10 +3,11 @@
 import json
 import logging as python_logging
 import os
-import subprocess
+import runpy
 import sys
 import threading
 import time
+import traceback
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, 
 from tiny_tokenizer import bert_tokenizer
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, pipeline
 
-from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer import CoDistillationTrainer, hub_errors
 from ctcd_trainer import uploads as uploads_module
+from ctcd_trainer.hub_upload import Upload
 
 load = AutoModelForSequenceClassification.from_pretrained
 COMMIT = r"POST /api/models/.*/commit/"
@@ -98,10 +100,9 @@ def test_every_strategy_pushes_both_models_while_training(strategy, hub, tmp_pat
 
 
 def test_the_last_checkpoint_on_the_hub_resumes_both_models_on_another_machine(hub, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3, "dropout": 0.1}
+    options = {"hub_strategy": "checkpoint", "hub_always_push": True, "save_strategy": "steps", "save_steps": 3}
     models = {"model": tiny_bert(3, seed=1, dropout=0.1), "student_model": tiny_bert(2, seed=2, dropout=0.1)}
-    del options["dropout"]
-    whole = tiny_trainer(tmp_path / "out", **models, **HUB, **options, hub_strategy="checkpoint", max_steps=5)
+    whole = tiny_trainer(tmp_path / "out", **models, **HUB, **options, max_steps=5)
     whole.train()
     step_3 = next(commit for commit in hub.commits("me/pair") if "step 3, checkpoint" in commit.title)
     there = snapshot_download("me/pair", revision=step_3.oid, local_dir=tmp_path / "other machine")
@@ -156,7 +157,7 @@ def test_a_token_is_neither_written_nor_logged(hub, tmp_path, caplog):
     ids=str,
 )
 def test_a_push_that_fails_is_made_at_a_later_save(fault, hub, tmp_path):
-    hub.fail(COMMIT + r".*", times=2, **fault)
+    hub.fail(COMMIT, times=2, **fault)
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="checkpoint")
     trainer.train()
     assert_on_the_hub(trainer)
@@ -181,7 +182,7 @@ def test_a_connection_cut_in_a_large_file_leaves_the_old_state_and_is_made_up_fo
 
 
 def test_a_training_ends_although_the_hub_never_answers(hub, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(uploads_module, "_SILENCE", 0.2)
+    monkeypatch.setattr(hub_errors, "_SILENCE", 0.2)
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="every_save")
     hub.delay(r"POST /api/.*", seconds=5, times=1000)
     start = time.monotonic()
@@ -192,62 +193,169 @@ def test_a_training_ends_although_the_hub_never_answers(hub, tmp_path, monkeypat
     hub.heal()
 
 
-def test_steps_do_not_wait_for_uploads(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("always", [False, True])
+def test_steps_do_not_wait_for_uploads_and_each_is_made_if_that_is_wanted(always, hub, tmp_path, monkeypatch):
     steps_are_over = threading.Event()
-    upload = uploads_module.UploadQueue._upload
+    make = Upload.make
 
-    def wait_and_upload(self, *args):
+    def wait_and_make(*args):
         assert steps_are_over.wait(60)
-        return upload(self, *args)
+        return make(*args)
 
     class Note(TrainerCallback):
         def on_train_end(self, *args, **kwargs):
             steps_are_over.set()
 
-    monkeypatch.setattr(uploads_module.UploadQueue, "_upload", wait_and_upload)
-    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="all_checkpoints", callbacks=[Note()])
+    monkeypatch.setattr(Upload, "make", wait_and_make)
+    options = {"hub_strategy": "all_checkpoints", "hub_always_push": always, "callbacks": [Note()]}
+    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, **options)
     trainer.train()
     assert_on_the_hub(trainer)
     assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3)} <= hub.files("me/pair").keys()
+    states = [int(commit.title.split("step ")[1]) for commit in hub.commits("me/pair-student")[:-1]]
+    assert states == ([3, 2, 1] if always else [3])
 
 
 def test_a_hub_that_cannot_be_reached_at_the_start_does_not_stop_a_training(hub, tmp_path, caplog):
     hub.fail(r"POST /api/repos/create", status=503, times=1)
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="every_save")
-    assert "cannot be made now" in caplog.text
+    assert "cannot be made or tried now" in caplog.text
     trainer.train()
     assert_on_the_hub(trainer)
 
 
+@pytest.mark.parametrize("argument", ["hub_model_id", "student_hub_model_id"])
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_token_without_rights_is_refused_before_any_work(status, hub, tmp_path):
-    hub.fail(r"POST /api/repos/create", status=status, times=1)
-    with pytest.raises(ValueError, match=r"(?s)hub_model_id='me/pair'.*hf auth login"):
+def test_a_token_without_rights_is_refused_before_any_work(status, argument, hub, tmp_path):
+    if argument == "student_hub_model_id":
+        hub.delay(r"POST /api/repos/create", seconds=0)  # the first repository is made
+    hub.fail(r"POST /api/repos/create", status=status, message=f"no {hub.token}")
+    with pytest.raises(ValueError, match=rf"(?s)`{argument}='me/pair.*no \*\*\*.*hf auth login") as error:
         tiny_trainer(tmp_path, **HUB)
+    assert hub.token not in "".join(traceback.format_exception(error.value))
+    assert not any(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_pushed_by_the_command(hub, tmp_path):
+@pytest.mark.parametrize("argument", ["hub_model_id", "student_hub_model_id"])
+def test_a_repository_of_others_is_refused_before_any_work(argument, hub, tmp_path):
+    hub.create("you/there")
+    with pytest.raises(ValueError, match=f"`{argument}='you/there'`"):
+        tiny_trainer(tmp_path, **{**HUB, argument: "you/there"})
+
+
+def test_a_bad_name_of_a_repository_is_refused_before_any_work(hub, tmp_path):
+    with pytest.raises(ValueError, match="`student_hub_model_id='me/a/b'` is no name of a repository"):
+        tiny_trainer(tmp_path, **HUB, student_hub_model_id="me/a/b")
+
+
+def run_push(monkeypatch, capsys, folder):
+    """The status and the output of `python -m ctcd_trainer.push FOLDER`."""
+    monkeypatch.setattr(sys, "argv", ["push", str(folder)])
+    status = None
+    try:
+        runpy.run_module("ctcd_trainer.push", run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr()
+
+
+def test_what_is_missing_is_pushed_by_the_command(hub, tmp_path, monkeypatch, capsys):
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="all_checkpoints", save_total_limit=1)
-    hub.fail(COMMIT + ".*", status=500, times=1000)
+    hub.fail(COMMIT, status=500, times=1000)
     trainer.train()
-    command = [sys.executable, "-m", "ctcd_trainer.push", str(tmp_path)]
-    environment = hub.environment(token=hub.token, home=tmp_path / "home")
-    failed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert failed.returncode == 1
-    assert "still missing" in failed.stderr
+    status, output = run_push(monkeypatch, capsys, tmp_path)
+    assert status == 1
+    assert "still missing" in output.err
     hub.heal()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    assert "to 'me/pair/checkpoint-1'" in done.stdout
+    status, output = run_push(monkeypatch, capsys, tmp_path)
+    assert status is None
+    assert "to 'me/pair/checkpoint-1'" in output.out
     assert_on_the_hub(trainer)
     assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3)} <= hub.files("me/pair").keys()
     assert not (tmp_path / "_push").exists()
-    nothing = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    assert "Nothing is left to upload" in nothing.stdout
+    status, output = run_push(monkeypatch, capsys, tmp_path)
+    assert status is None
+    assert "Nothing is left to upload" in output.out
+    assert "there is no folder" in run_push(monkeypatch, capsys, tmp_path / "none")[0]
+
+
+def test_a_push_that_failed_is_completed_whole_although_a_later_save_was_killed(hub, tmp_path):
+    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="end")
+    trainer.train()
+    hub.fail(COMMIT, status=500, times=1000)
+    with pytest.raises(ConnectionError, match="Not on the Hub"):
+        trainer.push_to_hub()
+    for folder in (tmp_path, tmp_path / "student"):
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.truncate(1000)
+    hub.heal()
+    uploads_module.UploadQueue(tmp_path).finish()
+    assert_on_the_hub(trainer)
+    assert not [path for path in hub.files("me/pair") if path.startswith(("_", "checkpoint-"))]
+
+
+def test_without_blocking_a_push_returns_the_future_of_what_it_returns_otherwise(hub, tmp_path):
+    trainer = tiny_trainer(tmp_path, **HUB)
+    future = trainer.push_to_hub(blocking=False)
+    assert future.result(60).oid == hub.commits("me/pair")[0].oid
+    assert_on_the_hub(trainer)
+    trainer.train()
+    hub.fail(COMMIT, status=500, times=1000)
+    with pytest.raises(ConnectionError, match="Not on the Hub"):
+        trainer.push_to_hub(blocking=False).result(60)
+
+
+@pytest.mark.parametrize("repo", ["me/pair", "me/pair-student"])
+def test_a_card_that_somebody_has_written_stays_until_the_models_are_pushed_by_call(repo, hub, tmp_path):
+    hub.create(repo)
+    hub.commit(repo, {"README.md": b"# By hand"})
+    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="checkpoint")
+    trainer.train()
+    cards = {
+        "me/pair": (tmp_path / "checkpoint-3" / "README.md").read_bytes(),
+        "me/pair-student": (tmp_path / "checkpoint-3" / "student" / "README.md").read_bytes(),
+    }
+    assert {name: hub.files(name)["README.md"] for name in cards} == {**cards, repo: b"# By hand"}
+    assert_on_the_hub(trainer)
+    trainer.push_to_hub()
+    assert hub.files(repo)["README.md"].startswith(b"---")
+
+
+def test_a_card_that_cannot_be_written_does_not_stop_a_push_but_wrong_arguments_do(hub, tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path, **HUB)
+    with pytest.raises(ValueError, match="finetuned_from"):
+        trainer.push_to_hub(finetuned_from={"nobody": "a"})
+    with pytest.raises(TypeError, match="nothing"):
+        trainer.push_to_hub(nothing=1)
+
+    def fail(*args, **kwargs):
+        raise ValueError("no card")
+
+    monkeypatch.setattr(trainer, "create_model_card", fail)
+    trainer.save_model()
+    assert "no card" in caplog.text
+    assert_on_the_hub(trainer)
+
+
+def test_a_full_disk_stops_neither_training_nor_saving(hub, tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(uploads_module, "snapshot", fail)
+    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="checkpoint")
+    trainer.train()
+    assert caplog.text.count("is not pushed: [Errno 28]") == 3
+    trainer.save_model()
+    assert "not all is pushed: [Errno 28]" in caplog.text
+    with pytest.raises(OSError, match="No space left"):
+        trainer.push_to_hub()
+    assert not hub.files("me/pair")
+    assert not (tmp_path / "_push").exists()
 
 
 def test_what_a_killed_training_had_still_to_push_is_pushed_by_the_next_one(hub, tmp_path):
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="all_checkpoints")
-    hub.fail(COMMIT + ".*", status=500, times=1000)
+    hub.fail(COMMIT, status=500, times=1000)
     trainer.train()
     hub.heal()
     resumed = tiny_trainer(tmp_path, **HUB, **{**SAVING, "max_steps": 4}, hub_strategy="all_checkpoints")
@@ -258,7 +366,7 @@ def test_what_a_killed_training_had_still_to_push_is_pushed_by_the_next_one(hub,
 
 def test_a_snapshot_is_removed_when_nothing_needs_it(hub, tmp_path):
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="every_save")
-    hub.fail(COMMIT + ".*", status=500, times=1000)
+    hub.fail(COMMIT, status=500, times=1000)
     trainer.train()
     folders = [path.name for path in (tmp_path / "_push").iterdir() if path.is_dir()]
     assert len(folders) == 1
