@@ -22,8 +22,8 @@ class BestStudent(TrainerCallback, ExportableState):
     """Remembers the best value of a metric of the student, also in checkpoints.
 
     Args:
-        metric: `student_metric_for_best_model`: a metric's name, with or without `student_` and `eval_` before it; with
-            several evaluation sets, as it is logged (`<set>_student_<name>`).
+        metric: `student_metric_for_best_model`: a metric's name, with or without `student_` and `eval_` before it;
+            with several evaluation sets, as it is logged (`<set>_student_<name>`).
         greater_is_better: Whether a larger value is a better one; by default, unless the name ends with "loss".
     """
 

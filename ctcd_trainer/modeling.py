@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .fused_linear import LinearHead, ScoredPositions
 from .graph import STUDENT, TEACHER
 from .lm_head import HeadTap
 from .sharding import layer_classes
+from .shared_parts import SharedRun
 from .tasks import Task
 from .wrapping import base_model
 
@@ -48,6 +50,8 @@ class CoDistillationModel(PreTrainedModel):
         self.task = task
         #: The output layers of the learners, where they are run without them (`head_at`).
         self.taps: dict[str, HeadTap] = {}
+        #: Runs the layers that both learners have in common.
+        self.shared: SharedRun | None = None
         self.primary = next(iter(learners))
         self.config = self.learners[self.primary].config
         self.main_input_name = base_model(self.learners[self.primary]).main_input_name
@@ -78,6 +82,13 @@ class CoDistillationModel(PreTrainedModel):
     def _no_split_modules(self) -> list[str]:
         """Names of the layers, of all learners, that FSDP shards one by one unless the user names others."""
         return layer_classes(self.learners.values())
+
+    def own_parameters(self, learner: str) -> dict[str, nn.Parameter]:
+        """Parameters of a learner that none before it has, by their name in the learner."""
+        before = list(self.learners)[: list(self.learners).index(learner)]
+        others = {id(parameter) for name in before for parameter in self.learners[name].parameters()}
+        own = self.learners[learner].named_parameters()
+        return {name: parameter for name, parameter in own if id(parameter) not in others}
 
     def folder_of(self, learner: str, root: str) -> str:
         """Folder of a learner in an output or checkpoint folder: the root for the primary, its name for the others."""
@@ -118,7 +129,10 @@ class CoDistillationModel(PreTrainedModel):
         """
         if learner is not None:
             return self._run(learner, inputs, labelled, head_at)
-        return {name: self._run(name, inputs, labelled, head_at) for name in self.learners}
+        run = partial(self._run, inputs=inputs, labelled=labelled, head_at=head_at)
+        if self.shared is not None:
+            return self.shared.run(self.learners, run)
+        return {name: run(name) for name in self.learners}
 
     def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, head_at: ScoredPositions | None) -> Any:
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):

@@ -28,7 +28,8 @@ class PairOptimizationTrainer(PairHubTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer with the parameter groups that Trainer would make for each learner alone.
 
-        A group carries the name of its learner under the key `"learner"`. Frozen learners have none.
+        A group carries the name of its learner under the key `"learner"`. Frozen learners have none. What the student
+        has in common with the teacher (`share`) is the teacher's.
         """
         if self.pair is not None and self.pair.frozen != set(self.graph.frozen):
             raise ValueError(
@@ -44,8 +45,10 @@ class PairOptimizationTrainer(PairHubTrainer):
             with self._arguments_of(learner):
                 optimizer = super().create_optimizer(learner_model)
             own_rate = getattr(self.args, f"{learner}_learning_rate", None)
+            own = {id(parameter) for parameter in self.pair.own_parameters(learner).values()}
             for group in optimizer.param_groups:
                 group["learner"] = learner
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
                 if own_rate is not None:  # `optimizer_cls_and_kwargs` brings a rate for both
                     group["lr"] = own_rate
                 if merged is not None:
@@ -75,9 +78,11 @@ class PairOptimizationTrainer(PairHubTrainer):
         fsdp1 = self.model if isinstance(self.model, FullyShardedDataParallel) else None
         self._grad_norms = {
             name: clip_grad_norm(
-                learner.parameters(), learner_arguments(self.args, name).max_grad_norm or float("inf"), fsdp1
+                list(self.pair.own_parameters(name).values()),
+                learner_arguments(self.args, name).max_grad_norm or float("inf"),
+                fsdp1,
             )
-            for name, learner in self.pair.trained.items()
+            for name in self.pair.trained
         }
         # Trainer logs the learning rate of the step that is about to be made.
         self._student_rates = [group["lr"] for group in self.optimizer.param_groups if group.get("learner") == STUDENT]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from transformers.trainer_utils import number_of_arguments
 from . import validation
 from .graph import STUDENT, TEACHER
 from .loading import load_model
+from .shared_parts import share_modules
 from .tasks import Task
 from .training_args import DistillationArguments
 
@@ -40,6 +41,8 @@ class ModelSources:
     seed: int
     task: Task | str | None = None
     has_soft_loss: bool = False
+    #: Layers that teacher and student have in common, after `learners`.
+    shared_layers: list[nn.Module] = field(default_factory=list, init=False)
 
     @property
     def given(self) -> bool:
@@ -89,7 +92,9 @@ class ModelSources:
         others = {"student_model": student}
         if self.pretrained is not None:
             others["pretrained_teacher"] = self.pretrained
-        task = validation.check_models(teacher, others, self.task, self.has_soft_loss)
+        share = self.arguments.share
+        task = validation.check_models(teacher, others, self.task, self.has_soft_loss, may_share=share is not None)
+        self.shared_layers = [] if share is None else share_modules(teacher, student, share)
         learners = {TEACHER: teacher, STUDENT: student}
         for name in self.arguments.graph.trained:
             validation.check_trainable(name, learners[name], self.arguments.distillation_mode)

@@ -157,7 +157,7 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> PreTrainedM
     """A copy of the teacher with the layers that are kept."""
     student = new_model(teacher, _cut_config(teacher.config, kept))
     state = teacher.state_dict()
-    for stack, indices in _stacks(teacher, kept).items():
+    for stack, indices in zip(layer_stacks(teacher), kept.values(), strict=False):  # no stack: ALBERT
         layer_of = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.*)")
         own = {name: match for name in state if (match := layer_of.fullmatch(name))}
         layers: dict[int, dict[str, Tensor]] = {}
@@ -178,15 +178,15 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> PreTrainedM
     return student.to(device=teacher.device, dtype=teacher.dtype)
 
 
-def _stacks(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """The layers that are kept, by the name of the stack.
+def layer_stacks(teacher: PreTrainedModel) -> list[str]:
+    """Names of the stacks of layers, the encoder's first; none where one layer is run several times (ALBERT).
 
     Raises:
-        ValueError: The stacks cannot be told.
+        ValueError: They cannot be told.
     """
-    if getattr(teacher.config, "num_hidden_groups", None) == 1:  # ALBERT: one layer is run several times
-        return {}
-    sizes = [getattr(teacher.config, attribute) for attribute in kept]
+    if getattr(teacher.config, "num_hidden_groups", None) == 1:
+        return []
+    sizes = [getattr(teacher.config, attribute) for attribute in _depth_attributes(teacher.config)]
     found = [
         name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) in sizes
     ]
@@ -202,4 +202,4 @@ def _stacks(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> dict[str
             f"A {type(teacher).__name__} has {len(found)} stacks of layers {found} where {sizes} layers are expected, "
             "and cutting needs exactly one for each. Build the student from a smaller config instead."
         )
-    return dict(zip(found, kept.values(), strict=True))
+    return found

@@ -33,6 +33,7 @@ from .objective import SoftLossFunction, fused_losses, separate_losses
 from .pairing import NAME_OR_PATH, ModelSources
 from .pretrained_cache import PretrainedCache
 from .sharding import shard_frozen, tied_layers_in_root
+from .shared_parts import SharedRun
 from .tasks import Task
 from .training_args import DistillationArguments
 from .wrapping import base_model
@@ -210,6 +211,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             if self.place_model_on_device and getattr(model, "quantization_method", None) is None:
                 self._move_model_to_device(model, self.args.device)
         self.pair = CoDistillationModel(learners, self.task, frozen=self.graph.frozen, bystanders=others[1:])
+        if self._sources.shared_layers:
+            self.pair.shared = SharedRun(self._sources.shared_layers, self.pair.own_parameters(STUDENT))
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
         # Every term of the loss is divided by the item count of the whole accumulated batch (`compute_loss`).
         self.loss_is_scaled_for_ga = True

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from .graph import EDGES, MODES, STUDENT, TEACHER, Edge, Graph
 from .losses import SOFT_LOSSES
+from .shared_parts import parse_share
 
 
 class ModeDefault(float):
@@ -26,7 +27,8 @@ class DistillationArguments:
     Raises:
         ValueError: An unknown mode or soft loss, a weight that is negative or not finite, a temperature that is not
             above 0, a warm-up ratio outside of 0 to 1, a weight on an edge into a model that the mode freezes, no
-            weight above 0 at all, or a cache of a frozen teacher that nothing learns from.
+            weight above 0 at all, parts to share with a model that the mode freezes, or a cache of a frozen teacher
+            that nothing learns from.
     """
 
     distillation_mode: Literal["ctcd", "community", "kd", "reversed", "standalone"] = field(
@@ -85,6 +87,14 @@ class DistillationArguments:
         default=None,
         metadata={"help": "Norm to which the student's gradients are clipped, 0 for none. Default: `max_grad_norm`."},
     )
+    share: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the student has in common with the teacher, whose weights it takes: `embeddings`, "
+            "`layers:K` for these and the K lowest layers, or `prefix` for these and all layers of the student. "
+            "Default: nothing."
+        },
+    )
     fused_lm_head: bool = field(
         default=True,
         metadata={
@@ -128,6 +138,14 @@ class DistillationArguments:
             self._check_number(name)
         self._check_number("temperature", zero=False)
         self._check_number("soft_warmup_ratio", maximum=1.0)
+        if self.share is not None:
+            parse_share(self.share)
+            if self.graph.frozen:
+                raise ValueError(
+                    f"`share={self.share!r}` is for two models that are trained, and `distillation_mode="
+                    f"'{self.distillation_mode}'` with its weights freezes the {self.graph.frozen[0]}. Choose another "
+                    "mode, or leave it out."
+                )
         for name in ("student_learning_rate", "student_weight_decay", "student_max_grad_norm"):
             if getattr(self, name) is not None:
                 self._check_number(name)

@@ -98,6 +98,7 @@ def check_models(
     others: Mapping[str, PreTrainedModel],
     given_task: Task | str | None = None,
     has_soft_loss: bool = False,
+    may_share: bool = False,
 ) -> Task:
     """The models must be distinct and their predictions comparable.
 
@@ -106,6 +107,7 @@ def check_models(
         others: The other models by the name of their argument.
         given_task: The user's task, or the name of one; by default it is recognised by the class of the models.
         has_soft_loss: Whether the user's own function compares the outputs, so that any head will do.
+        may_share: Whether teacher and student may have parameters in common (`share`).
 
     Returns:
         The task of all of them.
@@ -131,11 +133,11 @@ def check_models(
                 )
         own = _storage_of(model, argument)
         shared = next((storage for storage in own if storage in owners), None)
-        if shared is not None:
+        if shared is not None and not (may_share and argument == "student_model"):
             (other, other_name), (_, name) = owners[shared], own[shared]
             raise ValueError(
                 f"`{other}` and `{argument}` share a parameter (`{other_name}` and `{name}`): each step would update "
-                "it for both. Copy the weights instead, e.g. with `copy.deepcopy`."
+                "it for both. Copy the weights instead, e.g. with `copy.deepcopy`, or set `share`."
             )
         models[argument] = model
         owners |= own

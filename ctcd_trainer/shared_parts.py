@@ -1,0 +1,198 @@
+"""Parts that the teacher and the student have in common: one set of weights, and one computation of them a step."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .student import layer_stacks
+
+#: Values of the argument `share`, but for `layers:K`.
+EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
+#: Modules beside the layers that come before them in some families, although they are registered after them.
+_BELOW = ("rel_embeddings", "LayerNorm", "layernorm_embedding")
+
+
+def parse_share(share: str) -> int | None:
+    """How many layers are shared: 0 with the embeddings alone, `None` for all of the student's.
+
+    Raises:
+        ValueError: The value is not known.
+    """
+    if share == EMBEDDINGS:
+        return 0
+    if share == PREFIX:
+        return None
+    number = share.removeprefix(LAYERS)
+    if share.startswith(LAYERS) and number.isdecimal() and int(number) > 0:
+        return int(number)
+    raise ValueError(
+        f"`share={share!r}` is unknown. Valid values: {EMBEDDINGS}, {LAYERS}K with K of 1 or more, {PREFIX}."
+    )
+
+
+def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str) -> list[nn.Module]:
+    """Put the teacher's embeddings and lowest layers in the place of the student's, whose weights are dropped.
+
+    Args:
+        teacher: The teacher.
+        student: The student, of the same class, as `create_student(teacher, ..., layers="first")` makes it. It is
+            changed.
+        share: `"embeddings"` for all that is below the layers, `"layers:K"` for that and the K lowest layers (of an
+            encoder-decoder: of its encoder), or `"prefix"` for that and all layers of the student, which is then the
+            teacher's lower part with a head of its own.
+
+    Returns:
+        The shared layers, which can be run once for both models; none where the embeddings alone are shared.
+
+    Raises:
+        ValueError: The models are not of one class, or what is to be shared has other sizes; nothing was shared.
+    """
+    number = parse_share(share)
+    if type(teacher) is not type(student):
+        raise ValueError(
+            f"`share={share!r}`: the teacher is a {type(teacher).__name__} and the student a "
+            f"{type(student).__name__}. Only models of one class share parts: make the student with `create_student`."
+        )
+    stack = next(iter(layer_stacks(teacher)), None)
+    names = _below(teacher, stack)
+    layers: list[nn.Module] = []
+    if number != 0:
+        if stack is None:
+            raise ValueError(
+                f"`share={share!r}`: a {type(teacher).__name__} runs one layer several times. Share its embeddings."
+            )
+        lower = [model.get_submodule(stack) for model in (teacher, student)]
+        number = len(lower[1]) if number is None else number
+        if number > min(map(len, lower)):
+            raise ValueError(
+                f"`share={share!r}`: the teacher has {len(lower[0])} layers and the student {len(lower[1])}. Share at "
+                f"most {min(map(len, lower))}."
+            )
+        kinds = [list(getattr(model.config, "layer_types", None) or [])[:number] for model in (teacher, student)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"`share={share!r}`: the lowest layers of the teacher are {kinds[0]}, and of the student {kinds[1]}. "
+                "Make the student with `create_student(..., layers='first')`."
+            )
+        layers = list(lower[0][:number])
+        names += [f"{stack}.{index}" for index in range(number)]
+    for name in names:
+        _check_same(name, teacher.get_submodule(name), student.get_submodule(name), share)
+    for name in names:
+        student.set_submodule(name, teacher.get_submodule(name))
+    student.tie_weights()  # an output layer that is tied to the embeddings
+    return layers
+
+
+def _below(model: PreTrainedModel, stack: str | None) -> list[str]:
+    """Names of the modules that come before the layers: those that are registered before them, with few exceptions."""
+    if stack is None:
+        return [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "embeddings"]
+    names: list[str] = []
+    path = stack.split(".")
+    for depth, child in enumerate(path):
+        parent = ".".join(path[:depth])
+        children = [name for name, _ in model.get_submodule(parent).named_children()]
+        own = children[: children.index(child)]
+        if depth == len(path) - 1:
+            own += [name for name in children if name in _BELOW]
+        names += [f"{parent}.{name}".removeprefix(".") for name in own]
+    return names
+
+
+def _check_same(name: str, teachers: nn.Module, students: nn.Module, share: str) -> None:
+    """Two modules must be alike.
+
+    Raises:
+        ValueError: A parameter is of another size.
+    """
+    sizes = [{key: tuple(value.shape) for key, value in each.state_dict().items()} for each in (teachers, students)]
+    for key in sorted({*sizes[0], *sizes[1]}):
+        own, other = (each.get(key, "not there") for each in sizes)
+        if own != other:
+            raise ValueError(
+                f"`share={share!r}`: `{name}.{key}` is {own} in the teacher and {other} in the student, so that they "
+                "cannot be one. Keep `hidden_size` and the other widths of the teacher, or share less."
+            )
+
+
+class SharedRun:
+    """Runs layers that two models share once for both, when both are run on the same batch.
+
+    The second model takes what the first one has computed, its dropout included. With gradient checkpointing they run
+    twice, since they are called again to be computed again.
+
+    Args:
+        layers: The layers, lowest first.
+        own: Parameters of the second model that the first one does not have, by name.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], own: Mapping[str, nn.Parameter]) -> None:
+        self.layers = list(layers)
+        self._own = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
+        self._checked = False
+
+    def run(self, models: Mapping[str, nn.Module], run: Callable[[str], Any]) -> dict[str, Any]:
+        """The outputs of both models on one batch.
+
+        Args:
+            models: The models by name, the one that runs the layers first.
+            run: Runs a model by its name.
+
+        Raises:
+            ValueError: The layers would give the second model something else if it were run alone.
+        """
+        first, second = models
+        if not self._checked and torch.is_grad_enabled():
+            self._check(models[second], partial(run, second))
+            self._checked = True
+        if any(getattr(module, "gradient_checkpointing", False) for each in self.layers for module in each.modules()):
+            return {name: run(name) for name in models}
+        given: dict[nn.Module, list[Any]] = {layer: [] for layer in self.layers}
+        try:
+            for layer in self.layers:
+                layer.forward = partial(_remember, given[layer], layer.forward)
+            outputs = {first: run(first)}
+            for layer in self.layers:
+                layer.forward = partial(_recall, iter(given[layer]))
+            return outputs | {second: run(second)}
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _check(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        """Whatever reaches the end of the shared layers must come from shared parameters."""
+        given: list[Tensor] = []
+        hook = self.layers[-1].register_forward_hook(lambda _module, _arguments, output: given.append(_first(output)))
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            run()
+        finally:
+            hook.remove()
+            for module, training in modes.items():
+                module.training = training
+        gradients = torch.autograd.grad(given[-1].float().sum(), list(self._own.values()), allow_unused=True)
+        found = [name for name, gradient in zip(self._own, gradients, strict=True) if gradient is not None]
+        if found:
+            raise ValueError(
+                f"The shared layers of a {type(model).__name__} depend on {found[:3]} ({len(found)} in all), which "
+                "the student has for itself. Layers of this family cannot be shared; share its embeddings alone."
+            )
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _remember(given: list[Any], forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    given.append(forward(*args, **kwargs))
+    return given[-1]
+
+
+def _recall(given: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+    return next(given)

@@ -1,0 +1,242 @@
+"""Parts that teacher and student have in common: one set of weights, one computation, two complete models."""
+
+import pytest
+import torch
+from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from tiny_models import HEADS, rows_of, tiny_batch, tiny_model
+from transformers import AutoModelForSequenceClassification, default_data_collator
+
+from ctcd_trainer import create_student, shared_parts
+from ctcd_trainer.shared_parts import share_modules
+
+#: Families with their heads. ALBERT runs one layer several times, ResNet has no layers, T5 and BART have two stacks.
+FAMILIES = {
+    "bert": "masked-lm",
+    "distilbert": "masked-lm",
+    "deberta-v2": "masked-lm",
+    "electra": "masked-lm",
+    "modernbert": "masked-lm",
+    "gpt2": "causal-lm",
+    "llama": "causal-lm",
+    "gemma2": "causal-lm",
+    "t5": "seq2seq-lm",
+    "bart": "seq2seq-lm",
+    "vit": "image-classification",
+    "wav2vec2": "audio-classification",
+}
+SHARES = ("embeddings", "layers:1", "prefix")
+
+
+def pair_of(dropout: float = 0.0) -> dict:
+    teacher = tiny_bert(3, seed=1, dropout=dropout)
+    student = create_student(teacher, 2, layers="first")
+    with torch.no_grad():  # what is shared is the teacher's, whatever the student was
+        for parameter in student.parameters():
+            parameter.add_(0.01)
+    return {"model": teacher, "student_model": student}
+
+
+def pair_of_family(family: str, **settings) -> dict:
+    settings |= {"num_decoder_layers": 3} if family == "t5" else {}
+    teacher = tiny_model(family, FAMILIES[family], 3, **settings)
+    return {"model": teacher, "student_model": create_student(teacher, 2, layers="first")}
+
+
+def shared_names(share: str) -> tuple[str, ...]:
+    layers = {"embeddings": 0, "layers:1": 1, "prefix": 2}[share]
+    return "bert.embeddings.", *(f"bert.encoder.layer.{index}." for index in range(layers))
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_without_soft_losses_it_is_joint_training_written_by_hand(share, tmp_path):
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
+    trainer = tiny_trainer(tmp_path, **pair_of(), **options, share=share, distillation_mode="standalone")
+    models = list(pair_of().values())
+    own = [dict(model.named_parameters()) for model in models]
+    common = [name for name in own[1] if name.startswith(shared_names(share))]
+    assert common
+    rows = tiny_rows()
+    for step in range(5):
+        with torch.no_grad():
+            for name in common:
+                own[1][name].copy_(own[0][name])
+        batch = collate(rows[4 * step : 4 * step + 4])
+        for model in models:
+            model.train().zero_grad()
+            model(**batch).loss.backward()
+        with torch.no_grad():
+            for name in common:
+                own[0][name].grad += own[1][name].grad
+            for index, parameters in enumerate(own):
+                for name, parameter in parameters.items():
+                    if index == 0 or name not in common:
+                        parameter.sub_(0.1 * parameter.grad)
+    with torch.no_grad():
+        for name in common:
+            own[1][name].copy_(own[0][name])
+    trainer.train()
+    assert_same_weights(trainer.teacher_model, models[0], 1e-6)
+    assert_same_weights(trainer.student_model, models[1], 1e-6)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_model_is_the_same_alone_in_a_pair_and_when_loaded(family, share, tmp_path):
+    head = FAMILIES[family]
+    batch = tiny_batch(head)
+    options = {"train_dataset": rows_of(batch), "data_collator": default_data_collator, "max_steps": 2}
+    trainer = tiny_trainer(tmp_path, **pair_of_family(family), **options, share=share)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    taken = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    trainer.pair.eval()
+    both = trainer.pair(**taken)
+    for name, folder in (("teacher", "saved"), ("student", "saved/student")):
+        alone = trainer.pair.learners[name](**taken).logits
+        loaded = HEADS[head].from_pretrained(tmp_path / folder)(**taken).logits
+        torch.testing.assert_close(both[name].logits, alone, rtol=0, atol=0)
+        torch.testing.assert_close(loaded, alone)
+
+
+@pytest.mark.parametrize(
+    ("share", "students"),
+    [("embeddings", [3, 3]), ("layers:1", [None, 4]), ("prefix", [None, None])],
+)
+def test_shared_layers_are_run_once_a_step(share, students, tmp_path):
+    """Three times in three steps; and once more where the student is run alone, to check that it may be shared."""
+    trainer = tiny_trainer(tmp_path, **pair_of(dropout=0.1), share=share, max_steps=3)
+    own, others = ([layer.attention for layer in model.bert.encoder.layer] for model in trainer.pair.learners.values())
+    counts = {module: 0 for module in [*own, *others]}
+
+    def count(module, *_):
+        counts[module] += 1
+
+    for module in counts:
+        module.register_forward_hook(count)
+    trainer.train()
+    for index, expected in enumerate(students):
+        assert (own[index] is others[index]) == (expected is None)
+        assert counts[own[index]] == (4 if expected is None else 3)
+        assert counts[others[index]] == (expected or 4)
+    assert counts[own[2]] == 3
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_it_resumes_bit_for_bit(share, tmp_path):
+    whole = tiny_trainer(tmp_path, **pair_of(dropout=0.1), share=share, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = tiny_trainer(tmp_path, **pair_of(dropout=0.1), share=share)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(resumed.pair, whole.pair)
+
+
+def test_both_models_train_what_they_share_and_each_parameter_is_in_one_group(tmp_path):
+    trainer = tiny_trainer(tmp_path, **pair_of(), share="prefix", student_learning_rate=1e-3)
+    before = weights_of(trainer.student_model)
+    trainer.train()
+    held = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len({id(parameter) for parameter in held})
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in trainer.pair.parameters()}
+    student = {id(p) for g in trainer.optimizer.param_groups if g["learner"] == "student" for p in g["params"]}
+    names = {name for name, p in trainer.student_model.named_parameters() if id(p) in student}
+    assert names == {name for name in before if name.startswith(("bert.pooler", "classifier"))}
+    for name, value in trainer.student_model.state_dict().items():
+        assert not torch.equal(value, before[name]), name
+
+
+def test_it_works_with_gradient_checkpointing(tmp_path):
+    plain = tiny_trainer(tmp_path / "plain", **pair_of(), share="layers:1")
+    plain.train()
+    spared = tiny_trainer(tmp_path / "spared", **pair_of(), share="layers:1", gradient_checkpointing=True)
+    spared.train()
+    assert_same_weights(spared.pair, plain.pair, 1e-6)
+
+
+def test_the_student_takes_the_dropout_of_the_teacher_where_they_share_layers(tmp_path):
+    trainer = tiny_trainer(tmp_path, **pair_of(dropout=0.5), share="prefix")
+    batch = collate(tiny_rows(3))
+    given = []
+    trainer.student_model.bert.encoder.layer[1].register_forward_hook(lambda *each: given.append(each[2]))
+    trainer.pair.train()
+    trainer.pair(**batch)
+    first, second = [each if isinstance(each, torch.Tensor) else each[0] for each in given[-2:]]
+    assert torch.equal(first, second)
+
+
+def test_another_trainer_takes_a_pair_that_shares_already(tmp_path):
+    pair = pair_of()
+    tiny_trainer(tmp_path / "one", **pair, share="layers:1").train()
+    tiny_trainer(tmp_path / "two", **pair, share="layers:1").train()
+    with pytest.raises(ValueError, match=r"share a parameter.*set `share`"):
+        tiny_trainer(tmp_path / "three", **pair)
+
+
+def test_new_models_of_a_search_share_as_well(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        model_init=lambda: pair_of()["model"],
+        student_model_init=lambda: pair_of()["student_model"],
+        share="layers:1",
+    )
+    trainer.train()
+    layers = [model.bert.encoder.layer for model in (trainer.teacher_model, trainer.student_model)]
+    assert layers[0][0] is layers[1][0]
+    assert layers[0][1] is not layers[1][1]
+
+
+def test_the_saved_student_is_a_model_of_its_own(tmp_path):
+    trainer = tiny_trainer(tmp_path, **pair_of(), share="prefix")
+    trainer.train()
+    trainer.save_model()
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert_same_weights(student, trainer.student_model)
+    assert len(student.bert.encoder.layer) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": "layers:0"}, r"`share='layers:0'` is unknown.*layers:K"),
+        ({"share": "head"}, r"`share='head'` is unknown.*embeddings.*prefix"),
+        ({"share": "layers:3"}, r"`share='layers:3'`: the teacher has 3 layers and the student 2.*at most 2"),
+        ({"share": "prefix", "distillation_mode": "kd"}, r"`share='prefix'`.*'kd'.*freezes the teacher"),
+        (
+            {"share": "prefix", "student_model": tiny_bert(2, hidden_size=8)},
+            r"`share='prefix'`: `bert.embeddings.*\(16,\) in the teacher and \(8,\) in the student",
+        ),
+        (
+            {"share": "layers:1", "student_model": tiny_bert(2, intermediate_size=8)},
+            r"`bert.encoder.layer.0.intermediate.*\(32,\) in the teacher and \(8,\) in the student",
+        ),
+        (
+            {"share": "embeddings", "student_model": tiny_model("distilbert", "masked-lm")},
+            r"their heads are for different tasks",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, **{**pair_of(), **options})
+
+
+def test_models_of_two_classes_share_nothing():
+    with pytest.raises(ValueError, match="BertForMaskedLM and the student a DistilBertForMaskedLM"):
+        share_modules(tiny_model("bert", "masked-lm"), tiny_model("distilbert", "masked-lm"), "embeddings")
+
+
+def test_layers_that_depend_on_what_the_student_has_for_itself_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_parts, "_BELOW", ())
+    rows = rows_of(tiny_batch("seq2seq-lm"))
+    trainer = tiny_trainer(
+        tmp_path, **pair_of_family("bart"), train_dataset=rows, data_collator=default_data_collator, share="layers:1"
+    )
+    before = weights_of(trainer.pair)
+    with pytest.raises(ValueError, match=r"depend on \['model.encoder.layernorm_embedding"):
+        trainer.train()
+    assert_same_weights(trainer.pair, before)
+
+
+def test_one_layer_that_is_run_several_times_is_not_shared_in_part():
+    teacher = tiny_model("albert", "masked-lm", 3)
+    with pytest.raises(ValueError, match="runs one layer several times"):
+        share_modules(teacher, create_student(teacher, 2), "layers:1")
