@@ -106,7 +106,7 @@ def test_shared_layers_are_run_once_a_step(share, students, tmp_path):
     """Three times in three steps; and once more where the student is run alone, to check that it may be shared."""
     trainer = tiny_trainer(tmp_path, **pair_of(dropout=0.1), share=share, max_steps=3)
     own, others = ([layer.attention for layer in model.bert.encoder.layer] for model in trainer.pair.learners.values())
-    counts = {module: 0 for module in [*own, *others]}
+    counts = dict.fromkeys([*own, *others], 0)
 
     def count(module, *_):
         counts[module] += 1

@@ -39,6 +39,7 @@ def test_it_is_a_training_arguments_with_the_documented_defaults():
         "student_learning_rate": None,
         "student_weight_decay": None,
         "student_max_grad_norm": None,
+        "share": None,
         "fused_lm_head": True,
         "pretrained_cache_dir": None,
         "student_metric_for_best_model": None,
