@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from script_common import MODEL_OPTIONS, ModelArguments, check_arguments, load_config, load_model, load_models, logger
+from script_common import check_arguments
+from script_models import MODEL_OPTIONS, ModelArguments, load_config, load_model, load_models, logger
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -73,7 +74,7 @@ class LanguageModelArguments(ModelArguments):
             )
         if self.student_model_type is not None and self.student_config_name is not None:
             raise ValueError("`--student_model_type` and `--student_config_name` both give a config: choose one.")
-        whole, parts = self.student_options[:2], self.student_options[2:]
+        whole, parts = ModelArguments.student_options, self._made_by
         given = [next((o for o in options if getattr(self, o) is not None), None) for options in (whole, parts)]
         if None not in given:
             raise ValueError(
@@ -81,6 +82,11 @@ class LanguageModelArguments(ModelArguments):
             )
         if self.tokenizer_name is None and self.model_name_or_path is None:
             raise ValueError("Training from scratch needs a tokenizer for both models: give `--tokenizer_name`.")
+
+    @property
+    def _made_by(self) -> tuple[str, ...]:
+        """The arguments of which each asks for a student that is made from a config."""
+        return self.student_options[len(ModelArguments.student_options) :]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -91,7 +97,7 @@ class LanguageModelArguments(ModelArguments):
     @property
     def student_from_scratch(self) -> bool:
         """Whether the student is made from a config."""
-        return any(getattr(self, option) is not None for option in self.student_options[2:])
+        return any(getattr(self, option) is not None for option in self._made_by)
 
 
 def check_model_arguments(model_args: LanguageModelArguments, training_args: CoDistillationTrainingArguments) -> None:

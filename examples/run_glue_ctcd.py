@@ -27,23 +27,25 @@ from glue_data import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_colu
 from glue_metric import metrics_for
 from script_common import (
     DataArguments,
-    LabelledModelArguments,
-    allowed_length,
     check_arguments,
     checkpoint_to_resume,
     evaluate,
     finish,
     in_order,
-    load_config,
-    load_labelled_model,
-    load_models,
     load_raw_data,
-    load_tokenizer,
-    logger,
     parse_arguments,
     set_up_logging,
     train,
     wanted_splits,
+)
+from script_models import (
+    LabelledModelArguments,
+    allowed_length,
+    load_config,
+    load_labelled_model,
+    load_models,
+    load_tokenizer,
+    logger,
 )
 from transformers import (
     AutoModelForSequenceClassification,

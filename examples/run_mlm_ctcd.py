@@ -31,17 +31,16 @@ from language_model_data import (
 )
 from language_models import LanguageModelArguments, check_model_arguments, language_models
 from script_common import (
-    allowed_length,
     card_of,
     checkpoint_to_resume,
     evaluate,
     finish,
     load_raw_data,
-    load_tokenizer,
     parse_arguments,
     set_up_logging,
     train,
 )
+from script_models import allowed_length, load_tokenizer
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments

@@ -28,8 +28,6 @@ from datasets import Dataset
 from ner_data import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, find_column, metrics_for
 from script_common import (
     DataArguments,
-    LabelledModelArguments,
-    allowed_length,
     card_of,
     check_arguments,
     checkpoint_to_resume,
@@ -37,17 +35,21 @@ from script_common import (
     finish,
     first_rows,
     in_order,
-    load_config,
-    load_labelled_model,
-    load_models,
     load_raw_data,
-    load_tokenizer,
-    logger,
     parse_arguments,
     set_up_logging,
     split_of,
     train,
     wanted_splits,
+)
+from script_models import (
+    LabelledModelArguments,
+    allowed_length,
+    load_config,
+    load_labelled_model,
+    load_models,
+    load_tokenizer,
+    logger,
 )
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification

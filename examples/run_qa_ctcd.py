@@ -30,8 +30,6 @@ from datasets import Dataset, DatasetDict
 from qa_answers import WINDOW_COLUMNS, Answer, AnswerFinder, WindowTokenizer, squad_scores
 from script_common import (
     DataArguments,
-    ModelArguments,
-    allowed_length,
     card_of,
     check_arguments,
     checkpoint_to_resume,
@@ -40,16 +38,14 @@ from script_common import (
     first_rows,
     in_order,
     load_files,
-    load_model,
-    load_models,
     load_raw_data,
-    load_tokenizer,
     parse_arguments,
     set_up_logging,
     split_of,
     train,
     wanted_splits,
 )
+from script_models import ModelArguments, allowed_length, load_model, load_models, load_tokenizer
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForQuestionAnswering,

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import glue_data
 import run_glue_ctcd
 import script_common
+import script_models
 from glue_metric import GLUE_METRICS, GlueMetric, metrics_for
 
 from ctcd_trainer import CoDistillationTrainingArguments
@@ -398,12 +399,26 @@ def test_config_file_in_a_process_of_its_own(tmp_path, teacher):
     assert {"eval_accuracy", "eval_student_accuracy"} <= set(results(tmp_path / "out"))
 
 
+def test_the_student_is_cut_as_the_arguments_say(script, tmp_path, teacher, caplog):
+    files = save_files(tmp_path, ["no", "yes"])
+    options = {"student_layers": "0,2", "student_intermediate_size": 12, "share": "layers:1", "max_steps": 2}
+    with pytest.raises(ValueError, match=r"`share='layers:1'`: .* \(12,\) in the student"):
+        script("--do_train", model_name_or_path=teacher, **options, **files)
+    options |= {"share": "embeddings", "log_level": "info"}
+    out = script("--do_train", model_name_or_path=teacher, **options, **files, output_dir=tmp_path / "shared")
+    models = [AutoModelForSequenceClassification.from_pretrained(folder) for folder in (out, out / "student")]
+    assert (models[1].config.num_hidden_layers, models[1].config.intermediate_size) == (2, 12)
+    embeddings = [model.get_input_embeddings().weight for model in models]
+    assert torch.equal(*embeddings)
+    assert "M parameters" in caplog.text
+
+
 def test_yaml_config_file(monkeypatch, tmp_path):
     text = "{model_name_or_path: m, student_num_hidden_layers: 2, task_name: rte, do_eval: true, learning_rate: 0.25}"
     (tmp_path / "arguments.yaml").write_text(text)
     monkeypatch.setattr(sys, "argv", ["run_glue_ctcd.py", str(tmp_path / "arguments.yaml")])
     model_args, data_args, training_args = script_common.parse_arguments(
-        script_common.LabelledModelArguments, run_glue_ctcd.GlueDataArguments, CoDistillationTrainingArguments
+        script_models.LabelledModelArguments, run_glue_ctcd.GlueDataArguments, CoDistillationTrainingArguments
     )
     assert (model_args.student_num_hidden_layers, data_args.task_name) == (2, "rte")
     assert training_args.learning_rate == 0.25
@@ -487,10 +502,10 @@ def test_limits_of_samples_and_length(script, tmp_path, teacher, caplog):
 def test_the_table_of_positions_limits_the_length(tmp_path):
     save_tokenizer(tmp_path, model_max_length=10**30)
     model = BertModel(BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
-    limits = script_common.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
+    limits = script_models.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
     assert min(limits) == (512, "`student_model`")
     model.embeddings.position_embeddings = torch.nn.Embedding(514, 4, padding_idx=1)  # as RoBERTa counts
-    limits = script_common.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
+    limits = script_models.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
     assert min(limits) == (512, "`student_model`")
 
 
@@ -532,6 +547,10 @@ def test_model_cards_name_task_and_data(script, tmp_path, teacher):
             "`--distillation_mode ctcd` needs a student: give `--s",
         ),
         ({"task_name": "rte", "student_model_name_or_path": "x"}, "both give a student: choose one"),
+        (
+            {"task_name": "rte", "student_num_hidden_layers": None, "student_layers": "first"},
+            "`--student_layers first` is for a student that is cut",
+        ),
         ({"task_name": "rte", "distillation_mode": "community"}, "needs `--pretrained_teacher_name_or_path`"),
         ({"task_name": "rte", "pretrained_teacher_name_or_path": "x"}, "nothing learns from `--pretrained_teacher"),
         ({"task_name": "rte", "resume_from_checkpoint": "true"}, "there is no such checkpoint"),

@@ -38,6 +38,7 @@ import language_model_data
 import run_clm_ctcd
 import run_mlm_ctcd
 import script_common
+import script_models
 from language_model_data import Blocks, Lines, TextArguments
 from language_models import LanguageModelArguments, student_blueprint, teacher_blueprint
 
@@ -511,10 +512,10 @@ def test_the_length_is_limited_by_tables_of_positions_and_rotary_configs(caplog)
     )
     llama = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=8, max_position_embeddings=40))
     models = {"model": gpt2, "student_model": llama}
-    assert script_common.allowed_length("block_size", None, tokenizer, models) == 40
-    assert script_common.allowed_length("block_size", None, tokenizer, {"model": gpt2}) == 48
+    assert script_models.allowed_length("block_size", None, tokenizer, models) == 40
+    assert script_models.allowed_length("block_size", None, tokenizer, {"model": gpt2}) == 48
     assert not caplog.text
-    assert script_common.allowed_length("block_size", 64, tokenizer, models) == 40
+    assert script_models.allowed_length("block_size", 64, tokenizer, models) == 40
     assert "`--block_size 64` is more than `student_model` allows. Using 40." in caplog.text
 
 
