@@ -71,8 +71,11 @@ class PairOptimizationTrainer(PairHubTrainer):
             self.args = args
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
-        """Clip each learner by its own norm; one norm over both would couple them. Returns the norm over both."""
-        if self.pair is None:
+        """Clip each learner by its own norm; one norm over both would couple them. Returns the norm over both.
+
+        DeepSpeed has clipped by the norm over both, in its engine.
+        """
+        if self.pair is None or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         fsdp1 = self.model if isinstance(self.model, FullyShardedDataParallel) else None
@@ -90,6 +93,6 @@ class PairOptimizationTrainer(PairHubTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """The norm over both; clips here if only the student is to be clipped."""
-        if self.pair is not None and grad_norm is None:
+        if self.pair is not None and grad_norm is None and not self.is_deepspeed_enabled:
             return self._clip_grad_norm(model)
         return super()._get_grad_norm(model, grad_norm)

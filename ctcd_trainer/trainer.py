@@ -177,6 +177,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             **kwargs,
         )
         if paired:
+            validation.check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
             # model is the pair.
@@ -219,6 +220,17 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False  # the task counts
         self._fused = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save both models; see `Trainer.save_model`.
+
+        They are whole also where checkpoints hold shards (FSDP's `SHARDED_STATE_DICT`), which Trainer leaves to a tool
+        that knows of one model only.
+        """
+        shards = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if shards and self.pair is not None and self._staging is None:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new teacher from `model_init`, paired with a new student from `student_model_init`."""
@@ -433,7 +445,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             "`soft_loss_func` takes them": self.soft_loss_func is not None,
             "`compute_loss_func` takes them": self.compute_loss_func is not None,
             "`label_smoothing_factor` is set": self.label_smoother is not None,
-            "FSDP or DeepSpeed shard the heads": self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            "FSDP or DeepSpeed ZeRO-3 shard the heads": self._shards_parameters(),
         }
         for reason, holds in reasons.items():
             if holds:
@@ -452,6 +464,12 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self._pretrained_tap = taps.pop(PRETRAINED, None)
         self.pair.taps = taps
         return None
+
+    def _shards_parameters(self) -> bool:
+        """Whether a process has the whole of a parameter only while the module that it belongs to runs."""
+        return self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
 
     # ---- Logs ----
 

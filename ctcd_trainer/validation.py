@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -52,8 +53,9 @@ def check_arguments(args: TrainingArguments | None) -> None:
     """Arguments of Trainer that cannot hold for two models at once.
 
     Raises:
-        ValueError: `use_liger_kernel` is set, one process would drive several devices (`nn.DataParallel`), or a best
-            student is to be kept without any evaluation.
+        ValueError: `use_liger_kernel` is set, one process would drive several devices (`nn.DataParallel`), a best
+            student is to be kept without any evaluation, or the student is to be clipped by a norm of its own where
+            DeepSpeed clips.
     """
     if args is None:
         return
@@ -62,6 +64,11 @@ def check_arguments(args: TrainingArguments | None) -> None:
         raise ValueError(
             f"`student_metric_for_best_model={metric!r}` has no effect with `eval_strategy='no'`: nothing is ever "
             "evaluated. Set `eval_strategy` to 'steps' or 'epoch', or leave the metric out."
+        )
+    if getattr(args, "student_max_grad_norm", None) is not None and args.deepspeed_plugin is not None:
+        raise ValueError(
+            f"`student_max_grad_norm={args.student_max_grad_norm}` has no effect with DeepSpeed, which clips both "
+            f"models by one norm (`max_grad_norm={args.max_grad_norm}`). Leave it out, or use FSDP."
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -73,6 +80,38 @@ def check_arguments(args: TrainingArguments | None) -> None:
         raise ValueError(
             "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the logits of "
             "two. Set it to False."
+        )
+
+
+def check_strategy(accelerator: Accelerator, has_pretrained: bool, share: str | None) -> None:
+    """Ways to shard that cannot hold for two models at once.
+
+    Args:
+        accelerator: Trainer's, with the plugins that the arguments or `accelerate launch` have made.
+        has_pretrained: Whether there is a frozen teacher outside of the pair.
+        share: The argument of this name.
+
+    Raises:
+        ValueError: FSDP1 without `use_orig_params`, DeepSpeed ZeRO-3 with a frozen teacher, or parameters that both
+            models have and that each of them would be sharded with.
+    """
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version == 1 and not fsdp.use_orig_params:
+        raise ValueError(
+            "FSDP1 with `use_orig_params=False` joins parameters of both models into one, which can have neither "
+            "two learning rates nor two gradient norms. Set `use_orig_params` to true, or `version` to 2."
+        )
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    zero3 = deepspeed is not None and deepspeed.zero_stage == 3
+    if share is not None and (fsdp is not None or zero3):
+        raise ValueError(
+            f"`share={share!r}` gives both models the same parameters, and {'DeepSpeed ZeRO-3' if zero3 else 'FSDP'} "
+            "shards each of them by the layer that it is in. Leave `share` out, or train with DDP or ZeRO-2."
+        )
+    if zero3 and has_pretrained:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 shards the models that it trains alone, and `pretrained_teacher` is none of them. Use "
+            "FSDP2, which shards the frozen teacher too, or ZeRO-2, where each process holds it whole."
         )
 
 

@@ -1,0 +1,69 @@
+"""Two and four processes train, log and measure what one process does on the same global batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_training import SCENARIOS, train
+from processes import run_program
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [f"{name} 2 ddp {name}" for name in SCENARIOS]
+    one = "saved-by-one 1 plain causal_lm"
+    resumed = ["resumed-by-two 2 ddp causal_lm saved-by-one", "resumed-by-one 1 plain causal_lm causal_lm"]
+    run_program("distributed_training.py", folder, one, *jobs, *resumed)
+    return folder
+
+
+def assert_same(actual: dict, expected: dict, logs: int = 5) -> None:
+    """Logs, metrics and weights, to the tolerance."""
+    assert len(actual["logs"]) == len(expected["logs"]) == logs
+    pairs = [*zip(actual["logs"], expected["logs"], strict=True), (actual["metrics"], expected["metrics"])]
+    for found, wanted in pairs:
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), name
+    assert_same_weights(actual["weights"], expected["weights"])
+
+
+def assert_same_weights(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = TOLERANCE
+) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (actual[name] - value).abs().max().item()
+        assert difference <= tolerance, f"{name}: {difference}"
+
+
+def assert_ranks_agree(folder: Path, name: str, count: int) -> None:
+    """Every process must hold the same weights, bit for bit."""
+    first, *others = (torch.load(folder / f"{name}-{rank}.pt")["weights"] for rank in range(count))
+    for other in others:
+        assert [name for name, value in first.items() if not torch.equal(value, other[name])] == []
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_processes_train_log_and_measure_as_one(scenario, two_processes, tmp_path):
+    expected = train(scenario, tmp_path)
+    assert_same(torch.load(two_processes / f"{scenario}-0.pt"), expected)
+    assert_ranks_agree(two_processes, scenario, 2)
+
+
+@pytest.mark.parametrize("resumed", ["resumed-by-two", "resumed-by-one"])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(resumed, two_processes):
+    expected = torch.load(two_processes / "saved-by-one-0.pt")
+    assert_same(torch.load(two_processes / f"{resumed}-0.pt"), expected)
+
+
+@pytest.mark.slow
+def test_four_processes_train_log_and_measure_as_one(tmp_path):
+    scenarios = [name for name in SCENARIOS if name not in ("uneven", "filled_up")]  # other batches than of two
+    run_program("distributed_training.py", tmp_path, *(f"{name} 4 plain {name}" for name in scenarios))
+    for scenario in scenarios:
+        assert_same(torch.load(tmp_path / f"{scenario}-0.pt"), train(scenario, tmp_path / "one"))
+        assert_ranks_agree(tmp_path, scenario, 4)

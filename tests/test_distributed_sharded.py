@@ -1,0 +1,83 @@
+"""Two processes that hold half of each parameter (FSDP) train, log and measure what one process does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_training import train
+from processes import run_program
+from test_distributed import assert_same
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+SHARDED = ("classification", "masked_lm", "causal_lm", "community", "one_way")
+FSDP1 = ("classification", "masked_lm")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What one process makes of a scenario, each computed once."""
+    results = {}
+
+    def result(scenario: str) -> dict:
+        if scenario not in results:
+            results[scenario] = train(scenario, tmp_path_factory.mktemp(scenario))
+        return results[scenario]
+
+    return result
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    jobs = [f"{name}-fsdp2 2 fsdp2 {name}" for name in SHARDED]
+    jobs += ["shards 2 shards masked_lm", "shards-resumed 2 shards masked_lm shards"]
+    jobs += ["whole-resumed 2 fsdp2 causal_lm causal_lm-fsdp2"]
+    jobs += [f"{name}-fsdp1 2 fsdp1 {name}" for name in FSDP1]
+    run_program("distributed_training.py", folder, *jobs)
+    return folder
+
+
+def load(folder: Path, name: str) -> dict:
+    return torch.load(folder / f"{name}-0.pt")
+
+
+@pytest.mark.parametrize("scenario", SHARDED)
+def test_fully_sharded_processes_train_log_and_measure_as_one(scenario, sharded, one_process):
+    assert_same(load(sharded, f"{scenario}-fsdp2"), one_process(scenario))
+
+
+@pytest.mark.parametrize("scenario", FSDP1)
+def test_the_first_fsdp_trains_logs_and_measures_as_one_process(scenario, sharded, one_process):
+    actual, expected = load(sharded, f"{scenario}-fsdp1"), one_process(scenario)
+    # Tied parameters have one name here.
+    expected = {**expected, "weights": {name: expected["weights"][name] for name in actual["weights"]}}
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize(("name", "scenario"), [("shards-resumed", "masked_lm"), ("whole-resumed", "causal_lm")])
+def test_sharded_trainings_go_on_from_their_checkpoints(name, scenario, sharded, one_process):
+    assert_same(load(sharded, name), one_process(scenario))
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_model"),
+    [
+        ("masked_lm-fsdp2", AutoModelForMaskedLM),
+        ("causal_lm-fsdp2", AutoModelForCausalLM),
+        ("shards", AutoModelForMaskedLM),
+    ],
+)
+def test_sharded_trainings_save_two_whole_models(name, auto_model, sharded):
+    weights = load(sharded, name)["weights"]
+    for learner, subfolder in (("teacher", ""), ("student", "student")):
+        saved = auto_model.from_pretrained(sharded / name, subfolder=subfolder).state_dict()
+        assert {key.removeprefix(f"learners.{learner}.") for key in weights if learner in key} == saved.keys()
+        for key, value in saved.items():
+            assert torch.equal(value, weights[f"learners.{learner}.{key}"]), key
+
+
+def test_checkpoints_of_whole_weights_hold_two_whole_models(sharded):
+    for subfolder in ("", "student"):
+        AutoModelForMaskedLM.from_pretrained(sharded / "masked_lm-fsdp2" / "checkpoint-4", subfolder=subfolder)
