@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .graph import STUDENT
 from .hub_errors import is_refusal, without_token
-from .hub_upload import Upload
+from .hub_upload import PULL_REQUEST, Upload
 from .model_card import write_model_cards
 from .modeling import CoDistillationModel
 from .uploads import UploadQueue, in_background
@@ -71,7 +71,8 @@ class PairHubTrainer(Trainer):
         api = HfApi(token=self._uploads.token)
         try:
             name = api.create_repo(name, private=private, exist_ok=True).repo_id
-            api.auth_check(name, write=True)  # making one that is there needs no right
+            if not (self.args.hub_revision or "").startswith(PULL_REQUEST):  # which may be to a repository of others
+                api.auth_check(name, write=True)  # making one that is there needs no right
         except HFValidationError as error:
             raise ValueError(f"`{argument}={name!r}` is no name of a repository: {error} Give another one.") from error
         except (TypeError, AttributeError):

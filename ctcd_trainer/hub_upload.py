@@ -9,7 +9,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 _CARD = "README.md"
 #: In each card that this package writes, until somebody has completed it.
 _OWN_CARD = "ctcd_trainer has written this"
-_PULL_REQUEST = "refs/pr/"
+#: Beginning of the revision of a pull request.
+PULL_REQUEST = "refs/pr/"
 
 
 @dataclass(frozen=True, eq=False)  # two uploads are two, also where they say the same
@@ -65,7 +66,7 @@ class Upload:
             raise NotADirectoryError(f"{str(folder)!r} is gone: it cannot be uploaded unless you put it back")
         api = HfApi(token=token)
         repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
-        if self.revision is not None and not self.revision.startswith(_PULL_REQUEST):
+        if self.revision is not None and not self.revision.startswith(PULL_REQUEST):
             api.create_branch(repo_id, branch=self.revision, exist_ok=True)
         spared = [_CARD] if self.spare_card and _has_card_of_others(repo_id, self.revision, token) else []
         return api.upload_folder(

@@ -243,6 +243,13 @@ def test_a_repository_of_others_is_refused_before_any_work(argument, hub, tmp_pa
         tiny_trainer(tmp_path, **{**HUB, argument: "you/there"})
 
 
+def test_for_a_pull_request_no_right_to_write_is_needed(hub, tmp_path):
+    for name in ("you/there", "you/there-student"):
+        hub.create(name)
+    options = {"hub_model_id": "you/there", "hub_revision": "refs/pr/1"}
+    assert tiny_trainer(tmp_path, **{**HUB, **options}).hub_model_id == "you/there"
+
+
 def test_a_bad_name_of_a_repository_is_refused_before_any_work(hub, tmp_path):
     with pytest.raises(ValueError, match="`student_hub_model_id='me/a/b'` is no name of a repository"):
         tiny_trainer(tmp_path, **HUB, student_hub_model_id="me/a/b")
