@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .modeling import forward_parameters
-from .tasks import Task
+from .task import Task
 from .training_args import ModeDefault
 from .wrapping import base_model, is_peft_model
 

@@ -10,7 +10,7 @@ from .checkpoints import PairCheckpointTrainer
 from .graph import STUDENT, TEACHER
 from .metrics import EvaluationMeter, MetricsOfEach, copy_of_metrics, perplexities, predictions_of
 from .modeling import LearnerView
-from .tasks import Task
+from .task import Task
 
 
 class CoDistillationPredictionOutput(NamedTuple):
@@ -118,7 +118,7 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
             )
         if losses[TEACHER] is not None:
             # The loss of nothing on any process is NaN, which Trainer does not count (`logging_nan_inf_filter`).
-            items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device))
+            items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).reshape(-1)[0]
             losses = {name: loss.where(items.to(loss.device) > 0, torch.nan) for name, loss in losses.items()}
         if self._evaluation_meter is not None:
             if losses[STUDENT] is not None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .fused_linear import LinearHead, ScoredPositions
 from .labels import IGNORE_INDEX
-from .tasks import Task
+from .task import Task
 from .wrapping import base_model
 
 

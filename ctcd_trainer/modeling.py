@@ -16,7 +16,7 @@ from .graph import STUDENT, TEACHER
 from .lm_head import HeadTap
 from .sharding import layer_classes
 from .shared_parts import SharedRun
-from .tasks import Task
+from .task import Task
 from .wrapping import base_model
 
 

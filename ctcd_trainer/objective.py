@@ -8,7 +8,7 @@ from transformers.trainer_pt_utils import nested_detach
 
 from .fused_linear import LinearHead, linear_losses
 from .graph import Edge
-from .tasks import Task
+from .task import Task
 from .training_args import DistillationArguments
 
 #: The user's own soft loss: arguments are the outputs of the model that teaches (detached), those of the model that

@@ -13,7 +13,7 @@ from . import validation
 from .graph import STUDENT, TEACHER
 from .loading import load_model
 from .shared_parts import share_modules
-from .tasks import Task
+from .task import Task
 from .training_args import DistillationArguments
 
 #: What `from_pretrained` takes.

@@ -20,7 +20,7 @@ from .fused_linear import LinearHead, ScoredPositions
 from .labels import IGNORE_INDEX
 from .lm_head import HeadTap
 from .prediction_store import PredictionStore
-from .tasks import Task
+from .task import Task
 from .wrapping import base_model, is_peft_model
 
 logger = logging.get_logger(__name__)

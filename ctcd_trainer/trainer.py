@@ -34,7 +34,7 @@ from .pairing import NAME_OR_PATH, ModelSources
 from .pretrained_cache import PretrainedCache
 from .sharding import shard_frozen, tied_layers_in_root
 from .shared_parts import SharedRun
-from .tasks import Task
+from .task import Task
 from .training_args import DistillationArguments
 from .wrapping import base_model
 
@@ -151,7 +151,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
                 validation.check_vocabularies(teacher, other, argument, tokenizer)
             validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
             for argument, dataset in datasets.items():
-                validation.check_labels(self.task, dataset, argument)
+                partners = argument != "train_dataset" or bool(self.graph.edges)
+                validation.check_labels(self.task, dataset, argument, partners)
             if self.distillation.pretrained_cache_dir is not None:
                 self._pretrained_cache = PretrainedCache(
                     self.distillation.pretrained_cache_dir, self.pretrained_teacher, self.task, args.mixed_precision
@@ -287,10 +288,19 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             self._move_model_to_device(model, self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        """Count what the task scores, over the whole accumulated batch and all processes."""
-        if self.task is not None:
-            batch_samples = [{"labels": self.task.counted(batch)} for batch in batch_samples]
-        return super()._get_num_items_in_batch(batch_samples, device)
+        """Count what the task scores, over the whole accumulated batch and all processes.
+
+        Returns:
+            The number; where rows without a label are compared, `(2,)` with the number of rows that are.
+        """
+        if self.task is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counted = [{"labels": self.task.counted(batch)} for batch in batch_samples]
+        number = super()._get_num_items_in_batch(counted, device)
+        if number is None or not self.task.per_row:
+            return number
+        rows = [{"labels": self.task.distilled(batch).long()} for batch in batch_samples]
+        return torch.stack([number, super()._get_num_items_in_batch(rows, device)])
 
     def compute_loss(
         self,
@@ -317,9 +327,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if isinstance(model, LearnerView):
             outputs = self._outputs(model, inputs)
-            loss = self._hard_loss(
-                outputs, inputs, self._share_of_batch(inputs, num_items_in_batch), num_items_in_batch
-            )
+            loss = self._hard_loss(outputs, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
         warmup = self.distillation.soft_weight_factor(self.state.global_step, self.state.max_steps)
@@ -328,7 +336,6 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             loss, values = self._fused_losses(model, inputs, num_items_in_batch, warmup)
         else:
             outputs = self._outputs(model, inputs)
-            share = self._share_of_batch(inputs, num_items_in_batch)
             sources = dict(outputs)
             if self.pretrained_teacher is not None:
                 sources[PRETRAINED] = self._pretrained_outputs(inputs)
@@ -337,8 +344,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
                 self.distillation,
                 sources,
                 inputs,
-                hard_loss=lambda output: self._hard_loss(output, inputs, share, num_items_in_batch),
-                share=share,
+                hard_loss=lambda output: self._hard_loss(output, inputs, num_items_in_batch),
+                share=self._share_of_batch(self.task.distilled(inputs), num_items_in_batch, -1),
                 warmup=warmup,
                 soft_loss_func=self.soft_loss_func,
             )
@@ -351,12 +358,18 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             return model(**inputs, labelled=False)
         return model(**{**inputs, **self.task.trainable_labels(inputs)})
 
-    def _share_of_batch(self, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Share of this micro-batch in the accumulated batch, times the processes that gradients average over."""
-        num_items = self.task.counted(inputs).ne(IGNORE_INDEX).sum()
+    def _share_of_batch(self, counted: Tensor, num_items_in_batch: Tensor | int | None, which: int) -> Tensor:
+        """Share of this micro-batch in the accumulated batch, times the processes that gradients average over.
+
+        Args:
+            counted: What counts in this micro-batch, bool.
+            num_items_in_batch: Numbers for the whole batch; see `_get_num_items_in_batch`.
+            which: Which of the numbers, 0 for the labelled ones and -1 for the compared ones.
+        """
         if num_items_in_batch is None:
-            return num_items.clamp(max=1) / self._micro_batches()
-        return self._process_scale() * num_items / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            return counted.sum().clamp(max=1) / self._micro_batches()
+        number = torch.as_tensor(num_items_in_batch).reshape(-1)[which]
+        return self._process_scale() * counted.sum() / number.clamp(min=1)
 
     def _micro_batches(self) -> int:
         """Number of micro-batches that gradients are summed over, for a mean without the count of their items."""
@@ -370,22 +383,25 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self,
         outputs: Any,
         inputs: dict[str, Tensor | Any],
-        share: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Task loss of one learner: the user's function, the smoothed one, or the one of the model itself."""
         if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=num_items_in_batch)
-            return loss * self._process_scale() if num_items_in_batch is not None else loss
+            number = num_items_in_batch
+            number = number.reshape(-1)[0] if isinstance(number, Tensor) else number
+            loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=number)
+            return loss * self._process_scale() if number is not None else loss
+        share = self._share_of_batch(self.task.counted(inputs).ne(IGNORE_INDEX), num_items_in_batch, 0)
         if "labels" in inputs and self.label_smoother is not None:
             labels = self.task.trainable_labels(inputs)["labels"]
             return self.label_smoother(outputs, labels, shift_labels=self.task.shifts_labels) * share
-        if outputs.get("loss") is None:
+        loss = self.task.hard_loss(outputs, inputs)
+        if loss is None:
             raise ValueError(
                 f"The model has computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "
                 "'labels', or pass a `data_collator` that makes them."
             )
-        return outputs["loss"] * share
+        return loss * share
 
     def _pretrained_outputs(
         self, inputs: dict[str, Tensor | Any], tap: HeadTap | None = None, head_at: ScoredPositions | None = None

@@ -4,14 +4,19 @@ import os
 from collections.abc import Mapping, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import logging
 
 from .graph import Graph
-from .tasks import Task, UnknownHead, find_task, named_task
+from .task import Task
+from .tasks import UnknownHead, find_task, named_task
 from .training_args import DistillationArguments
+
+logger = logging.get_logger(__name__)
 
 #: Columns that Trainer's data collators take as labels.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -347,17 +352,24 @@ def check_dataset(dataset: Any, argument: str) -> None:
         raise ValueError(f"`{argument}` is empty (0 examples). Check the file, the split or the filter it comes from.")
 
 
-def check_labels(task: Task, dataset: Any, argument: str) -> None:
+def check_labels(task: Task, dataset: Any, argument: str, partners: bool = True) -> None:
     """The labels of a data set that has them at hand (a `datasets.Dataset` or a list of dicts) must fit the task.
 
     Other data sets (iterable, or computed on the fly) would have to be read whole, so they are not checked here.
 
+    Args:
+        task: The task.
+        dataset: The data set.
+        argument: Name of the argument that gave it.
+        partners: Whether rows without a label are of use, because models learn from each other.
+
     Raises:
-        ValueError: A label does not fit the task; the message has the row and the value.
+        ValueError: A label does not fit the task, or there is none and nothing else to learn from; the message has the
+            row and the value.
     """
     if isinstance(dataset, Mapping):
         for name, part in dataset.items():
-            check_labels(task, part, f"{argument}[{name!r}]")
+            check_labels(task, part, f"{argument}[{name!r}]", partners)
         return
     labels = None
     if hasattr(dataset, "column_names") and isinstance(dataset, Sized):
@@ -369,5 +381,17 @@ def check_labels(task: Task, dataset: Any, argument: str) -> None:
     if labels is not None:
         try:
             task.check_labels(labels)
+            unlabelled = np.flatnonzero(task.unlabelled_rows(labels)) if task.per_row else ()
+            if len(unlabelled) and not partners:
+                raise ValueError(
+                    f"Row {unlabelled[0]} and {len(unlabelled) - 1} more have no label ({labels[unlabelled[0]]!r}), "
+                    "and no model learns from another one in this mode. Drop these rows, or choose a mode with soft "
+                    "losses (`distillation_mode='ctcd'`)."
+                )
+            if len(unlabelled):
+                logger.warning(
+                    "%d of %d rows of `%s` have no label (%r): only the soft losses use them.",
+                    *(len(unlabelled), len(labels), argument, labels[unlabelled[0]]),
+                )
         except ValueError as error:
             raise ValueError(f"`{argument}`: {error}") from error

@@ -63,8 +63,8 @@ def test_labels_of_the_wrong_shape_or_value_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`num_labels=4` and the labels have shape \(6, 3\)"):
         tiny_trainer(tmp_path, "multi_label", train_dataset=rows)
     rows = tiny_rows(6, "regression")
-    rows[3]["labels"] = math.nan
-    with pytest.raises(ValueError, match="The score of row 3 is nan: scores must be finite"):
+    rows[3]["labels"] = math.inf
+    with pytest.raises(ValueError, match="The score of row 3 is inf: scores must be finite"):
         tiny_trainer(tmp_path, "regression", train_dataset=rows)
 
 

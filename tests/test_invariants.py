@@ -58,28 +58,6 @@ def test_accumulation_of_unequal_micro_batches_equals_one_batch(tmp_path):
     assert_same_pair(whole, parts, tolerance=1e-6)
 
 
-def test_ignored_rows_count_neither_in_the_hard_nor_in_the_soft_loss(tmp_path):
-    rows = tiny_rows(8)
-    with_ignored = [row for r in rows for row in (r, {**r, "labels": -100})]
-    settings = {"max_steps": 2, "learning_rate": 1e-3}
-    plain = tiny_trainer(tmp_path, train_dataset=rows, per_device_train_batch_size=4, **settings)
-    ignoring = tiny_trainer(tmp_path, train_dataset=with_ignored, per_device_train_batch_size=8, **settings)
-    plain.train()
-    ignoring.train()
-    assert_same_pair(plain, ignoring, tolerance=1e-6)
-
-
-def test_a_micro_batch_in_which_every_row_is_ignored_adds_nothing(tmp_path):
-    rows = tiny_rows(4)
-    ignored = [{**row, "labels": -100} for row in rows]
-    settings = {"max_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
-    plain = tiny_trainer(tmp_path, train_dataset=rows, **settings)
-    accumulating = tiny_trainer(tmp_path, train_dataset=rows + ignored, gradient_accumulation_steps=2, **settings)
-    plain.train()
-    accumulating.train()
-    assert_same_pair(plain, accumulating, tolerance=1e-7)
-
-
 @pytest.mark.parametrize("problem", list(PROBLEMS))
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing_factor": 0.1, "weight_decay": 0.1}, {"max_grad_norm": 0.01}], ids=str

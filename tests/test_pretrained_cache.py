@@ -16,7 +16,7 @@ from torch import nn
 from ctcd_trainer import CoDistillationTrainer, pretrained_cache
 from ctcd_trainer.prediction_store import PredictionStore
 from ctcd_trainer.pretrained_cache import fingerprint_of
-from ctcd_trainer.tasks import Task
+from ctcd_trainer.task import Task
 
 FAMILIES = [(head, family) for head, families in {**LANGUAGE_MODELS, **OTHERS}.items() for family in families]
 ONE_OF_EACH = [(head, families[0]) for head, families in {**LANGUAGE_MODELS, **OTHERS}.items()]

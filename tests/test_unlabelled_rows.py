@@ -1,0 +1,145 @@
+"""Rows without a label train through the soft losses alone, each term a mean over what it has."""
+
+import math
+
+import pytest
+import torch
+from tiny import PROBLEMS, assert_same_weights, collate, tiny_rows, tiny_trainer
+from tiny_models import rows_of, tiny_batch, tiny_model
+from torch.nn import functional as F
+from transformers import default_data_collator
+
+UNLABELLED = {"single_label": -100, "multi_label": [math.nan] * 4, "regression": math.nan}
+
+
+def mixed_rows(problem: str, count: int = 24, unlabelled: tuple[int, ...] = (0, 3, 4, 9, 10, 11)) -> list[dict]:
+    return [
+        {**row, "labels": UNLABELLED[problem]} if index % 12 in unlabelled else row
+        for index, row in enumerate(tiny_rows(count, problem))
+    ]
+
+
+def naive_losses(problem: str, logits: list[torch.Tensor], rows: list[dict], tau: float) -> torch.Tensor:
+    """The sum of both hard and both soft losses of some rows, one row at a time."""
+    hard, soft, count = 0.0, 0.0, 0
+    for index, row in enumerate(rows):
+        first, second = (each[index] for each in logits)
+        labelled = row["labels"] != UNLABELLED[problem] and not math.isnan(torch.tensor(row["labels"]).sum().item())
+        count += labelled
+        for own, other in ((first, second.detach()), (second, first.detach())):
+            if problem == "single_label":
+                soft = soft + tau**2 * F.kl_div(
+                    F.log_softmax(own / tau, -1), F.log_softmax(other / tau, -1), reduction="sum", log_target=True
+                )
+                hard = hard + F.cross_entropy(own, torch.tensor(row["labels"])) if labelled else hard
+            elif problem == "multi_label":
+                for z, target in zip(own / tau, torch.sigmoid(other / tau), strict=True):
+                    p = torch.stack([target, 1 - target])
+                    q = torch.stack([F.logsigmoid(z), F.logsigmoid(-z)])
+                    soft = soft + tau**2 * (p * (p.log() - q)).sum()
+                label = torch.tensor(row["labels"])
+                hard = hard + F.binary_cross_entropy_with_logits(own, label) if labelled else hard
+            else:
+                soft = soft + (own - other).square().sum()
+                hard = hard + (own - torch.tensor(row["labels"])).square().sum() if labelled else hard
+    return hard / count + soft / len(rows)
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_each_loss_is_a_mean_over_its_own_rows(problem, tau, tmp_path):
+    rows = mixed_rows(problem)
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
+    settings = {**options, "temperature": tau, "per_device_train_batch_size": 8, "max_steps": 3}
+    trainer = tiny_trainer(tmp_path, problem, train_dataset=rows, **settings)
+    twin = tiny_trainer(tmp_path, problem)
+    models = [twin.teacher_model, twin.student_model]
+    for step in range(3):
+        own = rows[8 * step : 8 * step + 8]
+        batch = collate(own)
+        batch.pop("labels")
+        logits = [model.train()(**batch).logits for model in models]
+        for model in models:
+            model.zero_grad()
+        naive_losses(problem, logits, own, tau).backward()
+        with torch.no_grad():
+            for model in models:
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(0.1 * parameter.grad)
+    trainer.train()
+    assert_same_weights(trainer.teacher_model, models[0], 1e-5)
+    assert_same_weights(trainer.student_model, models[1], 1e-5)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_accumulated_batches_count_each_kind_of_row_over_all_of_them(problem, tmp_path):
+    """Also where a micro-batch has no labelled row, or no other."""
+    rows = mixed_rows(problem, 16, unlabelled=(0, 1, 5, 8, 9))
+    settings = {"train_dataset": rows, "max_steps": 2, "learning_rate": 1e-3}
+    trainers = [
+        tiny_trainer(
+            tmp_path, problem, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings
+        )
+        for size in (8, 2, 1)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    for other in trainers[1:]:
+        assert_same_weights(other.pair, trainers[0].pair, 1e-6)
+
+
+def test_a_multiple_choice_without_a_label_is_compared(tmp_path):
+    batch = tiny_batch("multiple-choice", 8)
+    models = {
+        "model": tiny_model("bert", "multiple-choice", 2),
+        "student_model": tiny_model("bert", "multiple-choice", 1),
+    }
+    trainer = tiny_trainer(tmp_path, **models, train_dataset=rows_of(batch), data_collator=default_data_collator)
+    batch["labels"][[1, 4]] = -100
+    loss = trainer.compute_loss(trainer.pair, dict(batch))
+    with torch.no_grad():
+        logits = [F.log_softmax(model(**{**batch, "labels": None}).logits, -1) for model in models.values()]
+    labelled = batch["labels"] != -100
+    hard = sum(F.nll_loss(own[labelled], batch["labels"][labelled]) for own in logits)
+    soft = sum(F.kl_div(own, other, reduction="batchmean", log_target=True) for own, other in (logits, logits[::-1]))
+    torch.testing.assert_close(loss, hard + soft)
+
+
+def test_rows_without_labels_alone_train_both_models_towards_each_other(tmp_path):
+    rows = mixed_rows("single_label", 24, unlabelled=tuple(range(12)))
+    trainer = tiny_trainer(tmp_path, train_dataset=rows, logging_steps=1, max_steps=5)
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "student_from_teacher_loss" in each]
+    assert {each["teacher_hard_loss"] for each in logs} == {0.0}
+    assert logs[-1]["student_from_teacher_loss"] < logs[0]["student_from_teacher_loss"]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_evaluation_scores_labelled_rows_alone(problem, tmp_path):
+    rows = mixed_rows(problem, 20)
+    labelled = [row for row, plain in zip(rows, tiny_rows(20, problem), strict=True) if row == plain]
+    assert 0 < len(labelled) < 20
+    trainer = tiny_trainer(tmp_path, problem, per_device_eval_batch_size=20)
+    mixed, alone = trainer.evaluate(rows), trainer.evaluate(labelled)
+    for name in ("eval_loss", "eval_student_loss"):
+        assert mixed[name] == pytest.approx(alone[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_rows_with_neither_label_nor_partner_are_refused(problem, tmp_path):
+    with pytest.raises(ValueError, match=r"`train_dataset`: Row 0 and 5 more have no label.*soft losses"):
+        tiny_trainer(tmp_path, problem, train_dataset=mixed_rows(problem, 12), distillation_mode="standalone")
+
+
+def test_rows_without_a_label_are_counted_in_the_log(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="ctcd_trainer")
+    tiny_trainer(tmp_path, "regression", train_dataset=mixed_rows("regression", 12))
+    assert "6 of 12 rows of `train_dataset` have no label (nan): only the soft losses use them" in caplog.text
+
+
+def test_some_labels_of_several_are_refused(tmp_path):
+    rows = tiny_rows(4, "multi_label")
+    rows[2]["labels"] = [0.0, 1.0, math.nan, 0.0]
+    with pytest.raises(ValueError, match="Multi-label row 2 is .*nan.*or all NaN"):
+        tiny_trainer(tmp_path, "multi_label", train_dataset=rows)
