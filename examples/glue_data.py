@@ -1,5 +1,6 @@
 """Sequence classification data in the manner of GLUE: its parts, what its labels mean, and its tokens."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from script_common import first_rows, split_of
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ctcd_trainer.labels import IGNORE_INDEX
 
 #: The GLUE tasks and their columns of text.
 TASK_TO_TEXT: Mapping[str, tuple[str, ...]] = {
@@ -176,6 +179,13 @@ class Labels:
         own = _named_labels(config)
         return own is None or own == [name.lower() for name in self.names]
 
+    @property
+    def absent(self) -> Any:
+        """What a row without a label has in its place."""
+        if self.problem_type == "single_label_classification":
+            return IGNORE_INDEX
+        return math.nan if self.problem_type == "regression" else [math.nan] * len(self.names)
+
     def encode(self, values: Sequence[Any]) -> list[Any]:
         """The labels as the models take them: indices, floats, or rows of zeros and ones.
 
@@ -264,6 +274,7 @@ class Preprocessor:
         labels: What the labels mean.
         max_length: Number of tokens at which rows are cut.
         pad: Whether to fill every row up to `max_length`.
+        labelled: Whether the labels of the rows are used, if they have any; otherwise they get none to learn from.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -271,12 +282,15 @@ class Preprocessor:
     labels: Labels
     max_length: int
     pad: bool
+    labelled: bool = True
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Tokens of the rows, and `labels` if they have any."""
         texts = ([text or "" for text in rows[column]] for column in self.columns)
         padding = "max_length" if self.pad else False
         result = dict(self.tokenizer(*texts, padding=padding, max_length=self.max_length, truncation=True))
-        if LABEL in rows:
+        if not self.labelled:
+            result["labels"] = [self.labels.absent] * len(result["input_ids"])
+        elif LABEL in rows:
             result["labels"] = self.labels.encode(rows[LABEL])
         return result

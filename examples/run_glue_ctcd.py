@@ -18,11 +18,11 @@ The teacher is saved in the output folder and the student in its folder `student
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from glue_data import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_columns
 from glue_metric import metrics_for
 from script_common import (
@@ -30,8 +30,10 @@ from script_common import (
     check_arguments,
     checkpoint_to_resume,
     evaluate,
+    file_reader,
     finish,
     in_order,
+    load_files,
     load_raw_data,
     parse_arguments,
     set_up_logging,
@@ -80,6 +82,12 @@ class GlueDataArguments(DataArguments):
     )
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
     test_file: str | None = field(default=None, metadata={"help": "A file with the test data."})
+    unlabeled_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file with more training texts, without labels: on them the models learn from each other alone."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.task_name is not None:
@@ -101,6 +109,10 @@ class GlueDataArguments(DataArguments):
             self.dataset_name = self.dataset_name or "nyu-mll/glue"
             self.dataset_config_name = self.dataset_config_name or self.task_name
         self.check_files()
+        if self.unlabeled_file is not None:
+            file_reader(self.unlabeled_file, "unlabeled_file")
+            if not os.path.isfile(self.unlabeled_file):
+                raise ValueError(f"`--unlabeled_file {self.unlabeled_file}` does not exist.")
 
 
 # ---- The work ----
@@ -121,6 +133,22 @@ def predict(trainer: CoDistillationTrainer, parts: Mapping[str, Dataset], labels
                 file.write("index\tprediction\n")
                 for index, prediction in enumerate(labels.predictions(logits)):
                     file.write(f"{index}\t{labels.format(prediction)}\n")
+
+
+def unlabelled_rows(path: str, columns: Sequence[str], model_args: LabelledModelArguments) -> Dataset:
+    """The texts of a file, whose labels, if it has any, are not looked at.
+
+    Raises:
+        ValueError: It has not the columns of the training data.
+    """
+    rows = load_files({"unlabeled": path}, model_args.cache_dir)["unlabeled"]
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"`--unlabeled_file {path}` has no column {missing[0]!r}, as the training data has; its columns are "
+            f"{rows.column_names}. Rename one."
+        )
+    return rows
 
 
 def model_card_settings(data_args: GlueDataArguments) -> dict[str, str | None]:
@@ -168,16 +196,25 @@ def main() -> None:
     if pad and training_args.train_sampling_strategy == "group_by_length":
         logger.warning("Grouping by length saves nothing with padding: give `--pad_to_max_length False`.")
     preprocessor = Preprocessor(tokenizer, columns, labels, max_length, pad)
+
+    def tokenized(rows: Dataset, split: str, labelled: bool = True) -> Dataset:
+        return rows.map(
+            replace(preprocessor, labelled=labelled),
+            batched=True,
+            remove_columns=rows.column_names,
+            load_from_cache_file=not data_args.overwrite_cache,
+            desc=f"Tokenizing {split}",
+        )
+
     with training_args.main_process_first(desc="tokenizing"):
         for split, parts in selected.items():
             for name, rows in parts.items():
-                parts[name] = rows.map(
-                    preprocessor,
-                    batched=True,
-                    remove_columns=rows.column_names,
-                    load_from_cache_file=not data_args.overwrite_cache,
-                    desc=f"Tokenizing {split}",
-                )
+                parts[name] = tokenized(rows, split)
+        if data_args.unlabeled_file is not None and training_args.do_train:
+            texts = unlabelled_rows(data_args.unlabeled_file, columns, model_args)
+            more = tokenized(texts, "unlabelled", labelled=False)
+            for name, rows in selected["train"].items():
+                selected["train"][name] = concatenate_datasets([rows, more.cast(rows.features)])
 
     multiple = 8 if training_args.fp16 or training_args.bf16 else None  # sizes that tensor cores like
     collator = default_data_collator if pad else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)

@@ -413,6 +413,26 @@ def test_the_student_is_cut_as_the_arguments_say(script, tmp_path, teacher, capl
     assert "M parameters" in caplog.text
 
 
+@pytest.mark.parametrize("task", ["mrpc", "stsb"])
+def test_texts_without_labels_are_trained_on_as_well(script, tmp_path, teacher, caplog, task):
+    folder = save_glue(tmp_path / "glue", task)
+    more = tmp_path / "more.json"
+    row = dict.fromkeys(glue_data.TASK_TO_TEXT[task], "the cat sat")
+    more.write_text("\n".join(json.dumps({**row, "label": "not looked at"}) for _ in range(20)))
+    options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "task_name": task}
+    options |= {"dataset_name": folder, "num_train_epochs": 1, "logging_steps": 1}
+    out = script("--do_train", "--do_eval", **options, unlabeled_file=more)
+    assert results(out, "train")["train_samples"] == 32
+    assert "20 of 32 rows of `train_dataset` have no label" in caplog.text
+    with pytest.raises(ValueError, match="Row 12 and 19 more have no label"):
+        script("--do_train", **options, unlabeled_file=more, distillation_mode="standalone")
+    more.write_text('{"text": "the cat sat"}')
+    with pytest.raises(ValueError, match=r"`--unlabeled_file .*more.json` has no column 'sentence1'"):
+        script("--do_train", **options, unlabeled_file=more)
+    with pytest.raises(ValueError, match="`--unlabeled_file nowhere.csv` does not exist"):
+        script("--do_train", **options, unlabeled_file="nowhere.csv")
+
+
 def test_yaml_config_file(monkeypatch, tmp_path):
     text = "{model_name_or_path: m, student_num_hidden_layers: 2, task_name: rte, do_eval: true, learning_rate: 0.25}"
     (tmp_path / "arguments.yaml").write_text(text)
