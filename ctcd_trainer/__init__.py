@@ -9,6 +9,7 @@ from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTraining
 from .student import create_student
 from .trainer import CoDistillationTrainer
 from .training_args import CoDistillationTrainingArguments
+from .two_tokenizers import PairDataCollator
 from .version import __version__
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CoDistillationTrainer",
     "CoDistillationTrainingArguments",
     "Estimate",
+    "PairDataCollator",
     "__version__",
     "create_student",
     "estimate",

@@ -30,6 +30,8 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
     _loss_meter: LossMeter
     #: Folder in which a checkpoint is put together, while that is done.
     _staging: str | None = None
+    #: The student's tokenizer, if it is not the teacher's.
+    student_processing_class: Any = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the teacher in the folder as Trainer does, and the student complete in `student/`."""
@@ -46,9 +48,14 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         self._save_processing_class(self.pair.folder_of(STUDENT, folder))
         save_model_cards(self, folder)
 
+    def processing_class_of(self, learner: str) -> Any:
+        """The tokenizer or processor of a learner; `None` if none is known."""
+        own = self.student_processing_class if learner == STUDENT else None
+        return own or self.processing_class or getattr(self.data_collator, "tokenizer", None)
+
     def _save_processing_class(self, folder: str) -> None:
         """Save the tokenizer beside a student, so that its folder is complete."""
-        processing_class = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        processing_class = self.processing_class_of(STUDENT)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
 

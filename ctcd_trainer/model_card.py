@@ -255,7 +255,7 @@ class _Cards:
     def description(self, learner: str) -> dict[str, Any]:
         """What the template says in words."""
         trainer, origin = self.trainer, self.origin(learner)
-        processing_class = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+        processing_class = trainer.processing_class_of(learner)
         repository, notes = self.repository(learner), []
         code = facts.loading_code(self.models[learner], trainer.task, repository or ".", origin, processing_class)
         if repository is None:

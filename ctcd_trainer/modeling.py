@@ -17,6 +17,7 @@ from .lm_head import HeadTap
 from .sharding import layer_classes
 from .shared_parts import SharedRun
 from .task import Task
+from .two_tokenizers import inputs_of_learner
 from .wrapping import base_model
 
 
@@ -135,6 +136,7 @@ class CoDistillationModel(PreTrainedModel):
         return {name: run(name) for name in self.learners}
 
     def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, head_at: ScoredPositions | None) -> Any:
+        inputs = inputs_of_learner(name, inputs, self.task.label_names)
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
             tap = None if head_at is None else self.taps[name]
             return self.run(self.learners[name], inputs, labelled, tap, head_at)

@@ -36,6 +36,7 @@ from .sharding import shard_frozen, tied_layers_in_root
 from .shared_parts import SharedRun
 from .task import Task
 from .training_args import DistillationArguments
+from .two_tokenizers import PREFIX, PairDataCollator, check_student_inputs, inputs_of_learner
 from .wrapping import base_model
 
 logger = logging.get_logger(__name__)
@@ -57,6 +58,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are called once per model.
             An optimizer that is passed in must hold the parameters of both models.
         student_model: The student: a model, or a name or path.
+        student_processing_class: The student's tokenizer, if it is not the teacher's `processing_class`. Examples then
+            have its inputs with `student_` before their names; see `two_tokenizers.py`. For tasks of whole rows.
         student_model_init: Makes the student, like `model_init` the teacher (which it belongs with).
         pretrained_teacher: A model from which both learn (Community KD): a model, or a name or path. It is set to
             evaluation mode and `requires_grad=False`.
@@ -98,6 +101,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         *,
         student_model: PreTrainedModel | str | os.PathLike | None = None,
         student_model_init: Callable[..., PreTrainedModel] | None = None,
+        student_processing_class: PreTrainedTokenizerBase | None = None,
         pretrained_teacher: PreTrainedModel | str | os.PathLike | None = None,
         task: Task | str | None = None,
         soft_loss_func: SoftLossFunction | None = None,
@@ -143,12 +147,18 @@ class CoDistillationTrainer(PairEvaluationTrainer):
             model = load_model(model, "model", frozen=paired and TEACHER in self.graph.frozen)
 
         tokenizer = processing_class or getattr(data_collator, "tokenizer", None)
+        self.student_processing_class = student_processing_class
+        if student_processing_class is not None and data_collator is None and tokenizer is not None:
+            data_collator = PairDataCollator.of(tokenizer, student_processing_class)
 
         def make_learners(teacher: PreTrainedModel) -> dict[str, nn.Module]:
             self.task, learners = self._sources.learners(teacher)
             others = {"student_model": learners[STUDENT], "pretrained_teacher": self._sources.pretrained}
             for argument, other in others.items():
-                validation.check_vocabularies(teacher, other, argument, tokenizer)
+                if argument == "student_model" and student_processing_class is not None:
+                    check_student_inputs(self.task, datasets, self.distillation.share)
+                else:
+                    validation.check_vocabularies(teacher, other, argument, tokenizer)
             validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
             for argument, dataset in datasets.items():
                 partners = argument != "train_dataset" or bool(self.graph.edges)
@@ -243,7 +253,9 @@ class CoDistillationTrainer(PairEvaluationTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that any model's `forward` names."""
         if self.pair is not None and self._signature_columns is None:
-            self._signature_columns = sorted({*self.pair.known_inputs, "label", "label_ids", *self.label_names})
+            known = self.pair.known_inputs
+            own = {f"{PREFIX}{name}" for name in known} if self.student_processing_class is not None else ()
+            self._signature_columns = sorted({*known, *own, "label", "label_ids", *self.label_names})
         super()._set_signature_columns_if_needed()
 
     # ---- Training ----
@@ -259,7 +271,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
         self._fused = None  # heads, adapters and loss functions may have changed since the last training
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
-            align_special_tokens(self.student_model, self.processing_class)
+            align_special_tokens(self.student_model, self.student_processing_class or self.processing_class)
         with ExitStack() as afterwards:
             if self._pretrained_cache is not None:
                 afterwards.callback(self._pretrained_cache.finish)
@@ -408,6 +420,7 @@ class CoDistillationTrainer(PairEvaluationTrainer):
     ) -> Any:
         """What is compared of the outputs of the frozen teacher; it runs at most once per batch."""
         model, cache = self.pretrained_teacher, self._pretrained_cache
+        inputs = inputs_of_learner(PRETRAINED, inputs, self.label_names)
 
         def run(inputs: dict[str, Tensor | Any], head_at: ScoredPositions | None) -> Any:
             labelled = self.task.needs_labels(base_model(model), inputs)

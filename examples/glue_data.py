@@ -275,6 +275,7 @@ class Preprocessor:
         max_length: Number of tokens at which rows are cut.
         pad: Whether to fill every row up to `max_length`.
         labelled: Whether the labels of the rows are used, if they have any; otherwise they get none to learn from.
+        student_tokenizer: The student's, if it is another one; its tokens get names that begin with `student_`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -283,12 +284,17 @@ class Preprocessor:
     max_length: int
     pad: bool
     labelled: bool = True
+    student_tokenizer: PreTrainedTokenizerBase | None = None
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Tokens of the rows, and `labels` if they have any."""
-        texts = ([text or "" for text in rows[column]] for column in self.columns)
-        padding = "max_length" if self.pad else False
-        result = dict(self.tokenizer(*texts, padding=padding, max_length=self.max_length, truncation=True))
+        texts = [[text or "" for text in rows[column]] for column in self.columns]
+        result: dict[str, list[Any]] = {}
+        for prefix, tokenizer in (("", self.tokenizer), ("student_", self.student_tokenizer)):
+            if tokenizer is not None:
+                padding = "max_length" if self.pad else False
+                tokens = tokenizer(*texts, padding=padding, max_length=self.max_length, truncation=True)
+                result |= {f"{prefix}{name}": values for name, values in tokens.items()}
         if not self.labelled:
             result["labels"] = [self.labels.absent] * len(result["input_ids"])
         elif LABEL in rows:

@@ -46,6 +46,7 @@ from script_models import (
     load_config,
     load_labelled_model,
     load_models,
+    load_student_tokenizer,
     load_tokenizer,
     logger,
 )
@@ -55,7 +56,7 @@ from transformers import (
     default_data_collator,
 )
 
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, PairDataCollator
 
 # ---- Arguments ----
 
@@ -183,6 +184,7 @@ def main() -> None:
     labels = Labels.of(source, task).ordered_as(load_config(model_args))
 
     tokenizer = load_tokenizer(model_args)
+    student_tokenizer = load_student_tokenizer(model_args, tokenizer)
     load = partial(
         load_labelled_model,
         auto_class=AutoModelForSequenceClassification,
@@ -195,7 +197,7 @@ def main() -> None:
     pad = data_args.pad_to_max_length
     if pad and training_args.train_sampling_strategy == "group_by_length":
         logger.warning("Grouping by length saves nothing with padding: give `--pad_to_max_length False`.")
-    preprocessor = Preprocessor(tokenizer, columns, labels, max_length, pad)
+    preprocessor = Preprocessor(tokenizer, columns, labels, max_length, pad, student_tokenizer=student_tokenizer)
 
     def tokenized(rows: Dataset, split: str, labelled: bool = True) -> Dataset:
         return rows.map(
@@ -217,7 +219,12 @@ def main() -> None:
                 selected["train"][name] = concatenate_datasets([rows, more.cast(rows.features)])
 
     multiple = 8 if training_args.fp16 or training_args.bf16 else None  # sizes that tensor cores like
-    collator = default_data_collator if pad else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+    if pad:
+        collator = default_data_collator
+    elif student_tokenizer is None:
+        collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+    else:
+        collator = PairDataCollator.of(tokenizer, student_tokenizer, pad_to_multiple_of=multiple)
     trainer = CoDistillationTrainer(
         **models,
         args=training_args,
@@ -225,6 +232,7 @@ def main() -> None:
         train_dataset=next(iter(selected["train"].values())) if training_args.do_train else None,
         eval_dataset=next(iter(selected["validation"].values())) if training_args.do_eval else None,
         processing_class=tokenizer,
+        student_processing_class=student_tokenizer,
         compute_metrics=metrics_for(labels, task),
     )
     if training_args.do_train:

@@ -178,6 +178,21 @@ def load_tokenizer(model_args: ModelArguments, **options: Any) -> PreTrainedToke
     return AutoTokenizer.from_pretrained(name, **model_args.hub_options(), **options)
 
 
+def load_student_tokenizer(
+    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a student that is named; `None` if it is the teacher's, or if none is beside the model."""
+    option = "student_model_name_or_path"
+    name = getattr(model_args, option)
+    if name is None:
+        return None
+    try:
+        own = AutoTokenizer.from_pretrained(name, **model_args.hub_options(option))
+    except (OSError, ValueError):
+        return None
+    return None if own.get_vocab() == tokenizer.get_vocab() else own
+
+
 def load_model(
     auto_class: type, option: str, model_args: ModelArguments, seed: int, frozen: bool = False, **options: Any
 ) -> PreTrainedModel:

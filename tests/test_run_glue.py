@@ -433,6 +433,22 @@ def test_texts_without_labels_are_trained_on_as_well(script, tmp_path, teacher, 
         script("--do_train", **options, unlabeled_file="nowhere.csv")
 
 
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_student_of_another_tokenizer_reads_with_its_own(script, tmp_path, teacher, pad):
+    student = save_model(tmp_path / "other", layers=1, head=False)
+    save_tokenizer(tmp_path / "other", WORDS[::-1])
+    options = {"model_name_or_path": teacher, "student_model_name_or_path": student, "task_name": "mrpc"}
+    folder = save_glue(tmp_path / "glue", "mrpc")
+    out = script("--do_train", "--do_eval", **options, dataset_name=folder, pad_to_max_length=pad)
+    own = [AutoTokenizer.from_pretrained(each).get_vocab() for each in (out / "student", student, teacher)]
+    assert own[0] == own[1] != own[2]
+    rows = glue_rows("mrpc", 13, 10)
+    for model, prefix in ((out, ""), (out / "student", "student_")):
+        choice = logits_of(model, rows["sentence1"], rows["sentence2"]).argmax(-1).numpy()
+        accuracy = (choice == np.array(rows["label"])).mean()
+        assert results(out)[f"eval_{prefix}accuracy"] == pytest.approx(accuracy)
+
+
 def test_yaml_config_file(monkeypatch, tmp_path):
     text = "{model_name_or_path: m, student_num_hidden_layers: 2, task_name: rte, do_eval: true, learning_rate: 0.25}"
     (tmp_path / "arguments.yaml").write_text(text)
