@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .graph import Graph
+from .measuring import count_parameters
 from .task import Task
 from .tasks import UnknownHead, find_task, named_task
 from .training_args import DistillationArguments
@@ -185,6 +186,11 @@ def check_models(
             )
         models[argument] = model
         owners |= own
+        if argument == "student_model" and count_parameters(model) > count_parameters(teacher):
+            logger.warning(
+                "`student_model` has %d parameters, more than the %d of `model`: are they the wrong way round?",
+                *(count_parameters(model), count_parameters(teacher)),
+            )
         task.check_pair(teacher.config, model.config, argument)
     return task
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_a_label_out_of_range_is_refused(which, label, as_dataset, tmp_path):
     ):
         tiny_trainer(tmp_path / "out", **{which: data})
     assert not (tmp_path / "out").exists(), "nothing is written before the check"
+
+
+def test_a_student_larger_than_its_teacher_is_warned_of(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="ctcd_trainer")
+    tiny_trainer(tmp_path)
+    assert "wrong way round" not in caplog.text
+    tiny_trainer(tmp_path, model=tiny_bert(1), student_model=tiny_bert(2))
+    assert re.search(r"`student_model` has \d+ parameters, more than the \d+ of `model`", caplog.text)
 
 
 def test_labels_of_the_wrong_shape_or_value_are_refused(tmp_path):
