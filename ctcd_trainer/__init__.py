@@ -3,6 +3,7 @@
 Change the class name of your `Trainer`, add a `student_model`, and get two models that taught each other.
 """
 
+from .augmentation import Mixup, TokenMasking, WordDropout
 from .estimating import Estimate, estimate
 from .evaluation import CoDistillationPredictionOutput
 from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
@@ -19,7 +20,10 @@ __all__ = [
     "CoDistillationTrainer",
     "CoDistillationTrainingArguments",
     "Estimate",
+    "Mixup",
     "PairDataCollator",
+    "TokenMasking",
+    "WordDropout",
     "__version__",
     "create_student",
     "estimate",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from logging import INFO, WARNING
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput, align_special_tokens
 from transformers.utils import logging
 
 from . import validation
+from .augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
 from .best_student import BestStudent
 from .evaluation import PairEvaluationTrainer
 from .fused_linear import ScoredPositions
@@ -63,6 +64,10 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         student_model_init: Makes the student, like `model_init` the teacher (which it belongs with).
         pretrained_teacher: A model from which both learn (Community KD): a model, or a name or path. It is set to
             evaluation mode and `requires_grad=False`.
+        augmentation: Changes each batch of a training: `TokenMasking`, `WordDropout`, `Mixup`, or any function that
+            takes a batch and returns the changed one.
+        augmented: Which models get the changed batch: `"both"`, or the `"teacher"` or the `"student"` alone while the
+            other one has it as it was.
         task: The task, or its name, where it is not to be recognised by the class of the models; see `tasks.py`.
         soft_loss_func: Compares the outputs of two models in place of the task, for a head that is not known or a loss
             of your own: `soft_loss_func(teacher_outputs, student_outputs, inputs)` is called for each edge with the
@@ -103,6 +108,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         student_model_init: Callable[..., PreTrainedModel] | None = None,
         student_processing_class: PreTrainedTokenizerBase | None = None,
         pretrained_teacher: PreTrainedModel | str | os.PathLike | None = None,
+        augmentation: Augmentation | None = None,
+        augmented: Views = "both",
         task: Task | str | None = None,
         soft_loss_func: SoftLossFunction | None = None,
     ) -> None:
@@ -148,11 +155,13 @@ class CoDistillationTrainer(PairEvaluationTrainer):
 
         tokenizer = processing_class or getattr(data_collator, "tokenizer", None)
         self.student_processing_class = student_processing_class
+        self.augmentation, self.augmented = augmentation, augmented
         if student_processing_class is not None and data_collator is None and tokenizer is not None:
             data_collator = PairDataCollator.of(tokenizer, student_processing_class)
 
         def make_learners(teacher: PreTrainedModel) -> dict[str, nn.Module]:
             self.task, learners = self._sources.learners(teacher)
+            check_augmentation(augmentation, augmented, self.task, student_processing_class is not None)
             others = {"student_model": learners[STUDENT], "pretrained_teacher": self._sources.pretrained}
             for argument, other in others.items():
                 if argument == "student_model" and student_processing_class is not None:
@@ -298,6 +307,19 @@ class CoDistillationTrainer(PairEvaluationTrainer):
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
             # With a cache a process runs it only for rows that it has not seen: sharded, it would wait for the others.
             self._move_model_to_device(model, self.args.device)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A training step, on the batch as `augmentation` changes it; see `Trainer.training_step`."""
+        if self.pair is None or self.augmentation is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        inputs = augmented_batch(self._prepare_inputs(inputs), self.augmentation, self.augmented)
+        models = [
+            *self.pair.learners.values(),
+            *([] if self.pretrained_teacher is None else [self.pretrained_teacher]),
+        ]
+        within = self.augmentation.within(models) if isinstance(self.augmentation, Mixup) else nullcontext()
+        with within:
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Count what the task scores, over the whole accumulated batch and all processes.
