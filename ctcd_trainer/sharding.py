@@ -81,12 +81,13 @@ def tied_layers_in_root(model: nn.Module) -> Iterator[None]:
 def layer_classes(models: Iterable[nn.Module]) -> list[str]:
     """Names of the classes of layers that models want to keep whole, as far as they can be sharded each by itself.
 
-    That leaves out layers with a parameter that another part of the model has as well (BERT's embeddings, if its head
-    is tied to them), and with the input embeddings, which accelerate shards by themselves.
+    Where a model does not say (DistilBERT), they are what it has lists of. That leaves out layers with a parameter
+    that another part of the model has as well (BERT's embeddings, if its head is tied to them), and with the input
+    embeddings, which accelerate shards by themselves.
     """
     found: set[str] = set()
     for model in models:
-        names = set(getattr(base_model(model), "_no_split_modules", None) or ())
+        names = set(getattr(base_model(model), "_no_split_modules", None) or _listed(model))
         layers = [module for module in model.modules() if type(module).__name__ in names]
         uses, embeddings = _uses(model), _layer(base_model(model), "get_input_embeddings")
         left_out = {
@@ -96,6 +97,12 @@ def layer_classes(models: Iterable[nn.Module]) -> list[str]:
         }
         found |= {type(layer).__name__ for layer in layers} - left_out
     return sorted(found)
+
+
+def _listed(model: nn.Module) -> Iterator[str]:
+    """Names of the classes of what is in the outermost lists of a model."""
+    for child in model.children():
+        yield from (type(layer).__name__ for layer in child) if isinstance(child, nn.ModuleList) else _listed(child)
 
 
 def _uses(model: nn.Module) -> Counter[int]:

@@ -134,7 +134,13 @@ def trainer_of(scenario: str, folder: Path, **arguments: Any) -> CoDistillationT
     )
     if args.fsdp:
         PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
-    return CoDistillationTrainer(args=args, compute_metrics=accuracy, preprocess_logits_for_metrics=argmax, **models)
+    return CoDistillationTrainer(
+        args=args,
+        eval_dataset=models["train_dataset"][:12],
+        compute_metrics=accuracy,
+        preprocess_logits_for_metrics=argmax,
+        **models,
+    )
 
 
 def train(scenario: str, folder: Path, resume_from: Path | None = None, **arguments: Any) -> dict[str, Any]:
@@ -176,10 +182,18 @@ def whole_weights(trainer: CoDistillationTrainer) -> dict[str, torch.Tensor]:
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 4}
+BEST = {
+    **SAVED,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "plain": SAVED,
     "ddp": {**SAVED, "ddp_find_unused_parameters": False},
     "fsdp2": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2}},
+    "best": {**BEST, "fsdp": True, "fsdp_config": {"version": 2}},
     "shards": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
     "offload": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}},
     "first-loads": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},

@@ -1,16 +1,70 @@
 """What goes wrong in one process ends all of them, soon, and says what it was."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tiny import tiny_args
+from tiny_models import tiny_model
+
+from ctcd_trainer.sharding import layer_classes
+from ctcd_trainer.validation import check_arguments, check_strategy
 
 PROGRAM = Path(__file__).with_name("failing_training.py")
 #: From the bad row on; before it come the imports of three processes.
 SECONDS = 60
+
+NONE = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None)
+FSDP1 = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1, use_orig_params=False), deepspeed_plugin=None)
+FSDP2 = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2, use_orig_params=True), deepspeed_plugin=None)
+ZERO2 = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=SimpleNamespace(zero_stage=2))
+ZERO3 = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+
+
+@pytest.mark.parametrize(
+    ("state", "has_pretrained", "share", "message"),
+    [
+        (FSDP1, False, None, "FSDP1 with `use_orig_params=False` joins parameters of both models into one"),
+        (ZERO3, True, None, "`pretrained_teacher` is none of them. Use FSDP2"),
+        (FSDP2, False, "embeddings", "`share='embeddings'` gives both models the same parameters, and FSDP shards"),
+        (ZERO3, False, "embeddings", "`share='embeddings'` gives both models the same parameters, and DeepSpeed"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(state, has_pretrained, share, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_strategy(SimpleNamespace(state=state), has_pretrained, share)
+
+
+@pytest.mark.parametrize(
+    ("state", "has_pretrained", "share"),
+    [(NONE, True, "embeddings"), (ZERO2, True, "embeddings"), (ZERO3, False, None), (FSDP2, True, None)],
+)
+def test_what_can_be_sharded_is_not_refused(state, has_pretrained, share):
+    check_strategy(SimpleNamespace(state=state), has_pretrained, share)
+
+
+def test_a_norm_for_the_student_alone_is_refused_where_deepspeed_clips_both(tmp_path):
+    args = tiny_args(tmp_path, student_max_grad_norm=0.5)
+    args.deepspeed_plugin = ZERO2.deepspeed_plugin
+    with pytest.raises(ValueError, match="`student_max_grad_norm=0.5` has no effect with DeepSpeed"):
+        check_arguments(args)
+
+
+@pytest.mark.parametrize(
+    ("families", "head", "layers"),
+    [
+        (("bert", "distilbert"), "masked-lm", ["BertLayer", "TransformerBlock"]),
+        (("llama", "gpt2"), "causal-lm", ["GPT2Block", "LlamaDecoderLayer"]),
+        (("t5", "t5"), "seq2seq-lm", ["T5Block"]),
+    ],
+)
+def test_the_layers_of_both_models_are_found_and_those_with_tied_parameters_left_out(families, head, layers):
+    assert layer_classes([tiny_model(family, head) for family in families]) == layers
 
 
 @pytest.mark.slow

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_training import train
+from distributed_training import BEST, train
 from processes import run_program
-from test_distributed import assert_same
+from test_distributed import assert_same, assert_same_weights
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 SHARDED = ("classification", "masked_lm", "causal_lm", "community", "one_way")
@@ -33,6 +33,7 @@ def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     jobs = [f"{name}-fsdp2 2 fsdp2 {name}" for name in SHARDED]
     jobs += ["shards 2 shards masked_lm", "shards-resumed 2 shards masked_lm shards"]
+    jobs += ["best 2 best masked_lm"]
     jobs += ["whole-resumed 2 fsdp2 causal_lm causal_lm-fsdp2"]
     jobs += [f"{name}-fsdp1 2 fsdp1 {name}" for name in FSDP1]
     run_program("distributed_training.py", folder, *jobs)
@@ -76,6 +77,11 @@ def test_sharded_trainings_save_two_whole_models(name, auto_model, sharded):
         assert {key.removeprefix(f"learners.{learner}.") for key in weights if learner in key} == saved.keys()
         for key, value in saved.items():
             assert torch.equal(value, weights[f"learners.{learner}.{key}"]), key
+
+
+def test_the_best_models_are_loaded_at_the_end_as_in_one_process(sharded, tmp_path):
+    expected = train("masked_lm", tmp_path, **BEST)
+    assert_same_weights(load(sharded, "best")["weights"], expected["weights"])
 
 
 def test_checkpoints_of_whole_weights_hold_two_whole_models(sharded):

@@ -118,4 +118,4 @@ def test_estimates_are_close_to_what_trainings_take(tmp_path):
     assert len(files) == 4
     for file in files:
         found = json.loads(file.read_text())
-        assert found["estimated"] == pytest.approx(found["measured"], rel=0.25), file.stem
+        assert found["estimated"] == pytest.approx(found["measured"], rel=0.3), file.stem
