@@ -22,7 +22,6 @@ from transformers.utils import logging
 from . import validation
 from .augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
 from .best_student import BestStudent
-from .evaluation import PairEvaluationTrainer
 from .fused_linear import ScoredPositions
 from .graph import PRETRAINED, STUDENT, TEACHER
 from .labels import IGNORE_INDEX
@@ -33,6 +32,7 @@ from .modeling import CoDistillationModel, LearnerView
 from .objective import SoftLossFunction, fused_losses, separate_losses
 from .pairing import NAME_OR_PATH, ModelSources
 from .pretrained_cache import PretrainedCache
+from .search import PairSearchTrainer
 from .sharding import shard_frozen, tied_layers_in_root
 from .shared_parts import SharedRun
 from .task import Task
@@ -43,7 +43,7 @@ from .wrapping import base_model
 logger = logging.get_logger(__name__)
 
 
-class CoDistillationTrainer(PairEvaluationTrainer):
+class CoDistillationTrainer(PairSearchTrainer):
     """`transformers.Trainer` for a teacher and a student that are trained together (CTCD, arXiv 2311.02849).
 
     Takes Trainer's own arguments in Trainer's own order; `model` is the teacher. Without a student it is a plain
@@ -254,6 +254,8 @@ class CoDistillationTrainer(PairEvaluationTrainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new teacher from `model_init`, paired with a new student from `student_model_init`."""
+        if self.pair is not None:
+            self._hp_search_setup(trial)  # Trainer would do it later, and the mode of the trial makes the pair
         teacher = super().call_model_init(trial)
         if self.pair is not None:  # otherwise Trainer is still being set up, or there is no student
             self._install_pair(self._sources.learners(teacher, trial)[1])

@@ -129,6 +129,17 @@ class DistillationArguments:
     )
 
     def __post_init__(self) -> None:
+        self.check()
+        parent = super()
+        if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into
+            parent.__post_init__()
+
+    def check(self) -> None:
+        """Fill in the weights that the mode sets, and check all arguments of co-distillation.
+
+        Raises:
+            ValueError: See the class.
+        """
         self._check_choice("distillation_mode", MODES)
         self._check_choice("soft_loss", SOFT_LOSSES)
         mode = MODES[self.distillation_mode]
@@ -173,9 +184,6 @@ class DistillationArguments:
                 f"`student_greater_is_better={self.student_greater_is_better}` has no effect without "
                 "`student_metric_for_best_model` (None). Set both, or leave it out."
             )
-        parent = super()
-        if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into
-            parent.__post_init__()
 
     def _weight(self, edge: Edge) -> float:
         """Weight of an edge: the one that was given, or the one of the mode."""
