@@ -304,6 +304,8 @@ class CoDistillationTrainer(PairSearchTrainer):
     def _place_pretrained(self) -> None:
         """Place the frozen teacher where Trainer leaves that to the strategy, sharded if the strategy shards."""
         model = self.pretrained_teacher
+        if getattr(model, "quantization_method", None) is not None:
+            return  # it is where it was loaded to
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self._pretrained_cache is None:
             shard_frozen(model, self.accelerator)
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:

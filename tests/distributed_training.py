@@ -72,6 +72,15 @@ def masked_lm() -> dict[str, Any]:
     }
 
 
+def unused() -> dict[str, Any]:
+    """Untied, a BERT has a bias that its forward does not use."""
+    models = ("model", 3), ("student_model", 2)
+    return masked_lm() | {
+        name: tiny_model("bert", "masked-lm", layers, seed=layers, tie_word_embeddings=False)
+        for name, layers in models
+    }
+
+
 def causal_lm() -> dict[str, Any]:
     """Accumulation of two batches, vocabularies padded to different sizes, one of the models tied."""
     return {
@@ -108,7 +117,7 @@ def one_way() -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     scenario.__name__: scenario
-    for scenario in (classification, masked_lm, causal_lm, uneven, filled_up, community, one_way)
+    for scenario in (classification, masked_lm, unused, causal_lm, uneven, filled_up, community, one_way)
 }
 
 
@@ -150,8 +159,9 @@ def train(scenario: str, folder: Path, resume_from: Path | None = None, **argume
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     if trainer.args.save_strategy != "no":
         trainer.save_model()
-    # As many rows as whole batches have, for the losses; some more, for what is counted row by row.
-    metrics = trainer.evaluate(rows[:12])
+    # As many rows as whole batches have, for the losses; some more, for what is counted row by row. Among the masked
+    # ones are batches that only one process scores, or none.
+    metrics = trainer.evaluate(rows[2:14])
     if scenario != "uneven":  # without `even_batches`, Trainer gathers tensors of different lengths, which fails
         more = trainer.evaluate(rows[:15], metric_key_prefix="more")
         metrics |= {name: value for name, value in more.items() if name.endswith(("accuracy", "agreement"))}
@@ -164,6 +174,7 @@ def train(scenario: str, folder: Path, resume_from: Path | None = None, **argume
         ],
         "metrics": {name: value for name, value in metrics.items() if not name.endswith(timed)},
         "weights": whole_weights(trainer),
+        "fused": trainer._fused,
     }
 
 

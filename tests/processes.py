@@ -73,5 +73,11 @@ def run_program(program: str, *arguments: object, timeout: float = 900.0) -> Non
     """
     command = [sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert run.returncode == 0, run.stderr[-6000:]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as run:
+        try:
+            _, errors = run.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # with its forks
+            raise
+    assert run.returncode == 0, errors[-6000:]

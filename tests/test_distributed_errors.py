@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import tiny_args
+from tiny import tiny_args, tiny_trainer
 from tiny_models import tiny_model
 
 from ctcd_trainer.sharding import layer_classes
@@ -65,6 +65,18 @@ def test_a_norm_for_the_student_alone_is_refused_where_deepspeed_clips_both(tmp_
 )
 def test_the_layers_of_both_models_are_found_and_those_with_tied_parameters_left_out(families, head, layers):
     assert layer_classes([tiny_model(family, head) for family in families]) == layers
+
+
+def test_the_frozen_teacher_is_placed_under_deepspeed_unless_it_is_quantised(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, distillation_mode="community")
+    moved = []
+    monkeypatch.setattr(trainer, "_move_model_to_device", lambda model, device: moved.append(model))
+    trainer.is_deepspeed_enabled = True  # which leaves models where they are
+    trainer._place_pretrained()
+    assert moved == [trainer.pretrained_teacher]
+    trainer.pretrained_teacher.quantization_method = "bitsandbytes"
+    trainer._place_pretrained()
+    assert moved == [trainer.pretrained_teacher]
 
 
 @pytest.mark.slow
