@@ -98,4 +98,6 @@ class ModelSources:
         learners = {TEACHER: teacher, STUDENT: student}
         for name in self.arguments.graph.trained:
             validation.check_trainable(name, learners[name], self.arguments.distillation_mode)
+        for name in self.arguments.graph.frozen:
+            validation.check_frozen(name, learners[name], self.arguments.distillation_mode)
         return task, learners

@@ -34,7 +34,7 @@ def create_student(
     intermediate_size: int | None = None,
     num_attention_heads: int | None = None,
     layers: Literal["uniform", "first", "last"] | Sequence[int] = "uniform",
-    init: Literal["copy", "random"] = "copy",
+    init: Literal["copy", "shared", "random"] = "copy",
     calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> PreTrainedModel:
     """A smaller model of the teacher's class and head, cut from the teacher or made from its config.
@@ -53,7 +53,8 @@ def create_student(
             `hidden_size / num_attention_heads` wide, as many of that width as `hidden_size` holds.
         layers: Which layers are kept: spread evenly with the first and the last one (`uniform_layers`), the first
             ones, the last ones, or these, counted from 0.
-        init: "copy" for the teacher's weights, "random" for new ones (from the random state of torch).
+        init: "copy" for the teacher's weights, "random" for new ones (from the random state of torch), "shared" for
+            the teacher's own tensors: a frozen base of which both have a part, with adapters for each (PEFT).
         calibration: Some batches of inputs, for the importance of units: the mean size of what they pass on (Minitron,
             arXiv 2407.14679). By default, the size of their weights.
 
@@ -74,9 +75,11 @@ def create_student(
             "`teacher` is wrapped by PEFT. Cut the student from the model inside (`teacher.get_base_model()`) before "
             "adapters are added, or merge them first (`merge_and_unload`)."
         )
-    if init not in ("copy", "random"):
-        raise ValueError(f"`init={init!r}` is not known: it is 'copy' or 'random'.")
+    if init not in ("copy", "shared", "random"):
+        raise ValueError(f"`init={init!r}` is not known: it is 'copy', 'shared' or 'random'.")
     widths = Widths(hidden_size, intermediate_size, num_attention_heads)
+    if init == "shared" and widths.any:
+        raise ValueError(f"`init='shared'` has the teacher's own tensors, which {widths} would cut. Leave layers out.")
     kept = {
         attribute: _kept_layers(getattr(teacher.config, attribute), num_hidden_layers, layers)
         for attribute in _depth_attributes(teacher.config)
@@ -85,7 +88,7 @@ def create_student(
         config = _cut_config(teacher.config, kept)
         widths.apply(config)
         return type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
-    student = _cut(teacher, kept)
+    student = _cut(teacher, kept, shared=init == "shared")
     return narrow(student, widths, calibration) if widths.any else student
 
 
@@ -153,10 +156,10 @@ def _cut_config(config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> PreT
     return config
 
 
-def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> PreTrainedModel:
-    """A copy of the teacher with the layers that are kept."""
+def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) -> PreTrainedModel:
+    """A copy of the teacher with the layers that are kept, or a model that has the same tensors."""
     student = new_model(teacher, _cut_config(teacher.config, kept))
-    state = teacher.state_dict()
+    state = teacher.state_dict(keep_vars=shared)
     for stack, indices in zip(layer_stacks(teacher), kept.values(), strict=False):  # no stack: ALBERT
         layer_of = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.*)")
         own = {name: match for name in state if (match := layer_of.fullmatch(name))}
@@ -170,7 +173,8 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]]) -> PreTrainedM
             )
             state |= {f"{stack}.{new}.{name}": value for name, value in parameters.items()}
     names = student.state_dict().keys()
-    report = student.load_state_dict({name: value for name, value in state.items() if name in names}, strict=False)
+    own = {name: value for name, value in state.items() if name in names}
+    report = student.load_state_dict(own, strict=False, assign=shared)
     # A norm that only layers other than the first one have begins as it is made.
     missing = [name for name in report.missing_keys if "norm" not in name.lower()]
     if missing:

@@ -16,6 +16,7 @@ from .measuring import count_parameters
 from .task import Task
 from .tasks import UnknownHead, find_task, named_task
 from .training_args import DistillationArguments
+from .wrapping import is_peft_model
 
 logger = logging.get_logger(__name__)
 
@@ -158,8 +159,8 @@ def check_models(
         The task of all of them.
 
     Raises:
-        ValueError: One is no model with a supported head, one is given twice, two share a parameter, or their heads do
-            not fit together.
+        ValueError: One is no model with a supported head, one is given twice, two train the same parameter, or their
+            heads do not fit together.
     """
     task = task_of(teacher, "model", given_task, has_soft_loss)
     models = {"model": teacher}
@@ -177,9 +178,10 @@ def check_models(
                     "models, e.g. `student_model=create_student(model, num_hidden_layers=3)`."
                 )
         own = _storage_of(model, argument)
-        shared = next((storage for storage in own if storage in owners), None)
+        # Frozen ones may be the base of adapters of both.
+        shared = next((each for each in own if each in owners and (own[each][2] or owners[each][2])), None)
         if shared is not None and not (may_share and argument == "student_model"):
-            (other, other_name), (_, name) = owners[shared], own[shared]
+            (other, other_name, _), (_, name, _) = owners[shared], own[shared]
             raise ValueError(
                 f"`{other}` and `{argument}` share a parameter (`{other_name}` and `{name}`): each step would update "
                 "it for both. Copy the weights instead, e.g. with `copy.deepcopy`, or set `share`."
@@ -207,10 +209,10 @@ def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None
         raise
 
 
-def _storage_of(model: nn.Module, argument: str) -> dict[int, tuple[str, str]]:
-    """The memory that a model's parameters lie in, with the argument and the name of a parameter in it."""
+def _storage_of(model: nn.Module, argument: str) -> dict[int, tuple[str, str, bool]]:
+    """The memory that a model's parameters lie in, with the argument, the name of one, and whether it is trained."""
     return {
-        parameter.untyped_storage().data_ptr(): (argument, name)
+        parameter.untyped_storage().data_ptr(): (argument, name, parameter.requires_grad)
         for name, parameter in model.named_parameters()
         if parameter.device.type != "meta" and parameter.numel() > 0
     }
@@ -227,6 +229,19 @@ def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
             f"`distillation_mode='{mode}'` trains the {learner}, but none of its parameters has `requires_grad=True` "
             "(an earlier trainer may have frozen it). Call `requires_grad_(True)` on it, or choose a mode that "
             f"freezes the {learner}."
+        )
+
+
+def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
+    """Adapters are there to be trained, so a learner that the mode freezes may have none that waits for it.
+
+    Raises:
+        ValueError: It has adapters with parameters that require gradients.
+    """
+    if is_peft_model(model) and any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"The {learner} has adapters to train, and `distillation_mode='{mode}'` freezes it. Choose a mode that "
+            f"trains the {learner}, or load its adapters as `PeftModel.from_pretrained(..., is_trainable=False)` does."
         )
 
 

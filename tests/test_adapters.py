@@ -1,0 +1,173 @@
+"""Adapters (PEFT): of either model or of both, in all modes, also on one frozen base."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
+
+from ctcd_trainer import create_student
+
+CONFIGS = {
+    "lora": lambda: LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["query", "value"],
+        r=2,
+        init_lora_weights=False,
+        modules_to_save=["classifier"],
+    ),
+    "ia3": lambda: IA3Config(
+        task_type="SEQ_CLS", target_modules=["key", "output.dense"], feedforward_modules=["output.dense"]
+    ),
+}
+
+
+def adapted(model, kind: str = "lora", seed: int = 0) -> PeftModel:
+    torch.manual_seed(seed)
+    return get_peft_model(model, CONFIGS[kind]())
+
+
+def pair_of(kind: str = "lora", which: str = "both") -> dict:
+    teacher, student = tiny_bert(3, seed=1), tiny_bert(2, seed=2)
+    return {
+        "model": adapted(teacher, kind) if which in ("both", "teacher") else teacher,
+        "student_model": adapted(student, kind, 1) if which in ("both", "student") else student,
+    }
+
+
+def shared_pair() -> dict:
+    base = tiny_bert(3, seed=1)
+    student = create_student(base, 2, layers="first", init="shared")
+    return {"model": adapted(base), "student_model": adapted(student, seed=1)}
+
+
+def base_weights(model: PeftModel) -> dict:
+    return {
+        name: value
+        for name, value in weights_of(model).items()
+        if "lora" not in name and "ia3" not in name and "modules_to_save" not in name
+    }
+
+
+@pytest.mark.parametrize("mode", ["ctcd", "kd", "reversed", "standalone", "community"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_base_weights_never_change_and_only_adapters_are_optimized(kind, mode, tmp_path):
+    pair = pair_of(kind)
+    frozen = {"kd": "model", "reversed": "student_model"}.get(mode)
+    if frozen is not None:  # as `PeftModel.from_pretrained` loads an adapter that was trained before
+        pair[frozen].requires_grad_(False)
+    before = {name: base_weights(model) for name, model in pair.items()}
+    trainer = tiny_trainer(tmp_path, **pair, distillation_mode=mode)
+    adapters = {name: weights_of(model) for name, model in pair.items()}
+    trainer.train()
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    for name, model in pair.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in base_weights(model).items())
+        changed = {k for k, v in model.state_dict().items() if not torch.equal(v, adapters[name][k])}
+        assert (not changed) == (name == frozen)
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        assert trained == {id(parameter) for parameter in model.parameters()} & held
+
+
+@pytest.mark.parametrize("which", ["both", "teacher", "student"])
+def test_adapters_are_saved_as_adapters_and_merge_to_the_same_logits(which, tmp_path):
+    trainer = tiny_trainer(tmp_path, **pair_of(which=which))
+    trainer.train()
+    trainer.save_model()
+    batch = collate(tiny_rows(4))
+    bases = {"teacher": tiny_bert(3, seed=1), "student": tiny_bert(2, seed=2)}
+    for name, folder in (("teacher", tmp_path), ("student", tmp_path / "student")):
+        model = trainer.pair.learners[name].eval()
+        with torch.no_grad():
+            expected = model(**batch).logits
+            if which not in ("both", name):
+                assert not (folder / "adapter_config.json").exists()
+                continue
+            assert not (folder / "model.safetensors").exists()
+            assert all("lora" in key or "classifier" in key for key in load_file(folder / "adapter_model.safetensors"))
+            loaded = PeftModel.from_pretrained(bases[name], folder).eval()
+            torch.testing.assert_close(loaded(**batch).logits, expected)
+            torch.testing.assert_close(loaded.merge_and_unload()(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("pair", [pair_of, shared_pair])
+def test_it_resumes_bit_for_bit_with_a_rate_for_each_model(pair, tmp_path):
+    options = {"student_learning_rate": 3e-2}
+    whole = tiny_trainer(tmp_path, **pair(), **options, save_strategy="steps", save_steps=2)
+    whole.train()
+    assert {group["lr"] > 0 for group in whole.optimizer.param_groups} <= {True, False}
+    resumed = tiny_trainer(tmp_path, **pair(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(resumed.pair, whole.pair)
+    other = tiny_trainer(tmp_path, **pair())
+    other.train()
+    assert not torch.equal(
+        torch.cat([p.flatten() for p in other.student_model.parameters()]),
+        torch.cat([p.flatten() for p in whole.student_model.parameters()]),
+    )
+
+
+def test_two_adapters_on_one_frozen_base_train_as_on_two(tmp_path):
+    base, other = tiny_bert(3, seed=1), tiny_bert(3, seed=1)
+    apart = {
+        "model": adapted(base),
+        "student_model": adapted(create_student(other, 2, layers="first"), seed=1),
+    }
+    trainers = [tiny_trainer(tmp_path, **pair) for pair in (shared_pair(), apart)]
+    for trainer in trainers:
+        trainer.train()
+    assert_same_weights(trainers[0].pair, trainers[1].pair)
+    storages = [{p.untyped_storage().data_ptr() for p in trainer.pair.parameters()} for trainer in trainers]
+    sizes = [sum(p.numel() for p in {p.data_ptr(): p for p in t.pair.parameters()}.values()) for t in trainers]
+    assert len(storages[0]) < len(storages[1])
+    students = sum(p.numel() for p in trainers[1].student_model.parameters())
+    adapters = sum(p.numel() for p in trainers[1].student_model.parameters() if p.requires_grad)
+    assert sizes[1] - sizes[0] == pytest.approx(students - adapters, rel=0.05)
+
+
+def test_each_of_two_adapters_on_one_base_is_saved_complete(tmp_path):
+    trainer = tiny_trainer(tmp_path, **shared_pair())
+    trainer.train()
+    trainer.save_model()
+    config = json.loads((tmp_path / "student" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    batch = collate(tiny_rows(4))
+    base = create_student(tiny_bert(3, seed=1), 2, layers="first")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "student").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, trainer.student_model.eval()(**batch).logits)
+
+
+def test_a_shared_base_that_is_trained_is_refused(tmp_path):
+    teacher = tiny_bert(3)
+    student = create_student(teacher, 2, init="shared")
+    with pytest.raises(ValueError, match=r"`model` and `student_model` share a parameter"):
+        tiny_trainer(tmp_path, model=teacher, student_model=student)
+
+
+def test_a_shared_base_cannot_be_narrower():
+    with pytest.raises(ValueError, match=r"`init='shared'` has the teacher's own tensors.*intermediate_size=8"):
+        create_student(tiny_bert(3), intermediate_size=8, init="shared")
+
+
+@pytest.mark.parametrize(("mode", "learner"), [("kd", "teacher"), ("reversed", "student")])
+def test_adapters_to_train_on_a_model_that_the_mode_freezes_are_refused(mode, learner, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"The {learner} has adapters to train.*'{mode}'` freezes it.*is_trainable=False"
+    ):
+        tiny_trainer(tmp_path, **pair_of(), distillation_mode=mode)
+
+
+def test_the_auto_class_of_peft_loads_what_has_a_base_to_load(tmp_path):
+    base = tiny_bert(2, seed=2)
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    trainer = tiny_trainer(tmp_path / "out", student_model=adapted(loaded))
+    trainer.train()
+    trainer.save_model()
+    found = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student", num_labels=3).eval()
+    batch = collate(tiny_rows(4))
+    with torch.no_grad():
+        torch.testing.assert_close(found(**batch).logits, trainer.student_model.eval()(**batch).logits)
