@@ -7,7 +7,7 @@ from typing import Any
 from transformers.hyperparameter_search import default_hp_search_backend
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
-from .evaluation import PairEvaluationTrainer
+from .computing_losses import PairLossTrainer
 from .graph import EDGES, STUDENT, TEACHER
 
 
@@ -37,7 +37,7 @@ DEFAULT_SPACE: dict[str, Range] = {
 }
 
 
-class PairSearchTrainer(PairEvaluationTrainer):
+class PairSearchTrainer(PairLossTrainer):
     """What Trainer does for hyperparameter search, for two models."""
 
     def hyperparameter_search(
