@@ -123,7 +123,7 @@ class PairSearchTrainer(PairLossTrainer):
         Raises:
             ValueError: They are not valid.
         """
-        if self.pair is None:
+        if self.pair is None or trial is None or self.hp_search_backend is None:
             return super()._hp_search_setup(trial)
         # Trainer gives a value the type of the old one: a weight would become one that follows the mode.
         own = {edge.weight_name: getattr(self.distillation, edge.weight_name) for edge in EDGES}

@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForCausalLM, BertForMaskedLM
 
 @pytest.fixture
 def messages(caplog):
-    caplog.set_level(logging.INFO, logger="ctcd_trainer")
+    caplog.set_level(logging.INFO, logger="ctcd_trainer.computing_losses")
     return lambda: [record.getMessage() for record in caplog.records if "language-model heads" in record.getMessage()]
 
 
