@@ -6,6 +6,7 @@ Change the class name of your `Trainer`, add a `student_model`, and get two mode
 from .augmentation import Mixup, TokenMasking, WordDropout
 from .estimating import Estimate, estimate
 from .evaluation import CoDistillationPredictionOutput
+from .memory import estimate_memory
 from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
 from .student import create_student
 from .trainer import CoDistillationTrainer
@@ -27,4 +28,5 @@ __all__ = [
     "__version__",
     "create_student",
     "estimate",
+    "estimate_memory",
 ]

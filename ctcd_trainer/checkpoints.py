@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, sort_checkpoints
 
@@ -159,11 +159,20 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         best = next((each for each in self.callback_handler.callbacks if isinstance(each, BestStudent)), None)
         if best is not None and best.improved(metrics, self.state.global_step):
             with self._whole(Path(self._get_output_dir(trial), BEST_STUDENT)) as written:
+                state = self._whole_weights(STUDENT)
                 if self.args.should_save:
-                    self.student_model.save_pretrained(written)
+                    self.student_model.save_pretrained(written, state_dict=state)
                     self._save_processing_class(str(written))
                     save_model_cards(self, written, only=STUDENT)
         return super()._determine_best_metric(metrics, trial)
+
+    def _whole_weights(self, learner: str) -> dict[str, Tensor] | None:
+        """The weights of a learner, gathered by all processes if each has a part; `None` if none is needed."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        prefix = f"learners.{learner}."
+        state = self.accelerator.get_state_dict(self.model_wrapped) or {}
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
     def _get_output_dir(self, trial: Any) -> str:
         """Folder of the checkpoints; while one is written, the folder in which it is put together."""

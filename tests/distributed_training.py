@@ -199,6 +199,7 @@ BEST = {
     "eval_steps": 4,
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
+    "student_metric_for_best_model": "loss",
 }
 STRATEGIES: dict[str, dict[str, Any]] = {
     "plain": SAVED,

@@ -79,9 +79,13 @@ def test_sharded_trainings_save_two_whole_models(name, auto_model, sharded):
             assert torch.equal(value, weights[f"learners.{learner}.{key}"]), key
 
 
-def test_the_best_models_are_loaded_at_the_end_as_in_one_process(sharded, tmp_path):
+def test_the_best_models_are_loaded_and_the_best_student_kept_as_in_one_process(sharded, tmp_path):
     expected = train("masked_lm", tmp_path, **BEST)
     assert_same_weights(load(sharded, "best")["weights"], expected["weights"])
+    found, wanted = (
+        AutoModelForMaskedLM.from_pretrained(folder / "best-student") for folder in (sharded / "best", tmp_path)
+    )
+    assert_same_weights(found.state_dict(), wanted.state_dict())
 
 
 def test_checkpoints_of_whole_weights_hold_two_whole_models(sharded):
