@@ -127,7 +127,13 @@ class Origin:
 
 
 def loading_code(
-    model: nn.Module, task: Task, place: str, origin: Origin, processing_class: Any, subfolder: str | None = None
+    model: nn.Module,
+    task: Task,
+    place: str,
+    origin: Origin,
+    processing_class: Any,
+    subfolder: str | None = None,
+    revision: str | None = None,
 ) -> str | None:
     """Python code that loads a model as it was saved; `None` if its class is not one of transformers.
 
@@ -140,12 +146,14 @@ def loading_code(
         origin: Where its weights came from.
         processing_class: The tokenizer or processor beside it, if there is one.
         subfolder: Folder in that place.
+        revision: Branch or pull request of the repository; `None` for the main branch.
     """
     kind = type(base_model(model))
     auto_class = getattr(task, "auto_model", kind).__name__
     if auto_class == kind.__name__ and not kind.__module__.startswith("transformers."):
         return None
-    where = f'"{place}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    options = {"subfolder": subfolder, "revision": revision}
+    where = "".join([f'"{place}"', *(f', {name}="{value}"' for name, value in options.items() if value)])
     imports, lines = [auto_class], [f"model = {auto_class}.from_pretrained({where})"]
     if is_peft_model(model):
         lines = [f"model = PeftModel.from_pretrained(base_model, {where})"]

@@ -68,9 +68,13 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
     def _clean_up(self, folder: Path) -> None:
         if self.args.should_save:
             clean_up(folder)
-            # `enable_jit_checkpoint` marks the place of a checkpoint before that is written.
-            for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_INCOMPLETE}"):
-                remove(mark.parent)
+            # `enable_jit_checkpoint` marks the place of a checkpoint before that is written; a whole one of the same
+            # step may be there.
+            for mark in list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_INCOMPLETE}")):
+                if [*mark.parent.iterdir()] == [mark]:
+                    remove(mark.parent)
+                else:
+                    mark.unlink()
         self.accelerator.wait_for_everyone()
 
     @contextmanager

@@ -40,13 +40,13 @@ class PairHubTrainer(Trainer):
     _paired: bool = False
     _uploads: UploadQueue | None = None
 
-    def create_model_card(self, *args: Any, baseline: Any = None, **kwargs: Any) -> None:
-        """A model card for each model, beside it; see `Trainer` and, for the `baseline`, `write_model_cards`."""
+    def create_model_card(self, *args: Any, baseline: Any = None, revision: str | None = None, **kwargs: Any) -> None:
+        """A model card for each model, beside it; see `Trainer` and, for the others, `write_model_cards`."""
         if self.pair is None:
             return super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             bound = inspect.signature(super().create_model_card).bind(*args, **kwargs)
-            write_model_cards(self, baseline, **bound.arguments)
+            write_model_cards(self, baseline, revision=revision, **bound.arguments)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None, **kwargs: Any) -> None:
         """Make both repositories; see `Trainer`. If the Hub cannot be reached, that is done later.
@@ -70,7 +70,9 @@ class PairHubTrainer(Trainer):
         """Make a repository and see whether it may be written to, if the Hub can be reached; returns its full name."""
         api = HfApi(token=self._uploads.token)
         try:
-            name = api.create_repo(name, private=private, exist_ok=True).repo_id
+            full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
+            self._uploads.name_in_full(name, full_name)
+            name = full_name
             if not (self.args.hub_revision or "").startswith(PULL_REQUEST):  # which may be to a repository of others
                 api.auth_check(name, write=True)  # making one that is there needs no right
         except HFValidationError as error:
@@ -119,7 +121,7 @@ class PairHubTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._write_full_cards(**kwargs)
+        self._write_full_cards(**kwargs, revision=revision)
         self._uploads.token = token or self.args.hub_token
         uploads = self._uploads_of(commit_message or "End of training", revision, private)
         uploads = self._uploads.add_folder(self.args.output_dir, uploads, live=True)
@@ -142,7 +144,7 @@ class PairHubTrainer(Trainer):
         try:
             self.create_model_card(tags=all_tags or None, **{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
         except Exception as error:
-            if kwargs and isinstance(error, (TypeError, ValueError)):
+            if kwargs.keys() - {"revision"} and isinstance(error, (TypeError, ValueError)):
                 raise
             logger.warning("The model cards could not be written, so the last ones are pushed: %r", error)
 

@@ -6,9 +6,14 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from .graph import STUDENT
+
 _CARD = "README.md"
 #: In each card that this package writes, until somebody has completed it.
 _OWN_CARD = "ctcd_trainer has written this"
+#: Weights of an earlier push are removed unless they are pushed anew: those in one file would be loaded in place of
+#: newer ones in several files, and an adapter in place of a whole model.
+_WEIGHTS = tuple(f"{folder}{name}" for folder in ("", f"{STUDENT}/") for name in ("model*.safetensors*", "adapter_*"))
 #: Beginning of the revision of a pull request.
 PULL_REQUEST = "refs/pr/"
 
@@ -23,7 +28,7 @@ class Upload:
         message: Commit message.
         path_in_repo: Where the folder goes.
         ignore: Patterns of files that are left out.
-        replace: Whether files that are there and are not in the folder are removed.
+        replace: Whether all files that are there and are not in the folder are removed; otherwise weights alone are.
         revision: Branch, which is made if it is not there, or pull request `refs/pr/N`; `None` for the main branch.
         private: Whether a repository that is made is private; `None` for the default of its owner.
         spare_card: Whether a `README.md` stays that is there and that this package has not written.
@@ -42,9 +47,9 @@ class Upload:
     always: bool = False
 
     @property
-    def place(self) -> tuple[str, str, str | None]:
+    def place(self) -> tuple[str, str, str]:
         """Where it goes."""
-        return self.repo_id, self.path_in_repo, self.revision
+        return self.repo_id, self.path_in_repo, self.revision or "main"
 
     def __str__(self) -> str:
         place = "/".join(part for part in (self.repo_id, self.path_in_repo) if part)
@@ -75,7 +80,7 @@ class Upload:
             path_in_repo=self.path_in_repo,
             commit_message=self.message,
             ignore_patterns=[*self.ignore, *spared],
-            delete_patterns="*" if self.replace else None,
+            delete_patterns="*" if self.replace else list(_WEIGHTS),
             revision=self.revision,
         )
 

@@ -42,7 +42,11 @@ def _template() -> Template:
 
 
 def write_model_cards(
-    trainer: "CoDistillationTrainer", baseline: Any = None, folder: str | os.PathLike | None = None, **given: Any
+    trainer: "CoDistillationTrainer",
+    baseline: Any = None,
+    folder: str | os.PathLike | None = None,
+    revision: str | None = None,
+    **given: Any,
 ) -> None:
     """Write the card of each learner, `README.md`, where the learner is saved, with pictures beside it.
 
@@ -52,6 +56,7 @@ def write_model_cards(
         trainer: A trainer with a pair.
         baseline: Metrics of models that were trained otherwise, to state the gain; see `card_results.baseline_of`.
         folder: Output or checkpoint folder; by default the output folder.
+        revision: Branch of the repositories that the cards are for; by default `hub_revision`.
         **given: The arguments of `Trainer.create_model_card`. `model_name` is the primary learner's, and the others'
             is `<model_name>-<learner>` unless they have a repository. `finetuned_from` is the primary learner's, or
             names by learner; an empty name is a model that was trained from scratch.
@@ -67,7 +72,8 @@ def write_model_cards(
             "names."
         )
     found = baseline_of(baseline, learners) if baseline is not None else {}
-    cards = _Cards(trainer, str(folder if folder is not None else trainer.args.output_dir), found, given)
+    root = str(folder if folder is not None else trainer.args.output_dir)
+    cards = _Cards(trainer, root, found, given, revision=revision)
     if not trainer.is_in_train:
         cards.measure()
     for learner in learners:
@@ -109,6 +115,7 @@ class _Cards:
         baseline: Metrics of models that were trained otherwise.
         given: The arguments of `Trainer.create_model_card`.
         alone: Name of a learner that has the folder for itself; the others are beside it.
+        revision: Branch of the repositories; by default `hub_revision`.
     """
 
     def __init__(
@@ -118,12 +125,14 @@ class _Cards:
         baseline: Metrics,
         given: Mapping[str, Any],
         alone: str | None = None,
+        revision: str | None = None,
     ) -> None:
         self.trainer, self.pair, self.args = trainer, trainer.pair, trainer.args
         self.models: dict[str, nn.Module] = dict(trainer.pair.learners)
         self.root, self.baseline, self.given, self.alone = root, baseline, given, alone
         self.results = Results.of(trainer.state, list(self.models), self.args.load_best_model_at_end)
         self.metric = self.results.main_metric(self.args.metric_for_best_model)
+        self.revision = revision or self.args.hub_revision
         self.latencies = Latencies({}, "")
         self.pictures: dict[str, str] = {}
 
@@ -257,7 +266,14 @@ class _Cards:
         trainer, origin = self.trainer, self.origin(learner)
         processing_class = trainer.processing_class_of(learner)
         repository, notes = self.repository(learner), []
-        code = facts.loading_code(self.models[learner], trainer.task, repository or ".", origin, processing_class)
+        code = facts.loading_code(
+            self.models[learner],
+            trainer.task,
+            repository or ".",
+            origin,
+            processing_class,
+            revision=self.revision if repository is not None else None,
+        )
         if repository is None:
             notes.append('Run this in the folder of this card, or put the path of the folder in the place of `"."`.')
         if is_peft_model(self.models[learner]):

@@ -60,6 +60,30 @@ class PairOptimizationTrainer(PairHubTrainer):
         self.optimizer = merged
         return merged
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of the optimizer; see `Trainer`.
+
+        Raises:
+            ValueError: It is of other learners.
+        """
+        if self.pair is None or checkpoint is None or self.optimizer is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        own = [group.get("learner") for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(self._of_other_learners(checkpoint, own, str(error))) from error
+        saved = [group.get("learner") for group in self.optimizer.param_groups]
+        if saved != own:
+            raise ValueError(self._of_other_learners(checkpoint, own, f"its groups are of {saved}"))
+
+    def _of_other_learners(self, checkpoint: str, own: list[str | None], why: str) -> str:
+        return (
+            f"The optimizer of the checkpoint {checkpoint!r} is of another training: {why}, and with "
+            f"`distillation_mode={self.distillation.distillation_mode!r}` the groups are of {own}. Resume with the "
+            "mode and the optimizer that it was written with, or start a new training from the models in it."
+        )
+
     @contextmanager
     def _arguments_of(self, learner: str) -> Iterator[None]:
         """Let Trainer see the arguments of one learner, without a change to the user's object."""

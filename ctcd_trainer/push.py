@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .uploads import PUSH_FOLDER, UploadQueue
+from .uploads import UploadQueue
 
 
 def main() -> None:
@@ -24,7 +24,8 @@ def main() -> None:
     queue = UploadQueue(args.output_dir)
     missing = queue.missing
     if not missing:
-        print(f"Nothing is left to upload: {str(args.output_dir / PUSH_FOLDER)!r} is not there.")
+        queue.start().result()  # removes what a killed process has left
+        print(f"Nothing is left to upload of {str(args.output_dir)!r}.")
         return
     queue.finish()
     errors = queue.missing

@@ -64,7 +64,7 @@ class UploadQueue:
         self._pauses: dict[str, _Pause] = {}
         self._to_mend: set[str | Upload] = set()
         self._errors: dict[Upload, str] = {}
-        self._commits: dict[tuple[str, str, str | None], CommitInfo] = {}
+        self._commits: dict[tuple[str, str, str], CommitInfo] = {}
         self._pending: list[Upload] = []
         path = self.folder / _PENDING
         if path.exists():
@@ -72,7 +72,11 @@ class UploadQueue:
                 found = json.loads(path.read_text())
                 self._pending = [Upload(**{**each, "ignore": tuple(each["ignore"])}) for each in found]
             except (ValueError, TypeError, KeyError) as error:
-                logger.warning("%s cannot be read, so what it names is not pushed: %s", path, error)
+                kept = self.folder.with_name(f"{PUSH_FOLDER}-unreadable-{time.time_ns()}")
+                self.folder.rename(kept)
+                logger.warning(
+                    "%s cannot be read, so what it names is not pushed and kept in %s: %s", path, kept, error
+                )
 
     @property
     def missing(self) -> dict[Upload, str]:
@@ -84,6 +88,16 @@ class UploadQueue:
         """The last commit of this process to the place of an upload."""
         with self._lock:
             return self._commits.get(upload.place)
+
+    def name_in_full(self, name: str, full_name: str) -> None:
+        """Have all uploads to a repository name it alike, with its owner."""
+        with self._lock:
+            if any(upload.repo_id == name != full_name for upload in self._pending):
+                self._pending = [
+                    dataclasses.replace(upload, repo_id=full_name) if upload.repo_id == name else upload
+                    for upload in self._pending
+                ]
+                self._write()
 
     def add_folder(self, folder: str | os.PathLike, uploads: Iterable[Upload], live: bool = False) -> list[Upload]:
         """Note what is to be uploaded of a folder as it is now; that begins with `start`.
@@ -143,7 +157,7 @@ class UploadQueue:
             _join(self.start(patiently), end)
             now = time.monotonic()
             with self._lock:
-                waiting = {upload.repo_id for upload in self._pending}
+                waiting = {each.repo_id for each in self._pending if not self._to_mend & {each, each.repo_id}}
                 asked = [pause.until for name, pause in self._pauses.items() if pause.asked and name in waiting]
             seconds = max(0.0, max(asked, default=float("inf")) - now)
             if seconds > patience or now + seconds > end:
@@ -197,11 +211,13 @@ class UploadQueue:
         then = "will be tried again at a later save"
         if needs_mending(error):
             what = upload if isinstance(error, NotADirectoryError) else upload.repo_id
+            self._pauses.pop(upload.repo_id, None)  # what the Hub has asked for before does not matter any more
             if what in self._to_mend:
                 return
             self._to_mend.add(what)
             then = "will be tried again at the end only, since waiting does not mend it"
         else:
+            self._to_mend.discard(upload.repo_id)
             failures = self._pauses[upload.repo_id].failures if upload.repo_id in self._pauses else 0
             asked = seconds_asked_for(error)
             pause = max(asked, min(_FIRST_WAIT * 2 ** min(failures, 10), _LONGEST_WAIT))

@@ -57,18 +57,18 @@ def _sync(folder: Path) -> None:
     """Wait until all files of a folder are on the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
-            _sync_entry(Path(root, name))
+            _sync_entry(Path(root, name), os.O_RDWR)  # Windows syncs only what may be written
         _sync_folder(Path(root))
 
 
 def _sync_folder(folder: Path) -> None:
     # Not every system can open or sync a folder (Windows, some network file systems); the files themselves are synced.
     with contextlib.suppress(OSError):
-        _sync_entry(folder)
+        _sync_entry(folder, os.O_RDONLY)
 
 
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync_entry(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -3,6 +3,7 @@
 import json
 import logging as python_logging
 import os
+import re
 import runpy
 import sys
 import threading
@@ -16,7 +17,7 @@ from loopback_hub import LoopbackHub
 from loopback_hub_client import use_hub
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_tokenizer import bert_tokenizer
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, pipeline
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback, pipeline
 
 from ctcd_trainer import CoDistillationTrainer, hub_errors
 from ctcd_trainer import uploads as uploads_module
@@ -73,6 +74,33 @@ def test_the_students_repository_can_be_named(hub, tmp_path):
     trainer.push_to_hub()
     assert set(hub.repos) == {"me/out", "me/small"}
     assert_on_the_hub(trainer, "me/out", "me/small")
+
+
+def test_weights_of_an_earlier_push_in_other_files_go(hub, tmp_path, monkeypatch):
+    tiny_trainer(tmp_path / "one", **HUB).push_to_hub()
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "save_pretrained",
+        lambda self, *args, **kw: save(self, *args, **{**kw, "max_shard_size": "9KB"}),
+    )
+    trainer = tiny_trainer(tmp_path / "two", **HUB, learning_rate=0.1)
+    trainer.train()
+    trainer.push_to_hub()
+    assert "model.safetensors.index.json" in hub.files("me/pair")
+    assert not {"model.safetensors", "student/model.safetensors"} & hub.files("me/pair").keys()
+    assert_on_the_hub(trainer)
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_the_code_of_the_cards_loads_from_the_branch_that_they_are_on(called, hub, tmp_path):
+    trainer = tiny_trainer(tmp_path, **HUB, **({} if called else {"hub_revision": "try"}))
+    trainer.push_to_hub(**({"revision": "try"} if called else {}))
+    for repo, model in (("me/pair", trainer.teacher_model), ("me/pair-student", trainer.student_model)):
+        card = hub.files(repo, "try")["README.md"].decode()
+        names = {}
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+        assert_same_weights(names["model"], model)
 
 
 def test_a_revision_is_made_and_pushed_to(hub, tmp_path):

@@ -69,6 +69,41 @@ def kept(queue):
 # ---- When it is tried again ----
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_refusal_and_a_wish_to_wait_in_any_order_come_to_an_end(before, hub, queue, monkeypatch):
+    monkeypatch.setattr(uploads, "_FIRST_WAIT", 0.0)
+    wish, refusal = {"status": 429, "headers": {"Retry-After": "1"}, "times": 2}, {"status": 403, "times": 1}
+    faults = [refusal, wish] if before else [wish, refusal]
+    add(queue, 1, "me/a")
+    hub.fail(COMMIT.format("me/a"), **faults[0])
+    if before:
+        queue.start(patiently=True).result()
+        hub.fail(COMMIT.format("me/a"), **faults[1])
+        queue.finish(timeout=30.0)
+        assert pushed(hub, "me/a") == [1]
+        return
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        hub.fail(COMMIT.format("me/a"), status=403, times=1000)
+
+    monkeypatch.setattr(uploads.time, "sleep", sleep)
+    monkeypatch.setattr(uploads.time, "monotonic", lambda: sum(slept) * 10.0)
+    queue.finish()
+    assert 0 < len(slept) < 5
+    assert "403" in next(iter(queue.missing.values()))
+
+
+def test_a_newer_state_takes_the_place_of_an_older_one_whose_repository_was_named_without_its_owner(hub, queue):
+    add(queue, 1, "a")
+    queue.name_in_full("a", "me/a")
+    add(queue, 2, "me/a", revision="main")
+    assert noted(queue) == [("me/a", "step 2")]
+    queue.finish()
+    assert pushed(hub, "me/a") == [2]
+
+
 def test_a_repository_that_fails_is_left_alone_for_a_while_and_the_other_is_not(hub, queue):
     hub.fail(COMMIT.format("me/a"), times=1000)
     for step in (1, 2, 3):

@@ -201,6 +201,21 @@ def test_a_checkpoint_of_another_pair_is_refused_before_anything_is_loaded(other
         assert_same_weights(model, before[name])
 
 
+@pytest.mark.parametrize(
+    ("mode", "message"), [("reversed", r"groups are of \['student', 'student'\]"), ("ctcd", "number of")]
+)
+def test_the_optimizer_of_another_mode_is_refused(mode, message, tmp_path):
+    pair = {"model": tiny_bert(2, seed=1), "student_model": tiny_bert(2, seed=2)}  # of the same sizes
+    tiny_trainer(tmp_path, **pair, distillation_mode="kd", save_strategy="steps", save_steps=2).train()
+    trainer = tiny_trainer(
+        tmp_path, model=tiny_bert(2, seed=1), student_model=tiny_bert(2, seed=2), distillation_mode=mode
+    )
+    with pytest.raises(
+        ValueError, match=rf"optimizer of the checkpoint .* is of another training: .*{message}.*Resume"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("head", ["masked-lm", "causal-lm", "seq2seq-lm"])
 def test_tied_weights_that_were_saved_once_are_those_of_the_same_pair(head, tmp_path):
     family = {"masked-lm": "bert", "causal-lm": "gpt2", "seq2seq-lm": "t5"}[head]
@@ -323,6 +338,28 @@ def test_the_mark_of_a_checkpoint_on_sigterm_that_did_not_come_is_removed(tmp_pa
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5
     assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_whole_checkpoint_that_is_marked_stays_until_its_successor_is_there(tmp_path, monkeypatch):
+    """The signal may come while a checkpoint is saved; then the same step is saved once more."""
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    mark = tmp_path / "checkpoint-2" / "checkpoint-is-incomplete.txt"
+    mark.write_text("Checkpoint started at step 2 and in progress...")
+    files = sorted(path.name for path in mark.parent.iterdir() if path != mark)
+    resumed = tiny_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in mark.parent.iterdir()) == files
+
+    mark.write_text("Checkpoint started at step 2 and in progress...")
+    resumed.state.global_step = 2
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resumed, "_save", fail)
+    with pytest.raises(OSError, match=r"What was there before is as it was; the last checkpoint is '.*checkpoint-3'"):
+        resumed._save_checkpoint(resumed.model, trial=None)
+    assert sorted(path.name for path in mark.parent.iterdir()) == files
 
 
 def test_a_checkpoint_on_sigterm_is_whole(tmp_path):
