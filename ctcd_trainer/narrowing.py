@@ -8,7 +8,7 @@ hidden states in many families.
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -211,11 +211,12 @@ def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[in
             f"A {type(model).__name__} of these sizes has no {gone}, so it would not be the teacher's. Choose another "
             "`hidden_size`, or `init='random'`."
         )
+    biased = {_any(name).partition(f".{_BIAS}")[0] for name in smaller if _BIAS in name}
     for name, tensor in model.state_dict().items():
         for dim, (old, new) in enumerate(zip(tensor.shape, smaller[name].shape, strict=True)):
             if old == new:
                 continue
-            axis = _head_axis(model, name, dim)
+            axis = _head_axis(model, name, dim, biased)
             if axis is None and old == config.hidden_size:
                 axis = Axis(HIDDEN, "", old)
             if axis is None and old in intermediates | {2 * each for each in intermediates if _gated(name, dim)}:
@@ -246,17 +247,22 @@ def _gated(name: str, dim: int) -> bool:
     return re.search(r"\.(Wi|gate_up_proj)(\.|$)", name) is not None and dim == ("experts" in name)
 
 
-def _head_axis(model: PreTrainedModel, name: str, dim: int) -> Axis | None:
-    """The axis of a dimension that counts heads; `None` if it does not."""
+def _head_axis(model: PreTrainedModel, name: str, dim: int, biased: Container[str]) -> Axis | None:
+    """The axis of a dimension that counts heads; `None` if it does not.
+
+    Args:
+        model: The model.
+        name: Name of the parameter.
+        dim: The dimension.
+        biased: The attentions whose scores in all layers are added to one bias, so that heads are chosen once.
+    """
     match = _ATTENTION.fullmatch(name)
     if match is None:
         return None
     config, scope, module = model.config, match["scope"], match["module"]
     heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     groups = 1 if key_heads in (None, heads) else key_heads
-    # The scores of all layers are added to the same bias, so that its heads are chosen once.
-    biased = any(_BIAS in each and _any(each).startswith(f"{_any(scope)}.") for each in model.state_dict())
-    scope = _any(scope) if biased else scope
+    scope = _any(scope) if _any(scope) in biased else scope
     if module == _BIAS:
         return Axis(HEADS, scope, heads) if dim == 1 else None
     out = int(isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and name.endswith("weight"))
