@@ -150,10 +150,11 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
         """End the training; see `Trainer`."""
         best = self.state.best_model_checkpoint
-        if self.pair is not None and self.args.should_save and self.args.save_total_limit == 1 and best is not None:
+        removes = self.pair is not None and self.args.should_save and self.args.save_total_limit == 1
+        if removes and best is not None and os.path.isdir(best):
             # As Trainer does below, which would leave halves if it is killed.
             for path in sort_checkpoints(self._get_output_dir(trial)):
-                if os.path.isdir(best) and not os.path.samefile(path, best):
+                if not os.path.samefile(path, best):
                     remove(Path(path))
         return super()._finalize_training(trial, *args)
 

@@ -72,7 +72,7 @@ class PairLossTrainer(PairEvaluationTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if isinstance(model, LearnerView):
             outputs = self._outputs(model, inputs)
-            loss = self._hard_loss(outputs, inputs, num_items_in_batch)
+            loss = self._hard_loss(outputs, inputs, self._hard_share(inputs, num_items_in_batch), num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
         warmup = self.distillation.soft_weight_factor(self.state.global_step, self.state.max_steps)
@@ -81,6 +81,7 @@ class PairLossTrainer(PairEvaluationTrainer):
             loss, values = self._fused_losses(model, inputs, num_items_in_batch, warmup)
         else:
             outputs = self._outputs(model, inputs)
+            hard_share = self._hard_share(inputs, num_items_in_batch)
             sources = dict(outputs)
             if self.pretrained_teacher is not None:
                 sources[PRETRAINED] = self._pretrained_outputs(inputs)
@@ -89,7 +90,7 @@ class PairLossTrainer(PairEvaluationTrainer):
                 self.distillation,
                 sources,
                 inputs,
-                hard_loss=lambda output: self._hard_loss(output, inputs, num_items_in_batch),
+                hard_loss=lambda output: self._hard_loss(output, inputs, hard_share, num_items_in_batch),
                 share=self._share_of_batch(self.task.distilled(inputs), num_items_in_batch, -1),
                 warmup=warmup,
                 soft_loss_func=self.soft_loss_func,
@@ -102,6 +103,10 @@ class PairLossTrainer(PairEvaluationTrainer):
         if "labels" in inputs and (self.label_smoother is not None or self.compute_loss_func is not None):
             return model(**inputs, labelled=False)
         return model(**{**inputs, **self.task.trainable_labels(inputs)})
+
+    def _hard_share(self, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Share of this micro-batch in the labelled items; see `_share_of_batch`."""
+        return self._share_of_batch(self.task.counted(inputs).ne(IGNORE_INDEX), num_items_in_batch, 0)
 
     def _share_of_batch(self, counted: Tensor, num_items_in_batch: Tensor | int | None, which: int) -> Tensor:
         """Share of this micro-batch in the accumulated batch, times the processes that gradients average over.
@@ -128,6 +133,7 @@ class PairLossTrainer(PairEvaluationTrainer):
         self,
         outputs: Any,
         inputs: dict[str, Tensor | Any],
+        share: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Task loss of one learner: the user's function, the smoothed one, or the one of the model itself."""
@@ -136,7 +142,6 @@ class PairLossTrainer(PairEvaluationTrainer):
             number = number.reshape(-1)[0] if isinstance(number, Tensor) else number
             loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=number)
             return loss * self._process_scale() if number is not None else loss
-        share = self._share_of_batch(self.task.counted(inputs).ne(IGNORE_INDEX), num_items_in_batch, 0)
         if "labels" in inputs and self.label_smoother is not None:
             labels = self.task.trainable_labels(inputs)["labels"]
             return self.label_smoother(outputs, labels, shift_labels=self.task.shifts_labels) * share
