@@ -174,7 +174,7 @@ def differences(
         split: `dev` or `validation`.
     """
     ours = scores_of(at(results, variant.setting, variant.method), LOSS, split).get((variant.method, learner), {})
-    theirs = scores_of(_reference_cells(variant, results, baseline, reference[0]), LOSS, split)
+    theirs = scores_of(reference_cells(variant.setting, results, baseline, reference[0]), LOSS, split)
     return paired_differences(ours, theirs.get(reference, {}))
 
 
@@ -183,7 +183,7 @@ def curve_differences(
 ) -> dict[int, list[float]]:
     """The same over the steps of training, on the validation set: by step, the differences of all seeds."""
     ours = curves_of(at(results, variant.setting, variant.method)).get((variant.method, learner), {})
-    theirs = curves_of(_reference_cells(variant, results, baseline, reference[0])).get(reference, {})
+    theirs = curves_of(reference_cells(variant.setting, results, baseline, reference[0])).get(reference, {})
     by_step: dict[int, list[float]] = {}
     for seed in sorted(ours.keys() & theirs.keys()):
         for step in sorted(ours[seed].keys() & theirs[seed].keys()):
@@ -191,6 +191,14 @@ def curve_differences(
     return dict(sorted(by_step.items()))
 
 
-def _reference_cells(variant: Variant, results: list[Result], baseline: Setting, method: str) -> list[Result]:
+def reference_cells(setting: Setting, results: list[Result], baseline: Setting, method: str) -> list[Result]:
+    """The cells of another method that a setting is compared with.
+
+    Args:
+        setting: The setting.
+        results: All cells of its kind.
+        baseline: Its soft weights and temperature are taken where the method has no cells with those of `setting`.
+        method: The method.
+    """
     soft = {name: baseline[name] for name in SOFT_FIELDS if name in baseline}
-    return at(results, variant.setting, method) or at(results, variant.setting | soft, method)
+    return at(results, setting, method) or at(results, setting | soft, method)

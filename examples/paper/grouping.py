@@ -1,7 +1,7 @@
 """What belongs together in the results of a grid: settings, methods, models, seeds."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
@@ -134,6 +134,11 @@ def loss(task: str) -> Measure:
     return Measure(f"{TASK_NAMES.get(task, task)} {name}", LOSS.keys)
 
 
+def calibration(task: str) -> Measure:
+    """The calibration error of a task; of one without classes there is none."""
+    return replace(CALIBRATION, name=f"{TASK_NAMES.get(task, task)} {CALIBRATION.name}")
+
+
 def collect(results: Iterable[Result], value: Callable[[Result, str], Any]) -> dict[Row, dict[int, Any]]:
     """A value of each trained model at each seed; without those that are `None`.
 
@@ -210,6 +215,8 @@ class Experiments:
         baseline: The setting that most of them share.
         finetuned: By GLUE task, the models of pre-trainings at the baseline, each fine-tuned by itself, as cells of
             the methods that pre-trained them.
+        finetuned_others: Models of the other pre-trainings, likewise fine-tuned by themselves: the setting of the
+            pre-training, and the cell.
         cotraining: By GLUE task and number of training rows (`None`: all), the pairs trained on that task.
         orphans: Number of fine-tuned cells whose pre-training is not among the results.
     """
@@ -217,6 +224,7 @@ class Experiments:
     pretraining: list[Result]
     baseline: Setting
     finetuned: dict[str, list[Result]]
+    finetuned_others: list[tuple[Setting, Result]]
     cotraining: dict[tuple[str, int | None], list[Result]]
     orphans: int
 
@@ -243,6 +251,7 @@ def arrange(results: list[Result]) -> Experiments:
     known = {result["key"]: result for result in pretraining}
     chosen = {result["key"] for result in at(pretraining, baseline)}
     singles: dict[tuple[str, str], list[Result]] = {}
+    others: list[tuple[Setting, Result]] = []
     cotraining: dict[tuple[str, int | None], list[Result]] = {}
     orphans = 0
     for result in results:
@@ -254,13 +263,15 @@ def arrange(results: list[Result]) -> Experiments:
             cotraining.setdefault((cell["task"], cell.get("rows")), []).append(result)
         elif start is None:
             orphans += 1
-        elif start["key"] in chosen:
+        else:
             origin = {name: start["cell"].get(name) for name in ("method", "pretrained_teacher")}
-            single = (cell["task"], cell.get("learner") or "")
-            singles.setdefault(single, []).append({**result, "cell": {**cell, **origin}})
+            single = {**result, "cell": {**cell, **origin}}
+            if start["key"] in chosen:
+                singles.setdefault((cell["task"], cell.get("learner") or ""), []).append(single)
+            else:
+                others.append((setting_of(start), single))
     finetuned: dict[str, list[Result]] = {}
     for (task, _), cells in sorted(singles.items()):
         finetuned.setdefault(task, []).extend(at(cells, baseline_of(cells)))
-    return Experiments(
-        pretraining, baseline, finetuned, dict(sorted(cotraining.items(), key=lambda item: str(item[0]))), orphans
-    )
+    ordered = dict(sorted(cotraining.items(), key=lambda item: str(item[0])))
+    return Experiments(pretraining, baseline, finetuned, others, ordered, orphans)

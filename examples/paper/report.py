@@ -18,6 +18,8 @@ from ctcd_trainer.graph import TEACHER
 
 from . import tables
 from .ablations import Variant, variants
+from .choosing import choosing
+from .claims import claims
 from .grouping import (
     AVERAGE,
     LOSS,
@@ -107,8 +109,9 @@ def write_report(
             *tables.pretraining(experiments),
             *tables.finetuning(experiments),
             *tables.cotraining(experiments),
-            *tables.claims(experiments),
+            *claims(experiments),
             *tables.ablations(experiments),
+            *choosing(experiments),
             *_size_and_latency(experiments, latency),
         ]
         if sections:
@@ -199,7 +202,7 @@ def _size_and_latency(experiments: Experiments, latency: Mapping[str, Any]) -> l
     if not rows:
         return []
     rows.sort(key=lambda row: row["model"] != TEACHER)
-    section = ["### Size and latency", tables.format_table(rows, markdown=True)]
+    section = ["### Size and latency", tables.table(rows)]
     if latency["models"]:
         conditions = latency["conditions"]
         section.append(

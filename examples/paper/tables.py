@@ -1,25 +1,28 @@
 """The Markdown sections of the report; each is empty where there are no results for it."""
 
 from collections.abc import Iterable, Mapping
+from statistics import median
 from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 
 from ..compare_runs import format_table
-from .ablations import CTCD, differences, left_out, variants
+from .ablations import differences, left_out, variants
 from .grouping import (
-    AVERAGE,
     CALIBRATION,
     LOSS,
     MLM,
+    SOFT_FIELDS,
     TASK_NAMES,
     Experiments,
     Measure,
     Result,
-    Row,
     Scores,
+    Setting,
+    at,
     average,
     baseline_of,
+    calibration,
     loss,
     method_of,
     method_order,
@@ -27,14 +30,8 @@ from .grouping import (
     scores_of,
     setting_of,
 )
-from .statistics import Comparison, compare, summarise
+from .statistics import paired_differences, summarise
 
-#: What is claimed of co-training: the better model and the one that it is compared with.
-CLAIMS: tuple[tuple[str, Row, Row], ...] = (
-    ("(a) The co-trained teacher beats the teacher trained alone", (CTCD, TEACHER), ("alone", TEACHER)),
-    ("(b) The co-trained student beats the student of KD", (CTCD, STUDENT), ("kd", STUDENT)),
-    ("(c) The co-trained student beats the teacher trained alone", (CTCD, STUDENT), ("alone", TEACHER)),
-)
 #: How the fields of a setting are said, in this order.
 SAID = {
     "steps": "{:,} steps",
@@ -53,7 +50,10 @@ SAID = {
     "temperature": "temperature {:g}",
     "soft_warmup_ratio": "soft warm-up {:g}",
 }
-COMMUNITY, COMMUNITY_KD = "community", "community-kd"
+#: The same for null, where that is a value.
+SAID_OF_NONE = {"rows": "all rows", "student_learning_rate": "the same for the student"}
+
+SPENT = "Compute of a run: means, and the median of the seconds of its steps."
 
 
 # ---- Cells of tables ----
@@ -74,16 +74,39 @@ def seeds_in(counts: Iterable[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}" if found else ""
 
 
-def described(setting: Mapping[str, Any]) -> str:
+def described(setting: Setting) -> str:
     """A setting in one sentence."""
-    setting = {"student_learning_rate": None, "teacher_soft_weight": None, **setting}
-    if setting["teacher_soft_weight"] == setting.get("soft_weight"):
-        setting["teacher_soft_weight"] = None
-    parts = [words.format(setting[name]) for name, words in SAID.items() if setting.get(name) is not None]
+    parts = _said({name: value for name, value in setting.items() if value is not None})
     return f"Setting: {', '.join(parts)}{', bf16' if setting.get('bf16') else ''}." if parts else ""
 
 
-def _table(rows: list[dict[str, str]]) -> str:
+def differing(setting: Setting, baseline: Setting) -> str:
+    """In what a setting differs from the baseline, or what that does not have; not what one of them does not use."""
+    changed = {
+        name: setting.get(name)
+        for name in SAID
+        if setting.get(name) != baseline.get(name, ...)
+        and not (name in SOFT_FIELDS and None in (setting.get(name), baseline.get(name)))
+    }
+    if "teacher_soft_weight" in changed:  # it is said beside that of the student
+        changed["soft_weight"] = setting["soft_weight"]
+    return ", ".join(_said(changed))
+
+
+def _said(setting: Setting) -> list[str]:
+    """The words for each field; the teacher's soft weight only where it is not the student's."""
+    same = setting.get("teacher_soft_weight") == setting.get("soft_weight")
+    return [
+        words.format(setting[name]) if setting[name] is not None else SAID_OF_NONE[name]
+        for name, words in SAID.items()
+        if name in setting
+        and (setting[name] is not None or name in SAID_OF_NONE)
+        and not (same and name == "teacher_soft_weight")
+    ]
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table."""
     return format_table(rows, markdown=True)
 
 
@@ -92,59 +115,71 @@ def _table(rows: list[dict[str, str]]) -> str:
 
 def pretraining(experiments: Experiments) -> list[str]:
     """MLM validation loss of every method, and what its runs cost."""
-    cells = experiments.pretrained
+    cells = sorted(experiments.pretrained, key=lambda cell: method_order(method_of(cell)))
     if not cells:
         return []
     scores = scores_of(cells, LOSS)
-    rows, costs = [], []
+    rows = []
     for method in sorted({method_of(result) for result in cells}, key=method_order):
-        own = [scores.get((method, learner), {}) for learner in (TEACHER, STUDENT)]
-        rows.append(
-            {
-                "method": method,
-                "seeds": seeds_in(map(len, own)),
-                "teacher, validation loss": with_std(own[0].values(), 3),
-                "student, validation loss": with_std(own[1].values(), 3),
-            }
-        )
-        runs = [result.get("compute") or {} for result in cells if method_of(result) == method]
+        own = {learner: scores.get((method, learner), {}) for learner in (TEACHER, STUDENT)}
+        row = {"method": method, "seeds": seeds_in(map(len, own.values()))}
+        row |= {f"{learner}, validation loss": with_std(values.values(), 3) for learner, values in own.items()}
+        for learner, values in own.items():
+            differences = paired_differences(values, scores.get(("alone", learner), {})) if method != "alone" else []
+            row[f"{learner} - alone"] = with_std(differences, 3, sign=True)
+        rows.append(row)
+    return [
+        "### Pre-training",
+        "Validation loss of masked language modelling in nats (lower is better), mean ± standard deviation over the "
+        "seeds. `kd` trains no teacher and `reversed` no student: theirs are those of `alone`. The last columns are "
+        "differences to the same model trained alone with the same seeds: negative is better.",
+        described(experiments.baseline),
+        table(rows),
+        f"{SPENT} That of `kd` and `reversed` comes on top of the run of `alone` that trained their frozen model, and "
+        "so does that of the community methods whose frozen teacher was trained alone.",
+        table(costs([{"method": method_of(cell)} for cell in cells], cells)),
+    ]
+
+
+def costs(names: list[dict[str, str]], results: list[Result]) -> list[dict[str, str]]:
+    """What runs cost, as rows of a table.
+
+    Args:
+        names: For each result, the columns by which results are grouped.
+        results: The results.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+    for name, result in zip(names, results, strict=True):
+        groups.setdefault(tuple(name.values()), []).append(result.get("compute") or {})
+    rows = []
+    for values, runs in groups.items():
         spent = {
             name: summarise(run[name] for run in runs if run.get(name) is not None)
-            for name in ("steps", "tokens", "flops", "seconds")
+            for name in ("steps", "tokens", "flops")
         }
-        costs.append(
-            {
-                "method": method,
+        seconds = [run["seconds"] for run in runs if run.get("seconds") is not None]
+        rows.append(
+            dict(zip(names[0], values, strict=True))
+            | {
                 "runs": str(len(runs)),
                 "steps": f"{spent['steps'].mean:,.0f}" if spent["steps"] else "",
                 "tokens (M)": f"{spent['tokens'].mean / 1e6:.3g}" if spent["tokens"] else "",
                 "FLOPs": f"{spent['flops'].mean:.2e}" if spent["flops"] else "",
-                "seconds": with_std((run["seconds"] for run in runs if run.get("seconds") is not None), 0),
+                "seconds": f"{median(seconds):,.0f}" if seconds else "",
             }
         )
-    return [
-        "### Pre-training",
-        "Validation loss of masked language modelling in nats (lower is better), mean ± standard deviation over the "
-        "seeds. `kd` trains no teacher and `reversed` no student: theirs are those of `alone`.",
-        described(experiments.baseline),
-        _table(rows),
-        "Mean compute of a run. That of `kd` and `reversed` comes on top of the run of `alone` that trained their "
-        "frozen model, and so does that of the community methods whose frozen teacher was trained alone.",
-        _table(costs),
-    ]
+    return rows
 
 
 def finetuning(experiments: Experiments) -> list[str]:
     """The pre-trained models, each fine-tuned by itself: metrics, then loss and calibration."""
     tasks = experiments.finetuned
     if not tasks:
-        return []
+        return _finetuned_others(experiments)
     metrics = {task: scores_of(cells, metric(task)) for task, cells in tasks.items()}
     qualities = {loss(task).name: scores_of(cells, LOSS) for task, cells in tasks.items()}
     qualities |= {
-        f"{TASK_NAMES.get(task, task)} calibration error": found
-        for task, cells in tasks.items()
-        if (found := scores_of(cells, CALIBRATION))
+        calibration(task).name: found for task, cells in tasks.items() if (found := scores_of(cells, CALIBRATION))
     }
     settings: dict[str, list[str]] = {}
     for task, cells in tasks.items():
@@ -160,11 +195,38 @@ def finetuning(experiments: Experiments) -> list[str]:
         _by_model(columns),
         "Loss (NLL in nats; for STS-B the mean squared error) and expected calibration error, lower is better:",
         _by_model([(name, 3, scores) for name, scores in qualities.items()]),
+        f"{SPENT} It is the same for every method; the pre-training comes on top.",
+        table(costs(*_named([cell for cells in tasks.values() for cell in cells]))),
+        *_finetuned_others(experiments),
     ]
     if experiments.orphans:
         section.append(
             f"{experiments.orphans} fine-tuned models are left out: their pre-training is not in the files given."
         )
+    return section
+
+
+def _named(cells: list[Result]) -> tuple[list[dict[str, str]], list[Result]]:
+    """Cells of models fine-tuned by themselves, for `costs`: in order, with task and model."""
+    cells = sorted(cells, key=lambda cell: (cell["cell"]["task"], STUDENT in cell["models"]))
+    names = [{"task": metric(cell["cell"]["task"]).name, "model": next(iter(cell["models"]))} for cell in cells]
+    return names, cells
+
+
+def _finetuned_others(experiments: Experiments) -> list[str]:
+    """The models of pre-trainings at other settings: their metrics."""
+    groups: dict[str, dict[str, list[Result]]] = {}
+    for setting, cell in experiments.finetuned_others:
+        tasks = groups.setdefault(differing(setting, experiments.baseline), {})
+        tasks.setdefault(cell["cell"]["task"], []).append(cell)
+    section = []
+    for words, tasks in groups.items():
+        columns = [
+            (metric(task).name, 1, scores_of(at(cells, baseline_of(cells)), metric(task)))
+            for task, cells in sorted(tasks.items())
+        ]
+        columns.append((f"average of {len(tasks)}", 1, average(scores for _, _, scores in columns)))
+        section += [f"#### Pre-trained with {words}, fine-tuned", _by_model(columns)]
     return section
 
 
@@ -178,7 +240,7 @@ def _by_model(columns: list[tuple[str, int, Scores]]) -> str:
             | {name: with_std(own.values(), digits) for (name, digits, _), own in zip(columns, seeds, strict=True)}
             | {"seeds": seeds_in(map(len, seeds))}
         )
-    return _table(rows)
+    return table(rows)
 
 
 def cotraining(experiments: Experiments) -> list[str]:
@@ -202,95 +264,33 @@ def cotraining(experiments: Experiments) -> list[str]:
                 )
             if rows:
                 setting = described(baseline_of(cells))
-                section.append(f"#### {TASK_NAMES.get(task, task)}, {_labels(limit)}")
+                section.append(f"#### {TASK_NAMES.get(task, task)}, {labels_used(limit)}")
                 section += [] if setting in section else [setting]
-                section.append(_table(rows))
+                section.append(table(rows))
+    cells = [cell for limit in experiments.row_limits for own in experiments.cotrained(limit).values() for cell in own]
+    cells.sort(key=lambda cell: method_order(method_of(cell)))
+    cells.sort(key=lambda cell: cell["cell"]["task"])
+    names = [
+        {
+            "task": f"{metric(cell['cell']['task']).name}, {labels_used(cell['cell'].get('rows'))}",
+            "method": method_of(cell),
+        }
+        for cell in cells
+    ]
     intro = (
         "Pairs that start from the initial models and are trained on a task. Metrics times 100 (higher is better), "
         "loss and calibration error (lower is better). A setting holds until the next one is named."
     )
-    return ["### Co-training at fine-tuning", intro, *section] if section else []
-
-
-def _labels(rows: int | None) -> str:
-    return "all rows" if rows is None else f"{rows:,} rows"
-
-
-def measured(experiments: Experiments) -> list[tuple[str, Measure, Scores]]:
-    """Every measure by which methods are compared, with the protocol it belongs to."""
-    found = [("pre-training", loss(MLM), scores_of(experiments.pretrained, LOSS))]
-    protocols = {"fine-tuned by itself": experiments.finetuned}
-    protocols |= {f"co-trained, {_labels(rows)}": experiments.cotrained(rows) for rows in experiments.row_limits}
-    for protocol, tasks in protocols.items():
-        metrics = {task: scores_of(cells, metric(task)) for task, cells in tasks.items()}
-        found += [(protocol, metric(task), scores) for task, scores in metrics.items()]
-        if len(metrics) > 1:
-            found.append((protocol, AVERAGE, average(metrics.values())))
-        found += [(protocol, loss(task), scores_of(cells, LOSS)) for task, cells in tasks.items()]
-    return found
-
-
-def compared(scores: Scores, measure: Measure, ours: Row, theirs: Row) -> list[tuple[str, Comparison]]:
-    """A claim, and the same of Community KD against its own baseline, where there are seeds to compare."""
-    pairs = [(ours, theirs)]
-    for method in dict.fromkeys(method for method, _ in scores if method.split(" (")[0] == COMMUNITY):
-        pairs.append(((method, ours[1]), (method.replace(COMMUNITY, COMMUNITY_KD, 1), theirs[1])))
-    found = [(pair, compare(*(scores.get(row, {}) for row in pair), measure.higher_is_better)) for pair in pairs]
-    return [(" - ".join(f"{method} {model}" for method, model in pair), result) for pair, result in found if result]
-
-
-def claims(experiments: Experiments) -> list[str]:
-    """The three claims, measure by measure; those of Community KD, against its own baseline, below them."""
-    section: list[str] = []
-    fewest: list[int] = []
-    for claim, ours, theirs in CLAIMS:
-        rows: dict[str, list[dict[str, str]]] = {}
-        for protocol, measure, scores in measured(experiments):
-            for names, result in compared(scores, measure, ours, theirs):
-                digits = measure.digits + 1
-                rows.setdefault(names, []).append(
-                    {
-                        "protocol": protocol,
-                        "measure": measure.name,
-                        "difference of": names,
-                        "mean": f"{result.mean:+.{digits}f}",
-                        "bootstrap interval": _interval(result.bootstrap, digits),
-                        "t interval": _interval(result.student_t, digits),
-                        "seeds": str(result.n),
-                        "verdict": result.verdict,
-                    }
-                )
-                fewest.append(result.n)
-        if rows:
-            section += [f"#### {claim}", *(_tally(names, own) for names, own in rows.items())]
-            section.append(_table([row for own in rows.values() for row in own]))
+    spent = f"{SPENT} That of frozen models trained alone comes on top."
     if not section:
         return []
-    intro = (
-        "Differences between models of the same seed, **positive where the claim is right**, with 95 % intervals. "
-        "*holds*: the whole bootstrap interval is above 0; *does not hold*: it is below 0; *undecided*: 0 is in it. "
-        "Rows of `community` compare it with `community-kd`, where both models learn from the frozen teacher only."
-    )
-    limits = (
-        f"**How much this says.** The fewest seeds of a row are {min(fewest)}. The bootstrap draws from the "
-        "differences of the seeds that there are. With three, its interval is simply the smallest and the largest "
-        "of them: *holds* then means no more than that all three agree, which happens by chance, without any "
-        "effect, in one row of eight (with two seeds in one of four); and there are many rows, which are not "
-        "independent. The t interval pays for few seeds, and assumes differences that are normally distributed; a "
-        "row in which it contains 0 is a hint and no finding. Seeds vary the training (order, masks, dropout, new "
-        "weights), but neither the validation set nor the pre-trained weights."
-    )
-    return ["### The three claims", intro, *section, limits]
+    section += ["#### Compute of co-training", spent, table(costs(names, cells))]
+    return ["### Co-training at fine-tuning", intro, *section]
 
 
-def _tally(names: str, rows: list[dict[str, str]]) -> str:
-    verdicts = [row["verdict"] for row in rows]
-    counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts))
-    return f"{names} ({len(rows)} {'measures' if len(rows) > 1 else 'measure'}): {counts}."
-
-
-def _interval(interval: tuple[float, float] | None, digits: int) -> str:
-    return "" if interval is None else f"[{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
+def labels_used(rows: int | None) -> str:
+    """How many of the training rows there were."""
+    return "all rows" if rows is None else f"{rows:,} rows"
 
 
 def ablations(experiments: Experiments) -> list[str]:
@@ -299,12 +299,12 @@ def ablations(experiments: Experiments) -> list[str]:
     if experiments.pretraining:
         groups["Pre-training"] = experiments.pretraining, loss(MLM)
     for (task, rows), cells in sorted(experiments.cotraining.items(), key=lambda item: str(item[0])):
-        groups[f"{TASK_NAMES.get(task, task)}, {_labels(rows)}"] = cells, loss(task)
+        groups[f"{TASK_NAMES.get(task, task)}, {labels_used(rows)}"] = cells, loss(task)
     section = []
     for title, (cells, measure) in groups.items():
         baseline = baseline_of(cells)
         if rows := _ablation_rows(cells, baseline):
-            section += [f"#### {title}: {measure.name}", described(baseline), _table(rows)]
+            section += [f"#### {title}: {measure.name}", described(baseline), table(rows)]
         if skipped := left_out(cells, baseline):
             section.append(
                 f"{title}: {skipped} co-trainings differ from the baseline in several axes, and are left out."
