@@ -19,8 +19,10 @@ Scores = dict[Row, dict[int, float]]
 TASK_NAMES = {
     MLM: "MLM",
     "cola": "CoLA",
+    "mnli": "MNLI",
     "mrpc": "MRPC",
     "qnli": "QNLI",
+    "qqp": "QQP",
     "rte": "RTE",
     "sst2": "SST-2",
     "stsb": "STS-B",

@@ -43,6 +43,8 @@ from glue_data import TASK_TO_TEXT
 from language_model_data import Blocks
 
 SEED = 0
+#: The split that is scored, of tasks that have several.
+VALIDATION = {"mnli": "validation_matched"}
 #: Entries of configs that change with the machine and the versions.
 _OF_NO_ACCOUNT = ("transformers_version", "is_local", "local_files_only", "name_or_path", "_name_or_path")
 
@@ -106,13 +108,13 @@ def _take(blocks: dict[str, Dataset], part: str, count: int) -> Dataset:
 def prepare_glue(scale: Scale, task: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Tensor], dict]:
     """The rows of a GLUE task, and what its labels are; a share of the training rows is kept for choosing."""
     splits = load_dataset(scale.glue, task)
-    train = splits["train"].shuffle(seed=SEED)
+    train, validation = splits["train"].shuffle(seed=SEED), splits[VALIDATION.get(task, "validation")]
     dev_rows = int(len(train) * scale.dev_share)
     settings = scale.tasks[task] or {}
     parts = {
-        "dev": train.take(min(dev_rows, 2 * len(splits["validation"]))),
+        "dev": train.take(min(dev_rows, 2 * len(validation))),
         "train": train.skip(dev_rows).take(min(settings.get("train_rows", len(train)), len(train) - dev_rows)),
-        "validation": splits["validation"],
+        "validation": validation,
     }
     columns = TASK_TO_TEXT[task]
     tensors = {}

@@ -8,8 +8,10 @@ from transformers import EvalPrediction
 #: The scores of each task besides its loss and, for classes, the calibration error: GLUE's own, but F1.
 TASK_SCORES: Mapping[str, tuple[str, ...]] = {
     "cola": ("matthews_correlation",),
+    "mnli": ("accuracy",),
     "mrpc": ("accuracy",),
     "qnli": ("accuracy",),
+    "qqp": ("accuracy",),
     "rte": ("accuracy",),
     "sst2": ("accuracy",),
     "stsb": ("pearson", "spearmanr"),
