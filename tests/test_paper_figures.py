@@ -45,7 +45,9 @@ def test_the_command_writes_report_and_figures(tmp_path, monkeypatch, grid) -> N
         *("--figures", tmp_path / "docs" / "images", "--latency", tmp_path / "latency.json"),
     )
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", output.read_text())
-    assert links == [f"images/nano-{name}.png" for name in ("curves", "differences", "quality", "ablations")]
+    assert links == [
+        f"images/nano-{name}.png" for name in ("curves", "differences", "quality", "ablations", "cotraining")
+    ]
     for link in links:
         with Image.open(output.parent / link) as image:
             assert round(image.info["dpi"][0]) >= 150
@@ -97,6 +99,7 @@ def test_figures_without_anything_to_draw_are_not_written(tmp_path) -> None:
     assert not figures.draw_differences({"methods": []}, [], {}, path)
     assert not figures.draw_quality(empty, {}, {}, {}, path)
     assert not figures.draw_ablations([], [], {}, path)
+    assert not figures.draw_cotraining(empty, path)
     assert not path.exists()
 
 
@@ -119,6 +122,22 @@ def test_differences_over_steps_are_those_of_the_curves(grid) -> None:
     gains = [loss_of("ctcd", "student", seed) - 0.04 - loss_of("alone", "student", seed) for seed in SEEDS]
     assert list(found) == [40, 80, 120, 160, 200]
     assert all(values == pytest.approx(gains) for values in found.values())
+
+
+def test_the_figure_of_cotraining_has_the_means_of_every_method(tmp_path, monkeypatch, grid) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "draw_points", lambda axis, learner, found, joined: drawn.append((learner, found)))
+    assert figures.draw_cotraining(grouping.arrange(grid), tmp_path / "pairs.png")
+    # Three tasks, each with two numbers of rows, of which one has no calibration error; teacher and student each.
+    assert len(drawn) == 2 * (2 * 3 + 2 * 3 + 2 * 2)
+    methods = ["alone", "kd", "reversed", "ctcd", "community", "community-kd"]
+    losses = [found for learner, found in drawn if learner == "student"][1]  # of CoLA with 2,000 rows
+    for place, method in enumerate(methods):
+        if method == "reversed":  # trains no student
+            assert place not in losses
+        else:
+            mean = sum(loss_of(method, "student", seed, "cola", 0.5) for seed in SEEDS) / len(SEEDS)
+            assert losses[place].mean == pytest.approx(mean)
 
 
 def test_latency_finds_both_models_of_a_folder(tmp_path, monkeypatch) -> None:

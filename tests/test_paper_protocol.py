@@ -1,15 +1,12 @@
 import json
 import math
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from toy_protocol import GRID, numbers, write_toy
+from toy_protocol import GRID, call, numbers, write_toy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,15 +16,6 @@ from examples.paper.data import Masking, Prepared, Schedule
 from examples.paper.settings import load_scale
 
 ROOT = Path(__file__).parents[1]
-
-
-def call(module: object, *arguments: object) -> None:
-    """Run the `main` of a module with arguments of the command line."""
-    argv, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
-    try:
-        module.main()
-    finally:
-        sys.argv = argv
 
 
 @pytest.fixture(scope="module")
@@ -221,49 +209,6 @@ def test_a_number_is_the_same_with_and_without_a_point(toy: Path) -> None:
     assert len(keys) == 1
     with pytest.raises(ValueError, match=r"`learning_rate: '5e-4x'` is no number"):
         Cell(**{**values, "learning_rate": "5e-4x"}, epochs=1)
-
-
-SMALL = [{"task": "mlm", "seed": 0, "method": ["alone", "ctcd"], "then": ["rte"]}]
-
-
-def grid_process(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "examples.paper.run", "--threads", "1"]
-    options = {"--config": "toy.yaml", "--prepared": "prepared", "--output": "killed"}
-    command += [str(part) for name, value in options.items() for part in (name, folder / value)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-def test_a_grid_that_is_killed_goes_on_where_it_was_with_the_same_numbers(tmp_path: Path) -> None:
-    settings = {"mlm": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3}}
-    settings |= {"finetuning": {"epochs": 2, "rows": 24, "batch_size": 8, "learning_rate": 1e-3}}
-    config = write_toy(tmp_path, SMALL, defaults=settings, checkpoints=10)
-    options = ["--config", config, "--prepared", tmp_path / "prepared"]
-    call(prepare, "--config", config, "--output", tmp_path / "prepared")
-    call(run, *options, "--output", tmp_path / "whole", "--threads", 1)
-
-    draw = random.Random(0)
-    killed_at = []
-    while True:
-        process = grid_process(tmp_path)
-        checkpoints = set((tmp_path / "killed").glob("cells/*/run/checkpoint-*"))
-        while process.poll() is None and len(killed_at) < 3:
-            time.sleep(0.01)
-            if set((tmp_path / "killed").glob("cells/*/run/checkpoint-*")) - checkpoints:
-                time.sleep(draw.uniform(0, 0.2))  # in the middle of a step or of a save
-                process.send_signal(signal.SIGKILL)
-                killed_at.append(process.wait())
-        if process.wait() == 0:
-            break
-    assert killed_at == [-signal.SIGKILL] * 3
-    assert numbers(tmp_path / "killed" / "results.jsonl") == numbers(tmp_path / "whole" / "results.jsonl")
-
-
-def test_two_processes_share_a_grid(tmp_path: Path) -> None:
-    config = write_toy(tmp_path, SMALL)
-    call(prepare, "--config", config, "--output", tmp_path / "prepared")
-    processes = [grid_process(tmp_path) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    assert len(numbers(tmp_path / "killed" / "results.jsonl")) == 2 + 4
 
 
 def test_a_failed_cell_is_named_and_the_others_are_computed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,12 @@ def numbers(path: Path) -> dict[str, Any]:
     for result in results:
         del result["compute"]["seconds"], result["environment"]
     return {result["key"]: result for result in results}
+
+
+def call(module: object, *arguments: object) -> None:
+    """Run the `main` of a module with arguments of the command line."""
+    argv, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv

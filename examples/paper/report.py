@@ -40,7 +40,7 @@ from .latency import latency_of
 from .results import load_results
 
 #: The axes along which the difference to "alone" is drawn over the steps.
-AXES_OVER_STEPS = ("length of training", "rows (passes)", "soft warm-up (share of the steps)")
+AXES_OVER_STEPS = ("hard : soft weight", "length of training", "rows (passes)", "soft warm-up (share of the steps)")
 NO_LATENCY: Mapping[str, Any] = {"conditions": {}, "models": []}
 
 
@@ -169,6 +169,12 @@ def draw_figures(experiments: Experiments, latency: Mapping[str, Any], folder: P
         times,
     )
     add("Ablations of pre-training", "ablations", figures.draw_ablations, every, cells, baseline)
+    add(
+        "Co-training at fine-tuning: metric, loss and calibration error by method",
+        "cotraining",
+        figures.draw_cotraining,
+        experiments,
+    )
     for (task, rows), group in experiments.cotraining.items():
         own = baseline_of(group)
         name = f"{task}-{'all' if rows is None else rows}"
