@@ -14,6 +14,7 @@ from tiny import tiny_bert
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ctcd_trainer.measuring import cpu_name
 from examples.paper import ablations, figures, grouping, latency, report
 
 
@@ -149,6 +150,7 @@ def test_latency_finds_both_models_of_a_folder(tmp_path, monkeypatch) -> None:
     assert [model["layers"] for model in found["models"]] == [2, 1]
     assert all(model["latency_ms"] > 0 for model in found["models"])
     assert found["conditions"]["sequence_length"] == 8
+    assert found["conditions"]["device"] == cpu_name()
     parameters = sum(parameter.numel() for parameter in tiny_bert(num_layers=1).parameters())
     assert latency.latency_of(found["models"], 1, parameters) == found["models"][1]["latency_ms"]
     assert latency.latency_of(found["models"], 1, 2 * parameters) is None

@@ -11,12 +11,15 @@ Example:
 import argparse
 import json
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
+
+from ctcd_trainer.measuring import cpu_name
 
 from ..compare_runs import measure_latencies
 
@@ -112,12 +115,13 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     conditions = {
-        "device": "cpu",
+        "device": cpu_name(),
         "batch_size": 1,
         "sequence_length": args.sequence_length,
         "threads": args.threads,
         "repeats": args.repeats,
         "torch": torch.__version__,
+        "date": date.today().isoformat(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"conditions": conditions, "models": timed}, indent=2) + "\n")

@@ -211,9 +211,10 @@ def _size_and_latency(experiments: Experiments, latency: Mapping[str, Any]) -> l
     section = ["### Size and latency", tables.table(rows)]
     if latency["models"]:
         conditions = latency["conditions"]
+        measured = ", ".join(str(conditions[name]) for name in ("device", "date") if name in conditions)
         section.append(
-            f"Latency: the median for one sequence of {conditions.get('sequence_length', '?')} tokens on the CPU with "
-            f"{conditions.get('threads', '?')} torch thread(s), without the task head."
+            f"Latency: the median for one sequence of {conditions.get('sequence_length', '?')} tokens on the CPU "
+            f"({measured or 'unknown'}) with {conditions.get('threads', '?')} torch thread(s), without the task head."
         )
     return section
 
