@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from .measuring import count_parameters, latencies_of
+from .sharding import whole_parameters
 from .wrapping import base_model
 
 
@@ -55,14 +56,15 @@ def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float 
         print(estimate(create_student(teacher, num_hidden_layers=3)))
         ```
     """
-    latencies = latencies_of({"model": model}, seconds)
-    return Estimate(
-        parameters=count_parameters(model),
-        bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        flops_per_token=_flops_per_token(model, sequence_length),
-        milliseconds=latencies.milliseconds.get("model"),
-        conditions=latencies.conditions,
-    )
+    with whole_parameters(model):
+        latencies = latencies_of({"model": model}, seconds)
+        return Estimate(
+            parameters=count_parameters(model),
+            bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+            flops_per_token=_flops_per_token(model, sequence_length),
+            milliseconds=latencies.milliseconds.get("model"),
+            conditions=latencies.conditions,
+        )
 
 
 def _flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | None:

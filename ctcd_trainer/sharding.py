@@ -1,9 +1,9 @@
-"""What differs where each process holds a part of the parameters (FSDP)."""
+"""What differs where each process holds a part of the parameters (FSDP, ZeRO-3)."""
 
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -54,6 +54,19 @@ def shard_frozen(model: nn.Module, accelerator: Accelerator) -> None:
             fsdp2_prepare_model(accelerator, model)
     finally:
         accelerator.state.fsdp_plugin = plugin
+
+
+def whole_parameters(model: nn.Module) -> AbstractContextManager:
+    """Have all of a model's parameters for a while, to read them, on every process.
+
+    With ZeRO-3, `from_pretrained` divides a model among the processes as soon as the training arguments are made.
+    """
+    divided = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not divided:
+        return nullcontext()
+    from deepspeed import zero  # it is there, since it has divided them
+
+    return zero.GatheredParameters(divided)
 
 
 @contextmanager

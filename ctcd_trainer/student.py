@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .narrowing import Widths, narrow, new_model
+from .sharding import whole_parameters
 from .wrapping import is_peft_model
 
 #: Attributes of a config that count the layers of one stack each, the encoder's or only one first.
@@ -88,7 +89,8 @@ def create_student(
         config = _cut_config(teacher.config, kept)
         widths.apply(config)
         return type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
-    student = _cut(teacher, kept, shared=init == "shared")
+    with whole_parameters(teacher):
+        student = _cut(teacher, kept, shared=init == "shared")
     return narrow(student, widths, calibration) if widths.any else student
 
 

@@ -339,3 +339,9 @@ class CoDistillationTrainer(PairSearchTrainer):
                 if self._student_rates and getattr(self.args, "student_learning_rate", None) is not None:
                     logs["student_learning_rate"] = self._student_rates[0]
         super().log(logs, start_time)
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        """End the training; see `Trainer`. `train_loss` is of all processes, also of the steps since the last log."""
+        if self.pair is not None:
+            self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()  # Trainer adds that of one process
+        return super()._finalize_training(*args)

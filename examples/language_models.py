@@ -256,6 +256,6 @@ def _load_or_make(
         set_seed(seed)
         config = blueprint(model_args, tokenizer).build()
         model = auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return model

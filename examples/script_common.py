@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from ctcd_trainer.measuring import count_parameters
 
 #: How files with columns are read, by the end of their name.
 TABLE_READERS: Mapping[str, str] = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
@@ -346,7 +347,7 @@ def table(trainer: CoDistillationTrainer, metrics: Mapping[str, float]) -> str:
     """The models side by side: parameters, each metric of the evaluation, and how often they agree."""
     models = {"teacher": trainer.teacher_model, "student": trainer.student_model}
     models = {name: model for name, model in models.items() if model is not None}
-    millions = (sum(parameter.numel() for parameter in model.parameters()) / 1e6 for model in models.values())
+    millions = (count_parameters(model) / 1e6 for model in models.values())
     rows = [("", *(models if len(models) > 1 else ["model"])), ("parameters (M)", *(f"{n:.2f}" for n in millions))]
     skipped = ("eval_student_", "eval_runtime", "eval_samples", "eval_steps", "eval_model_preparation_time")
     for key, value in metrics.items():

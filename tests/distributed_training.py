@@ -106,8 +106,9 @@ def filled_up() -> dict[str, Any]:
 
 
 def community() -> dict[str, Any]:
-    """A frozen third model."""
-    return classification() | {"distillation_mode": "community", "pretrained_teacher": tiny_bert(2, seed=3)}
+    """A frozen third model; the last step is in no log."""
+    own = {"distillation_mode": "community", "pretrained_teacher": tiny_bert(2, seed=3), "max_steps": 11}
+    return classification() | own
 
 
 def one_way() -> dict[str, Any]:
@@ -153,10 +154,10 @@ def trainer_of(scenario: str, folder: Path, **arguments: Any) -> CoDistillationT
 
 
 def train(scenario: str, folder: Path, resume_from: Path | None = None, **arguments: Any) -> dict[str, Any]:
-    """Train and evaluate; returns the logs, the metrics and the weights of both models."""
+    """Train and evaluate; returns the logs, the metrics, the loss of the training and the weights of both models."""
     rows = SCENARIOS[scenario]()["train_dataset"]
     trainer = trainer_of(scenario, folder, **arguments)
-    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    output = trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     if trainer.args.save_strategy != "no":
         trainer.save_model()
     # As many rows as whole batches have, for the losses; some more, for what is counted row by row. Among the masked
@@ -173,6 +174,7 @@ def train(scenario: str, folder: Path, resume_from: Path | None = None, **argume
             if "loss" in log
         ],
         "metrics": {name: value for name, value in metrics.items() if not name.endswith(timed)},
+        "train_loss": output.training_loss,
         "weights": whole_weights(trainer),
         "fused": trainer._fused,
     }

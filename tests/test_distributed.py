@@ -53,6 +53,7 @@ def assert_ranks_agree(folder: Path, name: str, count: int) -> None:
 def test_two_processes_train_log_and_measure_as_one(scenario, two_processes, tmp_path):
     actual, expected = torch.load(two_processes / f"{scenario}-0.pt"), train(scenario, tmp_path)
     assert_same(actual, expected)
+    assert actual["train_loss"] == pytest.approx(expected["train_loss"], rel=TOLERANCE)
     assert actual["fused"] == expected["fused"] == (True if scenario in LANGUAGE_MODELS else None)
     assert_ranks_agree(two_processes, scenario, 2)
 

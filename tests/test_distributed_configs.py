@@ -50,11 +50,11 @@ def test_fsdp_shards_the_layers_of_both_models_and_saves_whole_ones(monkeypatch)
     assert not plugin.cpu_ram_efficient_loading
 
 
-def test_zero3_shards_all_and_loads_whole_models(monkeypatch):
+def test_zero3_shards_all_as_it_is_loaded_and_saves_whole_models(monkeypatch):
     environment = launched("zero3.yaml", monkeypatch)
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
-    assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
+    assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "true"
     assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
     assert environment["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
 
