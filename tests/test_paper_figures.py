@@ -5,12 +5,12 @@ import random
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from paper_grid import LATENCY, SEEDS, Result, loss_of, make_grid
 from PIL import Image
 from tiny import tiny_bert
+from toy_protocol import call
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,23 +26,18 @@ def grid() -> list[Result]:
 # ---- The command ----
 
 
-def call(monkeypatch, module: Any, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-    module.main()
-
-
 def write(path: Path, results: list[Result], end: str = "") -> Path:
     path.write_text("".join(json.dumps(result) + "\n" for result in results) + end)
     return path
 
 
-def test_the_command_writes_report_and_figures(tmp_path, monkeypatch, grid) -> None:
+def test_the_command_writes_report_and_figures(tmp_path, grid) -> None:
     half = len(grid) // 2
     files = [write(tmp_path / "a.jsonl", grid[:half], end='{"key": "cut o'), write(tmp_path / "b.jsonl", grid[half:])]
     (tmp_path / "latency.json").write_text(json.dumps(LATENCY))
     output = tmp_path / "docs" / "report.md"
     call(
-        *(monkeypatch, report, *files, "--output", output),
+        *(report, *files, "--output", output),
         *("--figures", tmp_path / "docs" / "images", "--latency", tmp_path / "latency.json"),
     )
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", output.read_text())
@@ -56,8 +51,8 @@ def test_the_command_writes_report_and_figures(tmp_path, monkeypatch, grid) -> N
             assert len(image.convert("L").getcolors(1 << 16)) > 20  # more than empty axes
 
 
-def test_without_output_the_report_is_printed(tmp_path, monkeypatch, capsys, grid) -> None:
-    call(monkeypatch, report, write(tmp_path / "a.jsonl", grid))
+def test_without_output_the_report_is_printed(tmp_path, capsys, grid) -> None:
+    call(report, write(tmp_path / "a.jsonl", grid))
     assert capsys.readouterr().out == report.write_report(grid)
 
 
@@ -69,25 +64,25 @@ def test_without_output_the_report_is_printed(tmp_path, monkeypatch, capsys, gri
         ("nonsense\n", r"Line 1 of '.*results.jsonl'"),
     ],
 )
-def test_unusable_results_are_refused(tmp_path, monkeypatch, content: str | None, message: str) -> None:
+def test_unusable_results_are_refused(tmp_path, content: str | None, message: str) -> None:
     path = tmp_path / "results.jsonl"
     if content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit, match=message):
-        call(monkeypatch, report, path)
+        call(report, path)
 
 
-def test_results_that_cannot_be_compared_are_refused(tmp_path, monkeypatch, grid) -> None:
+def test_results_that_cannot_be_compared_are_refused(tmp_path, grid) -> None:
     orphans = [result for result in grid if result["cell"]["start"]]
     with pytest.raises(SystemExit, match=rf"{len(orphans)} cells can be compared.*Pass"):
-        call(monkeypatch, report, write(tmp_path / "a.jsonl", orphans))
+        call(report, write(tmp_path / "a.jsonl", orphans))
 
 
-def test_a_file_that_is_no_latency_is_refused(tmp_path, monkeypatch, grid) -> None:
+def test_a_file_that_is_no_latency_is_refused(tmp_path, grid) -> None:
     path = tmp_path / "latency.json"
     path.write_text("{}")
     with pytest.raises(SystemExit, match=r"latency.json' was not written by examples.paper.latency"):
-        call(monkeypatch, report, write(tmp_path / "a.jsonl", grid), "--latency", path)
+        call(report, write(tmp_path / "a.jsonl", grid), "--latency", path)
 
 
 # ---- Figures and latency ----
@@ -141,11 +136,11 @@ def test_the_figure_of_cotraining_has_the_means_of_every_method(tmp_path, monkey
             assert losses[place].mean == pytest.approx(mean)
 
 
-def test_latency_finds_both_models_of_a_folder(tmp_path, monkeypatch) -> None:
+def test_latency_finds_both_models_of_a_folder(tmp_path) -> None:
     tiny_bert(num_layers=2).save_pretrained(tmp_path / "run")
     tiny_bert(num_layers=1).save_pretrained(tmp_path / "run" / "student")
     output = tmp_path / "latency.json"
-    call(monkeypatch, latency, tmp_path / "run", "--output", output, "--sequence_length", 8, "--repeats", 3)
+    call(latency, tmp_path / "run", "--output", output, "--sequence_length", 8, "--repeats", 3)
     found = report.read_latency(output)
     assert [model["layers"] for model in found["models"]] == [2, 1]
     assert all(model["latency_ms"] > 0 for model in found["models"])
@@ -157,7 +152,7 @@ def test_latency_finds_both_models_of_a_folder(tmp_path, monkeypatch) -> None:
     assert latency.latency_of(found["models"], 12, parameters) is None
 
 
-def test_latency_refuses_what_it_cannot_time(tmp_path, monkeypatch) -> None:
+def test_latency_refuses_what_it_cannot_time(tmp_path) -> None:
     tiny_bert().save_pretrained(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     for arguments, message in (
@@ -166,4 +161,4 @@ def test_latency_refuses_what_it_cannot_time(tmp_path, monkeypatch) -> None:
         ([tmp_path / "model", "--sequence_length", 4000], r"--sequence_length 4000 is more than the \d+ positions"),
     ):
         with pytest.raises(SystemExit, match=message):
-            call(monkeypatch, latency, *arguments, "--output", tmp_path / "latency.json")
+            call(latency, *arguments, "--output", tmp_path / "latency.json")
