@@ -72,6 +72,7 @@ bench: $(STAMP)  ## Time and memory of co-trainings against plain and naive ones
 	$(BIN)/python examples/benchmarks/bench_sequence_classification.py --markdown
 	$(BIN)/python examples/benchmarks/bench_language_models.py --markdown --dropout 0
 	$(BIN)/python examples/benchmarks/bench_checkpoints.py --markdown
+	$(BIN)/python examples/benchmarks/bench_scaling.py --markdown
 	mkdir -p outputs/bench
 	$(BIN)/python examples/benchmarks/bench_fused_linear.py --markdown --plot outputs/bench/growth.png
 

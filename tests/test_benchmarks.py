@@ -1,4 +1,4 @@
-"""The benchmarks of language models and of the fused head: they run, and what they compare computes the same."""
+"""The benchmarks, but for the one of classification: they run, and what they compare computes the same."""
 
 import os
 import platform
@@ -15,6 +15,7 @@ import bench_checkpoints as checkpoints
 import bench_common as common
 import bench_fused_linear as fused
 import bench_language_models as language_models
+import bench_scaling as scaling
 
 
 def report(module, monkeypatch, capsys, *arguments: object) -> str:
@@ -108,6 +109,23 @@ def test_checkpoints_save_all_that_the_two_alone_save(tmp_path):
         sizes[variant] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     both, *alone = sizes.values()
     assert both == pytest.approx(sum(alone), rel=0.05)
+
+
+# ---- bench_scaling.py ----
+
+
+def test_scaling_report_counts_the_bytes_of_all_gradients(tmp_path, monkeypatch, capsys):
+    ((header, *rows),) = tables(report(scaling, monkeypatch, capsys, "--quick", "--markdown", "--rounds", 1))
+    assert [row[0] for row in rows] == ["teacher alone", "co-training"]
+    assert [row[4] for row in rows] == ["-", ">= 1.70"]
+    models = scaling.Workload(True, 1, str(tmp_path)).models
+    teacher, student = (4 * sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    for row, size in zip(rows, (teacher, teacher + student), strict=True):
+        cells = dict(zip(header, row, strict=True))
+        assert float(cells["one process (samples/s)"]) > 0
+        assert float(cells["two processes (samples/s)"]) > 0
+        assert float(cells["gradients sent (MB a step)"]) == float(cells["parameters (MB)"]) == round(size / 1e6, 3)
+        assert float(cells["of the teacher's"]) == round(size / teacher, 3)
 
 
 # ---- bench_language_models.py ----

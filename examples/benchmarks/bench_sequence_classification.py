@@ -87,8 +87,8 @@ class Workload:
         )
         return BertForSequenceClassification(config)
 
-    def make_trainer(self, variant: str) -> Trainer:
-        """A trainer of one variant, with new copies of the same models."""
+    def make_trainer(self, variant: str, **more: bool) -> Trainer:
+        """A trainer of one variant, with new copies of the same models and more arguments."""
         teacher, student = copy.deepcopy(self.models)
         arguments = {
             "output_dir": self.folder,
@@ -99,6 +99,7 @@ class Workload:
             "disable_tqdm": True,
             "use_cpu": True,
             "dataloader_pin_memory": False,
+            **more,
         }
         data = {"train_dataset": self.rows, "data_collator": default_data_collator}
         if variant == CO_TRAINING:
