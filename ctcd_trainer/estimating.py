@@ -1,13 +1,13 @@
 """What a model costs to keep and to run: parameters, bytes, FLOPs per token, measured latency."""
 
-import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from .measuring import count_parameters, latencies_of
+from .measuring import count_parameters, latencies_of, length_for
 from .sharding import whole_parameters
 from .wrapping import base_model
 
@@ -20,7 +20,8 @@ class Estimate:
         parameters: Number of parameters; tied ones count once.
         bytes: Size of the parameters in memory, and about of the files that are saved.
         flops_per_token: Floating-point operations of a forward pass for one token of a sequence (a multiplication and
-            an addition are two); `None` if they cannot be counted.
+            an addition are two); for a model that generates with a decoder, for one token that it reads and one that
+            it writes. `None` if they cannot be counted.
         milliseconds: Median time of one sequence on the CPU; `None` if it was not measured.
         conditions: How the time was measured, or why it was not.
     """
@@ -45,11 +46,13 @@ def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float 
 
     Args:
         model: The model, wherever it is. It is as it was afterwards, and so is the random state.
-        sequence_length: Length in tokens of the sequence whose operations are counted, which matters for attention.
+        sequence_length: Length in tokens of the sequence whose operations are counted, which matters for attention;
+            less if the model allows less.
         seconds: Time in which calls are timed.
 
     Returns:
-        The figures. Operations and latency are given for models of one sequence of tokens only.
+        The figures. Operations and latency are given for models of one sequence of tokens only, operations not for
+        quantised ones, and latency not for those that generate with a decoder. Adapters count in all of them.
 
     Example:
         ```python
@@ -68,14 +71,38 @@ def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float 
 
 
 def _flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | None:
-    """Operations of a forward pass without computing it; `None` where the sizes depend on the values."""
+    """Operations of a forward pass on one sequence; `None` where the counter does not know them."""
     inner = base_model(model)
-    config = copy.deepcopy(inner.config)
-    config._attn_implementation = "eager"  # the others are single operations that are not all known to the counter
-    try:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            empty = type(inner)(config).eval()
-            empty(input_ids=torch.zeros(1, sequence_length, dtype=torch.long))
-    except Exception:  # families whose forward pass looks at values, or takes no sequence of tokens
+    if getattr(inner, "quantization_method", None) is not None:  # its products are operations of its own
         return None
-    return counter.get_total_flops() / sequence_length
+    length = length_for(inner, sequence_length)
+    ids = torch.zeros(1, length, dtype=torch.long, device=inner.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= {"decoder_input_ids": ids} if _has_decoder(inner) else {}
+    modes = {module: module.training for module in inner.modules()}
+    implementations = inner.config._attn_implementation, getattr(inner.config, "_experts_implementation", None)
+    try:
+        _set_implementations(inner.eval(), "eager", "eager")  # others are single operations, not all of them known
+        # The counter's hooks fail on some families without gradients.
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            inner(**inputs)
+    except Exception:  # a model of no sequence of tokens
+        return None
+    finally:
+        _set_implementations(inner, *implementations)
+        for module, training in modes.items():
+            module.training = training
+    return counter.get_total_flops() / length
+
+
+def _has_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model is given the tokens of its decoder besides those of its encoder."""
+    names = inspect.signature(model.forward).parameters
+    return model.config.is_encoder_decoder and "decoder_input_ids" in names and model.can_generate()
+
+
+def _set_implementations(model: PreTrainedModel, attention: str, experts: str | None) -> None:
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    if experts is not None and getattr(model.config, "_experts_implementation", experts) != experts:
+        model.set_experts_implementation(experts)

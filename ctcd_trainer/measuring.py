@@ -91,9 +91,7 @@ def latencies_of(models: Mapping[str, nn.Module], seconds: float = 1.0) -> Laten
     reason = _why_not_timed(models.values())
     if reason is not None:
         return Latencies({}, f"The latency was not measured: {reason}.")
-    longest = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models.values()]
-    # Some families number their positions from 2.
-    sequence_length = min([_SEQUENCE_LENGTH, *(each - 2 for each in longest if each is not None)])
+    sequence_length = min(length_for(model, _SEQUENCE_LENGTH) for model in models.values())
     modes = {module: module.training for model in models.values() for module in model.modules()}
     try:
         timed = [_on_cpu(model).eval() for model in models.values()]
@@ -110,6 +108,12 @@ def latencies_of(models: Mapping[str, nn.Module], seconds: float = 1.0) -> Laten
         f"{torch.get_num_threads()} torch thread(s), {dtypes}, PyTorch {torch.__version__}), median of "
         f"{len(times[0])} call(s) of each model in turn. Size on disk: the weight files.",
     )
+
+
+def length_for(model: nn.Module, wanted: int) -> int:
+    """The length of a sequence in tokens, or what the model allows if that is less."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return wanted if longest is None else min(wanted, longest - 2)  # some families number their positions from 2
 
 
 def _why_not_timed(models: Sequence[nn.Module]) -> str | None:

@@ -1,6 +1,7 @@
 """Parts that the teacher and the student have in common: one set of weights, and one computation of them a step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .student import layer_stacks
+from .wrapping import is_peft_model
 
 #: Values of the argument `share`, but for `layers:K`.
 EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
@@ -49,9 +51,17 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
         The shared layers, which can be run once for both models; none where the embeddings alone are shared.
 
     Raises:
-        ValueError: The models are not of one class, or what is to be shared has other sizes; nothing was shared.
+        ValueError: The models are not of one class or have adapters, what is to be shared has other sizes or settings,
+            or they have more in common than that; nothing was shared.
     """
     number = parse_share(share)
+    adapted = [argument for argument, model in _named(teacher, student) if is_peft_model(model)]
+    if adapted:
+        raise ValueError(
+            f"`share={share!r}` and adapters (`{adapted[0]}` is wrapped by PEFT): one adapter would be in both "
+            "models, and an adapter is saved for the base that it was made for. Put an adapter for each model on one "
+            "frozen base (`create_student(..., init='shared')`), or leave `share` out."
+        )
     if type(teacher) is not type(student):
         raise ValueError(
             f"`share={share!r}`: the teacher is a {type(teacher).__name__} and the student a "
@@ -82,6 +92,7 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
         names += [f"{stack}.{index}" for index in range(number)]
     for name in names:
         _check_same(name, teacher.get_submodule(name), student.get_submodule(name), share)
+    _check_no_more(names, teacher, student, share)
     for name in names:
         student.set_submodule(name, teacher.get_submodule(name))
     student.tie_weights()  # an output layer that is tied to the embeddings
@@ -104,11 +115,15 @@ def _below(model: PreTrainedModel, stack: str | None) -> list[str]:
     return names
 
 
+def _named(teacher: PreTrainedModel, student: PreTrainedModel) -> tuple[tuple[str, PreTrainedModel], ...]:
+    return ("model", teacher), ("student_model", student)
+
+
 def _check_same(name: str, teachers: nn.Module, students: nn.Module, share: str) -> None:
-    """Two modules must be alike.
+    """Two modules must be alike: the student is saved with its own config, and has to be the same when it is loaded.
 
     Raises:
-        ValueError: A parameter is of another size.
+        ValueError: A parameter is of another size, or a setting (the number of heads, the activation) is another one.
     """
     sizes = [{key: tuple(value.shape) for key, value in each.state_dict().items()} for each in (teachers, students)]
     for key in sorted({*sizes[0], *sizes[1]}):
@@ -117,6 +132,46 @@ def _check_same(name: str, teachers: nn.Module, students: nn.Module, share: str)
             raise ValueError(
                 f"`share={share!r}`: `{name}.{key}` is {own} in the teacher and {other} in the student, so that they "
                 "cannot be one. Keep `hidden_size` and the other widths of the teacher, or share less."
+            )
+    for key, module in teachers.named_modules():
+        settings = [_settings(each) for each in (module, students.get_submodule(key))]
+        for setting in sorted({*settings[0], *settings[1]}):
+            own, other = (each.get(setting, "not there") for each in settings)
+            if own != other:
+                raise ValueError(
+                    f"`share={share!r}`: `{f'{name}.{key}'.rstrip('.')}` has `{setting}={own!r}` in the teacher and "
+                    f"{other!r} in the student, which would be another model when it is loaded with its own config. "
+                    "Make the student with `create_student`, or share less."
+                )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module computes besides its parameters; not its dropout, which may differ as in any training."""
+    if isinstance(module, nn.Dropout):
+        return {}
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
+    unlike = ("_", "training", "gradient_checkpointing")
+    own = {key: value for key, value in plain.items() if "drop" not in key and not key.startswith(unlike)}
+    return {"class": type(module).__name__, **own}
+
+
+def _check_no_more(names: Sequence[str], teacher: PreTrainedModel, student: PreTrainedModel, share: str) -> None:
+    """The models may have nothing in common but what they are to share.
+
+    Raises:
+        ValueError: They have, e.g. all of their layers (`create_student(..., init="shared")`).
+    """
+    both = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()}
+    asked = {
+        parameter.untyped_storage().data_ptr()
+        for name in names
+        for parameter in teacher.get_submodule(name).parameters()
+    }
+    for name, parameter in student.named_parameters():
+        if parameter.untyped_storage().data_ptr() in both - asked:
+            raise ValueError(
+                f"`share={share!r}` does not include `{name}`, and `model` and `student_model` have it in common: "
+                "each step would update it for both. Make the student with `create_student(..., init='copy')`."
             )
 
 
@@ -153,16 +208,14 @@ class SharedRun:
         if any(getattr(module, "gradient_checkpointing", False) for each in self.layers for module in each.modules()):
             return {name: run(name) for name in models}
         given: dict[nn.Module, list[Any]] = {layer: [] for layer in self.layers}
-        try:
+        with ExitStack() as afterwards:
             for layer in self.layers:
+                afterwards.callback(_put_back, layer, vars(layer).get("forward"))
                 layer.forward = partial(_remember, given[layer], layer.forward)
             outputs = {first: run(first)}
             for layer in self.layers:
                 layer.forward = partial(_recall, iter(given[layer]))
             return outputs | {second: run(second)}
-        finally:
-            for layer in self.layers:
-                del layer.forward
 
     def _check(self, model: nn.Module, run: Callable[[], Any]) -> None:
         """Whatever reaches the end of the shared layers must come from shared parameters."""
@@ -176,6 +229,8 @@ class SharedRun:
             hook.remove()
             for module, training in modes.items():
                 module.training = training
+        if not self._own or not given[-1].requires_grad:  # all that is below may be frozen
+            return
         gradients = torch.autograd.grad(given[-1].float().sum(), list(self._own.values()), allow_unused=True)
         found = [name for name, gradient in zip(self._own, gradients, strict=True) if gradient is not None]
         if found:
@@ -187,6 +242,13 @@ class SharedRun:
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _put_back(layer: nn.Module, forward: Callable | None) -> None:
+    """Undo a change of `forward`, which others (accelerate's hooks) may have changed before."""
+    del layer.forward
+    if forward is not None:
+        layer.forward = forward
 
 
 def _remember(given: list[Any], forward: Callable, *args: Any, **kwargs: Any) -> Any:
