@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .shared_parts import EMBEDDINGS
 from .task import Task
+from .training_args import DistillationArguments
 from .two_tokenizers import PREFIX
 from .wrapping import base_model
 
@@ -141,8 +143,9 @@ class Mixup:
         return changed
 
     def _mix(self, values: Tensor) -> Tensor:
-        share = self._share.reshape(-1, *[1] * (values.ndim - 1)).to(values.dtype)
-        return share * values + (1 - share) * values[self._order]
+        rows = values.reshape(len(self._order), -1, *values.shape[1:])  # the choices of one row stand together
+        share = self._share.reshape(-1, *[1] * (rows.ndim - 1)).to(values.dtype)
+        return (share * rows + (1 - share) * rows[self._order]).reshape(values.shape)
 
     @contextmanager
     def within(self, models: list[PreTrainedModel]) -> Iterator[None]:
@@ -156,21 +159,55 @@ class Mixup:
             yield
 
 
-def check_augmentation(augmentation: Augmentation | None, views: str, task: Task, two_tokenizers: bool) -> None:
-    """An augmentation must fit the task and the models.
+def check_augmentation(
+    augmentation: Augmentation | None,
+    views: str,
+    task: Task,
+    teacher: PreTrainedModel,
+    arguments: DistillationArguments,
+    two_tokenizers: bool,
+) -> None:
+    """An augmentation must fit the task, the models and the other arguments.
+
+    Args:
+        augmentation: The augmentation.
+        views: Who gets the changed batch.
+        task: The task.
+        teacher: The teacher.
+        arguments: The distillation arguments.
+        two_tokenizers: Whether the student has a tokenizer of its own.
 
     Raises:
-        ValueError: The views are unknown or nothing is augmented, tokens are mixed up whose labels are not, or the
-            student has a tokenizer of its own.
+        ValueError: The views are unknown or nothing is augmented, tokens are mixed up whose labels are not, or tokens
+            are changed where there are none; the student has a tokenizer of its own; models that compute layers once
+            for both would see different inputs; or a cache would take mixed rows for plain ones.
     """
     if views not in get_args(Views):
         raise ValueError(f"`augmented={views!r}` is unknown. Valid values: {', '.join(get_args(Views))}.")
-    if augmentation is None and views != "both":
-        raise ValueError(f"`augmented={views!r}` has no effect without `augmentation` (None). Give both, or none.")
-    if augmentation is not None and two_tokenizers:
+    if augmentation is None:
+        if views != "both":
+            raise ValueError(f"`augmented={views!r}` has no effect without `augmentation` (None). Give both, or none.")
+        return
+    if two_tokenizers:
         raise ValueError(
             "`augmentation` and `student_processing_class` are both given, and it would change the tokens of one "
             "tokenizer as those of the other. Change the texts instead, before they are tokenized."
+        )
+    if views != "both" and arguments.share not in (None, EMBEDDINGS):
+        raise ValueError(
+            f"`augmented={views!r}` and `share={arguments.share!r}`: the shared layers are run once for both models, "
+            f"which would see different inputs. Use `augmented='both'`, or `share={EMBEDDINGS!r}`."
+        )
+    main_input = base_model(teacher).main_input_name
+    if isinstance(augmentation, (TokenMasking, WordDropout)) and main_input != "input_ids":
+        raise ValueError(
+            f"`{type(augmentation).__name__}` changes tokens, and a {type(base_model(teacher)).__name__} takes "
+            f"`{main_input}`. Use `Mixup`, or a function of your own."
+        )
+    if isinstance(augmentation, Mixup) and arguments.pretrained_cache_dir is not None:
+        raise ValueError(
+            f"`Mixup` and `pretrained_cache_dir={arguments.pretrained_cache_dir!r}`: rows are mixed inside of the "
+            "models, so that the cache would take mixed rows for plain ones. Leave out one of them."
         )
     if isinstance(augmentation, Mixup) and (views != "both" or not task.per_row):
         raise ValueError(

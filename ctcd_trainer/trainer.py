@@ -158,10 +158,11 @@ class CoDistillationTrainer(PairSearchTrainer):
 
         def make_learners(teacher: PreTrainedModel) -> dict[str, nn.Module]:
             self.task, learners = self._sources.learners(teacher)
-            check_augmentation(augmentation, augmented, self.task, student_processing_class is not None)
+            two_tokenizers = student_processing_class is not None
+            check_augmentation(augmentation, augmented, self.task, teacher, self.distillation, two_tokenizers)
             others = {"student_model": learners[STUDENT], "pretrained_teacher": self._sources.pretrained}
             for argument, other in others.items():
-                if argument == "student_model" and student_processing_class is not None:
+                if argument == "student_model" and two_tokenizers:
                     check_student_inputs(self.task, datasets, self.distillation.share)
                 else:
                     validation.check_vocabularies(teacher, other, argument, tokenizer)

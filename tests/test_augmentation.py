@@ -140,6 +140,92 @@ def test_images_are_mixed_themselves(tmp_path):
         torch.testing.assert_close(changed["pixel_values"][row], expected)
 
 
+def test_the_choices_of_a_row_are_mixed_with_those_of_another(tmp_path):
+    batch = tiny_batch("multiple-choice", 4)
+    models = [tiny_model("bert", "multiple-choice", layers) for layers in (2, 1)]
+    trainer = tiny_trainer(
+        tmp_path,
+        model=models[0],
+        student_model=models[1],
+        augmentation=Mixup(1.0),
+        train_dataset=rows_of(batch),
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    mixup, embeddings = trainer.augmentation, models[0].get_input_embeddings()
+    mixup(batch)
+    with mixup.within(models):
+        mixed = embeddings(batch["input_ids"].flatten(0, 1))
+    plain = embeddings(batch["input_ids"])
+    for row, (share, other) in enumerate(zip(mixup._share, mixup._order, strict=True)):
+        for choice in range(3):
+            expected = share * plain[row, choice] + (1 - share) * plain[other, choice]
+            torch.testing.assert_close(mixed[3 * row + choice], expected)
+
+
+@pytest.mark.parametrize("kind", [TokenMasking, WordDropout])
+def test_changes_of_tokens_are_refused_where_there_are_none(kind, tmp_path):
+    models = {
+        "model": tiny_model("vit", "image-classification"),
+        "student_model": tiny_model("vit", "image-classification", 1),
+    }
+    with pytest.raises(ValueError, match=rf"`{kind.__name__}` changes tokens.*ViTFor.* takes `pixel_values`"):
+        tiny_trainer(tmp_path, **models, augmentation=kind(bert_tokenizer()))
+
+
+def cut_pair() -> dict:
+    teacher = tiny_bert(3, seed=1)
+    return {"model": teacher, "student_model": create_student(teacher, 2, layers="first")}
+
+
+@pytest.mark.parametrize("views", ["teacher", "student"])
+@pytest.mark.parametrize("share", ["layers:1", "prefix"])
+def test_layers_that_are_run_once_cannot_see_two_views(share, views, tmp_path):
+    with pytest.raises(ValueError, match=rf"`augmented='{views}'` and `share='{share}'`.*different inputs"):
+        tiny_trainer(tmp_path, **cut_pair(), share=share, augmentation=shift, augmented=views)
+
+
+def test_shared_embeddings_may_see_two_views(tmp_path):
+    """Each model is run on its own view, with what both have in common."""
+    trainer = tiny_trainer(tmp_path, **cut_pair(), share="embeddings", augmentation=shift, augmented="student")
+    twin = tiny_trainer(tmp_path, **cut_pair(), share="embeddings")
+    batch = collate(tiny_rows(4))
+    trainer.pair.train()
+    loss = trainer.compute_loss(trainer.pair, augmented_batch(batch, shift, "student"))
+    labels = batch.pop("labels")
+    views = (batch, shift(batch))
+    logits = [model(**view).logits for model, view in zip(twin.pair.learners.values(), views, strict=True)]
+    logs = [F.log_softmax(each, -1) for each in logits]
+    expected = sum(F.cross_entropy(each, labels) for each in logits)
+    for own, other in (logs, logs[::-1]):
+        expected = expected + F.kl_div(own, other.detach(), reduction="batchmean", log_target=True)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for own, other in zip(trainer.pair.parameters(), twin.pair.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_a_cache_does_not_take_mixed_rows_for_plain_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"`Mixup` and `pretrained_cache_dir=.*mixed rows for plain ones"):
+        tiny_trainer(
+            tmp_path, augmentation=Mixup(), distillation_mode="community", pretrained_cache_dir=str(tmp_path / "cache")
+        )
+
+
+def test_mixed_rows_without_a_label_count_as_often_as_before(tmp_path):
+    """The hard losses of mixed batches are on average those of rows that are mixed with their own weights."""
+    rows = [{**row, "labels": row["labels"] if index % 3 else -100} for index, row in enumerate(tiny_rows(6))]
+    trainer = tiny_trainer(tmp_path, augmentation=Mixup(1.0), distillation_mode="ctcd")
+    batch = collate(rows)
+    number = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    assert number.tolist() == [4, 6]
+    torch.manual_seed(0)
+    counts = [int((trainer.augmentation(batch)["labels"] != -100).sum()) for _ in range(400)]
+    assert set(counts) > {4}
+    assert sum(counts) / len(counts) == pytest.approx(4, abs=0.15)
+
+
 def test_a_shared_embedding_is_mixed_once(tmp_path):
     teacher = tiny_bert(3, seed=1)
     pair = {"model": teacher, "student_model": create_student(teacher, 2, layers="first")}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
 from tiny_models import HEADS, rows_of, tiny_batch, tiny_model
 from transformers import AutoModelForSequenceClassification, default_data_collator
@@ -217,6 +218,105 @@ def test_the_saved_student_is_a_model_of_its_own(tmp_path):
 def test_what_cannot_be_shared_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, **{**pair_of(), **options})
+
+
+@pytest.mark.parametrize("share", ["embeddings", "layers:1", "prefix"])
+def test_models_that_have_more_in_common_than_that_are_refused(share, tmp_path):
+    teacher = tiny_bert(3, seed=1)
+    before = weights_of(teacher)
+    student = create_student(teacher, 2, layers="first", init="shared")
+    with pytest.raises(ValueError, match=rf"`share='{share}'` does not include `(bert|classifier).*in common"):
+        tiny_trainer(tmp_path, model=teacher, student_model=student, share=share)
+    assert_same_weights(teacher, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 4}, r"layer.0.attention.self` has `\w+=\d+` in the teacher and \d+ in the student"),
+        ({"hidden_act": "relu"}, r"intermediate_act_fn` has `class='GELUActivation'` .* 'ReLU' in the student"),
+        ({"layer_norm_eps": 1e-3}, r"`bert.embeddings.LayerNorm` has `eps=1e-12` in the teacher and 0.001"),
+    ],
+)
+def test_a_student_whose_config_would_make_another_model_of_the_shared_part_is_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, model=tiny_bert(3), student_model=tiny_bert(2, **settings), share="layers:1")
+
+
+def test_dropout_may_differ(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, model=tiny_bert(3, dropout=0.1), student_model=tiny_bert(2, dropout=0.0), share="layers:1"
+    )
+    trainer.train()
+
+
+@pytest.mark.parametrize("which", ["both", "teacher", "student"])
+def test_models_with_adapters_share_nothing(which, tmp_path):
+    pair = pair_of()
+    for argument in pair:
+        if which in ("both", {"model": "teacher", "student_model": "student"}[argument]):
+            pair[argument] = get_peft_model(pair[argument], LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"`share='layers:1'` and adapters \(`(student_)?model` is wrapped by PEFT\)"):
+        tiny_trainer(tmp_path, **pair, share="layers:1")
+
+
+def test_shared_layers_may_be_frozen(tmp_path):
+    """The lower part of both models is computed once and not trained."""
+    pair = pair_of()
+    pair["model"].bert.embeddings.requires_grad_(False)
+    pair["model"].bert.encoder.layer[0].requires_grad_(False)
+    trainer = tiny_trainer(tmp_path, **pair, share="layers:1")
+    before = weights_of(trainer.pair)
+    trainer.train()
+    changed = {name for name, value in trainer.pair.state_dict().items() if not torch.equal(value, before[name])}
+    lower = {name for name in before if "embeddings" in name or ".layer.0." in name}
+    assert changed == before.keys() - lower
+
+
+def test_rows_without_a_label_train_what_is_shared_as_well(tmp_path):
+    """With accumulation, against one batch; and against the losses of both models run apart."""
+    rows = [{**row, "labels": row["labels"] if index % 3 else -100} for index, row in enumerate(tiny_rows())]
+    settings = {"share": "layers:1", "train_dataset": rows, "learning_rate": 1e-3}
+    trainers = [
+        tiny_trainer(
+            tmp_path,
+            **pair_of(),
+            **settings,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            gradient_checkpointing=checkpointing,  # both models run the shared layers for themselves
+        )
+        for size, checkpointing in ((8, False), (1, False), (2, True))
+    ]
+    for trainer in trainers:
+        trainer.train()
+    for other in trainers[1:]:
+        assert_same_weights(other.pair, trainers[0].pair, 1e-6)
+
+
+def test_a_loss_of_your_own_is_computed_from_one_run(tmp_path):
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    pairs = []
+    for function in (own_loss, None):
+        trainer = tiny_trainer(tmp_path, **pair_of(dropout=0.1), share="prefix", compute_loss_func=function)
+        trainer.train()
+        pairs.append(trainer.pair)
+    assert_same_weights(*pairs, 1e-6)
+
+
+def test_a_forward_that_others_have_changed_stays_theirs(tmp_path):
+    """As accelerate's hooks change it."""
+    trainer = tiny_trainer(tmp_path, **pair_of(), share="layers:1")
+    layer = trainer.teacher_model.bert.encoder.layer[0]
+    calls, plain = [], layer.forward
+    layer.forward = lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs)
+    own = layer.forward
+    with torch.no_grad():
+        trainer.pair(**collate(tiny_rows(2)))
+    assert layer.forward is own
+    assert len(calls) == 1
 
 
 def test_models_of_two_classes_share_nothing():
