@@ -217,7 +217,7 @@ def _finetuned_others(experiments: Experiments) -> list[str]:
     """The models of pre-trainings at other settings: their metrics."""
     groups: dict[str, dict[str, list[Result]]] = {}
     for setting, cell in experiments.finetuned_others:
-        tasks = groups.setdefault(differing(setting, experiments.baseline), {})
+        tasks = groups.setdefault(differing(setting, experiments.baseline) or "other data", {})
         tasks.setdefault(cell["cell"]["task"], []).append(cell)
     section = []
     for words, tasks in groups.items():
