@@ -31,6 +31,13 @@ MODEL_OPTIONS: Mapping[str, str] = {
 #: The sizes of a student that is cut from the teacher, as `create_student` names them.
 STUDENT_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 
+#: What PEFT calls the tasks whose heads it trains and saves as a whole, by the end of the name of the class.
+PEFT_TASKS: Mapping[str, str] = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
 # ---- Arguments ----
 
 
@@ -60,9 +67,25 @@ class ModelArguments:
             "help": "Layers that the student keeps of the teacher: uniform, first, last, or indices as in 0,2,5."
         },
     )
-    student_init: Literal["copy", "random"] = field(
+    student_init: Literal["copy", "shared", "random"] = field(
         default="copy",
-        metadata={"help": "Whether a student that is cut from the teacher has its weights, or random ones."},
+        metadata={
+            "help": "Whether a student that is cut from the teacher has its weights, or random ones; `shared` is one "
+            "frozen base in memory for both, with adapters for each."
+        },
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Freeze the teacher, and train LoRA adapters of this rank and its head."}
+    )
+    student_lora_r: int | None = field(
+        default=None, metadata={"help": "Freeze the student, and train LoRA adapters of this rank and its head."}
+    )
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "The modules that get adapters: names with commas between, or all-linear. Default: what PEFT "
+            "has for the family."
+        },
     )
     pretrained_teacher_name_or_path: str | None = field(
         default=None,
@@ -97,6 +120,25 @@ class ModelArguments:
             raise ValueError(
                 f"`--student_{unused[0]} {self._own(unused[0])}` is for a student that is cut from the teacher: give "
                 "its `--student_num_hidden_layers` as well, or leave it out."
+            )
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        ranks = {"lora_r": self.lora_r, "student_lora_r": self.student_lora_r}
+        for name, rank in ranks.items():
+            if rank is not None and rank < 1:
+                raise ValueError(f"`--{name} {rank}` is not valid: a rank is 1 or more.")
+        if self.student_lora_r is not None and not self.has_student:
+            raise ValueError(f"`--student_lora_r {self.student_lora_r}` needs a student, and none is given.")
+        if self.student_init == "shared" and None in ranks.values():
+            raise ValueError(
+                "`--student_init shared` is one frozen base for both models, which adapters alone can train: give "
+                f"`--{'lora_r' if self.lora_r is None else 'student_lora_r'}` as well, or leave it out."
+            )
+        if self.lora_target_modules is not None and self.lora_r is self.student_lora_r is None:
+            raise ValueError(
+                f"`--lora_target_modules {self.lora_target_modules}` is for adapters: give `--lora_r` or "
+                "`--student_lora_r` as well, or leave it out."
             )
 
     def _own(self, name: str) -> Any:
@@ -276,7 +318,29 @@ def load_models(
     if "student_model" in models:
         for argument in ("model", "student_model"):
             logger.info("%s: %s", argument, estimate(models[argument]))
+    for argument, rank in (("model", model_args.lora_r), ("student_model", model_args.student_lora_r)):
+        if rank is not None:
+            set_seed(training_args.seed)
+            models[argument] = with_adapters(models[argument], rank, model_args.lora_target_modules)
     return models
+
+
+def with_adapters(model: PreTrainedModel, rank: int, target_modules: str | None) -> PreTrainedModel:
+    """The model inside PEFT, with LoRA adapters; they, and a head that is new, are all that is trained.
+
+    Args:
+        model: The model.
+        rank: Rank of the adapters, whose scale is 2.
+        target_modules: Names of modules with commas between, or `all-linear`; `None` for what PEFT names for the
+            family.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = target_modules
+    if target_modules is not None and target_modules != "all-linear":
+        names = target_modules.split(",")
+    task_type = next((task for end, task in PEFT_TASKS.items() if type(model).__name__.endswith(end)), None)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type=task_type))
 
 
 def limits_of_length(

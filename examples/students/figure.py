@@ -1,0 +1,112 @@
+"""The figure of a study: quality of the students over what they cost, and the front. It can be read in grey too."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from ctcd_trainer.graph import TEACHER
+from examples.paper.statistics import summarise
+
+from .pareto import front
+from .report import COSTS, Scores, points_of
+
+#: Colour (apart in grey), marker, and whether it is filled, of each kind of choice.
+KINDS: Mapping[str, tuple[str, str, bool]] = {
+    "depth": ("#08306b", "o", True),
+    "width": ("#e6550d", "s", True),
+    "sharing": ("#31a354", "^", True),
+    "adapters": ("#000000", "D", False),
+    "trained alone": ("#000000", "X", False),
+}
+WIDTH = 7.2
+
+
+def kind_of(choice: Mapping[str, Any]) -> str:
+    """What a variant is a choice of."""
+    if choice.get("distillation_mode") == "standalone":
+        return "trained alone"
+    if "student_lora_r" in choice:
+        return "adapters"
+    if "share" in choice:
+        return "sharing"
+    return "width" if {"student_hidden_size", "student_intermediate_size"} & set(choice) else "depth"
+
+
+def draw(scores: Scores, costs: Mapping[str, Any], path: Path) -> None:
+    """Draw a row of panels for each task; choices on the front are named.
+
+    Args:
+        scores: The scores.
+        costs: What the variants cost.
+        path: A PNG file.
+    """
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5}):
+        size = (WIDTH, 0.5 + 3.1 * len(scores.tasks))
+        figure, axes = plt.subplots(
+            len(scores.tasks), len(COSTS), figsize=size, dpi=200, layout="constrained", squeeze=False
+        )
+        for task, panels in zip(scores.tasks, axes, strict=True):
+            for axis, (cost, unit) in zip(panels, COSTS.items(), strict=True):
+                _panel(axis, scores, costs, task, cost)
+                axis.set(title=task, xlabel=f"{unit} of the student")
+            panels[0].set_ylabel(f"{scores.metric(task).replace('_', ' ')} of the student (%)")
+        handles: dict[str, Any] = {}
+        for axis in axes.flat:
+            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        order = [label for label in (*KINDS, "front", "teachers, mean") if label in handles]
+        figure.legend(
+            [handles[label] for label in order], order, loc="outside lower center", ncols=len(order), frameon=False
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _panel(axis: Axes, scores: Scores, costs: Mapping[str, Any], task: str, cost: str) -> None:
+    points = points_of(scores, costs, task, cost)
+    for variant, point in points.items():
+        kind = kind_of(scores.choices[variant])
+        colour, marker, filled = KINDS[kind]
+        axis.plot(
+            point.cost,
+            point.quality,
+            color=colour,
+            marker=marker,
+            markersize=6,
+            markerfacecolor=colour if filled else "white",
+            linestyle="none",
+            label=kind,
+            zorder=3,
+        )
+    best = front(points)
+    axis.plot(
+        [points[name].cost for name in best],
+        [points[name].quality for name in best],
+        color="0.45",
+        linestyle="--",
+        linewidth=1.2,
+        label="front",
+        zorder=2,
+    )
+    for index, name in enumerate(best):
+        left = index > 0 and index == len(best) - 1
+        axis.annotate(
+            name,
+            (points[name].cost, points[name].quality),
+            xytext=(-6 if left else 6, 5),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=7.5,
+        )
+    teachers = [value for variant in points for value in scores.by_seed(variant, task, TEACHER).values()]
+    axis.axhline(summarise(teachers).mean, color="black", linewidth=1.0, linestyle=":", label="teachers, mean")
+    axis.margins(0.08, 0.14)
+    axis.grid(color="0.85", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,32 @@
+"""Which choices of the student are worth their cost: no other is better for as little, or as good for less."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Costs that differ by less are the same: two measurements of one latency do.
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice.
+
+    Attributes:
+        quality: How good its student is; more is better.
+        cost: What it costs (milliseconds, parameters, ...); less is better.
+    """
+
+    quality: float
+    cost: float
+
+    def beats(self, other: "Point", tolerance: float = TOLERANCE) -> bool:
+        """Whether there is no reason to take the other one: this is better and no dearer, or as good and cheaper."""
+        if self.quality > other.quality:
+            return self.cost <= other.cost * (1 + tolerance)
+        return self.quality == other.quality and self.cost * (1 + tolerance) < other.cost
+
+
+def front(points: Mapping[str, Point]) -> list[str]:
+    """Names of the points that no other beats, by rising cost."""
+    best = [name for name, own in points.items() if not any(other.beats(own) for other in points.values())]
+    return sorted(best, key=lambda name: points[name].cost)

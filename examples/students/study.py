@@ -1,0 +1,140 @@
+"""A study: named variants of the arguments of `run_glue_ctcd.py`, each with several tasks and seeds."""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctcd_trainer.graph import STUDENT, TEACHER
+from examples.compare_runs import metrics_of
+
+#: Arguments of every run, unless the study says otherwise.
+DEFAULTS: Mapping[str, Any] = {
+    "do_train": True,
+    "do_eval": True,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "train_sampling_strategy": "group_by_length",
+    "pad_to_max_length": False,
+    "save_strategy": "no",
+    "logging_steps": 20,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+#: What a finished run has in its folder: its arguments, and the metrics of both models.
+ARGUMENTS, RESULTS = "arguments.json", "all_results.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        variant: Name of the variant.
+        task: Name of the task.
+        seed: The seed.
+        arguments: The arguments of `run_glue_ctcd.py`, without the seed and the output folder.
+    """
+
+    variant: str
+    task: str
+    seed: int
+    arguments: Mapping[str, Any]
+
+    def folder(self, output: Path) -> Path:
+        """Where the run is kept."""
+        return output / self.task / re.sub(r"[^\w.-]+", "-", self.variant) / f"seed-{self.seed}"
+
+    def finished(self, output: Path) -> dict[str, Any] | None:
+        """The metrics of both models; `None` if the run has not ended.
+
+        Raises:
+            ValueError: The run that has ended there had other arguments.
+        """
+        folder = self.folder(output)
+        if not (folder / RESULTS).exists():
+            return None
+        theirs = json.loads((folder / ARGUMENTS).read_text())
+        ours = {**self.arguments, "seed": self.seed, "output_dir": str(folder)}
+        if different := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
+            name = different[0]
+            raise ValueError(
+                f"'{folder}' holds a run with {name}={theirs.get(name)!r}, and the study has {ours.get(name)!r}: "
+                "remove the folder, or give another --output."
+            )
+        return json.loads((folder / RESULTS).read_text())
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a YAML file says.
+
+    Attributes:
+        common: Arguments of `run_glue_ctcd.py` for all runs.
+        tasks: Further ones, by name of the task.
+        variants: Further ones, by name of the variant.
+        seeds: The seeds.
+    """
+
+    common: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]
+    variants: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int]
+
+    def arguments(self, variant: str, task: str) -> dict[str, Any]:
+        """The arguments of `run_glue_ctcd.py`, without the seed and the output folder; the variant's count most."""
+        return {**DEFAULTS, **self.common, **self.tasks[task], **self.variants[variant]}
+
+    def cells(self) -> Iterator[Cell]:
+        """All runs: first those of the first seed, and of the first variants."""
+        for seed, variant, task in itertools.product(self.seeds, self.variants, self.tasks):
+            yield Cell(variant, task, seed, self.arguments(variant, task))
+
+
+def load_study(path: Path) -> Study:
+    """Read a study; `${NAME}` stands for a variable of the environment.
+
+    Raises:
+        ValueError: A variable is not set, a part is missing or unknown, or two variants have one folder.
+    """
+    text = os.path.expandvars(re.sub(r"#.*", "", path.read_text()))
+    if missing := re.search(r"\$\{(\w+)\}", text):
+        raise ValueError(f"{path} reads {missing[1]} from the environment, and it is not set: export {missing[1]}=...")
+    values = yaml.safe_load(text)
+    names = set(Study.__dataclass_fields__)
+    if wrong := sorted(names ^ set(values)):
+        raise ValueError(f"{path}: {wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}.")
+    study = Study(**values)
+    folders: dict[Path, str] = {}
+    for cell in study.cells():
+        if (other := folders.setdefault(cell.folder(Path()), cell.variant)) != cell.variant:
+            raise ValueError(f"{path}: {other!r} and {cell.variant!r} have one folder. Rename one.")
+    return study
+
+
+def record_of(cell: Cell, metrics: Mapping[str, Any], study: Study) -> dict[str, Any]:
+    """What is kept of a finished run: which one it is, what is its own, and the scores of both models."""
+    return {
+        "variant": cell.variant,
+        "task": cell.task,
+        "seed": cell.seed,
+        "choice": dict(study.variants[cell.variant]),
+        "train_rows": metrics["train_samples"],
+        TEACHER: metrics_of(metrics, TEACHER),
+        STUDENT: metrics_of(metrics, STUDENT),
+    }
+
+
+def write_records(study: Study, output: Path) -> Path:
+    """Write the finished runs of a folder to its `results.jsonl`, one a line, in the order of the study."""
+    path = output / "results.jsonl"
+    found = ((cell, cell.finished(output)) for cell in study.cells())
+    records = [record_of(cell, metrics, study) for cell, metrics in found if metrics is not None]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
