@@ -40,7 +40,7 @@ from ctcd_trainer.wrapping import is_peft_model
 from examples.benchmarks.bench_common import describe_machine, in_turns, optimizer_step, peak_memory_of
 from examples.script_models import LabelledModelArguments, load_model, load_models
 
-from .study import Study, load_study
+from .study import load_study
 
 MEMORY_STEPS = 3
 
@@ -100,18 +100,18 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload() if is_peft_model(model) else model
 
 
-def measure(study: Study, reference: str, tokens: int, rounds: int, latency_tokens: int) -> dict[str, dict[str, Any]]:
-    """What each variant costs, by its name: parameters, milliseconds, seconds and MB (see the top of this file).
+def measure_times(
+    arguments: Mapping[str, Mapping[str, Any]], reference: str, tokens: int, rounds: int, latency_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Parameters of each variant, time of a step and latency of the student, by name; latency of the teacher as well.
 
     Args:
-        study: The study; all its tasks cost the same here.
+        arguments: The arguments of each variant, by its name.
         reference: Name of the variant that all others are timed against.
         tokens: Length of the rows of the training.
         rounds: Number of timed steps.
         latency_tokens: Length of the sequence of the latency.
     """
-    task = next(iter(study.tasks))
-    arguments = {variant: study.arguments(variant, task) for variant in study.variants}
     costs: dict[str, dict[str, Any]] = {}
     deployed: dict[str, PreTrainedModel] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +123,7 @@ def measure(study: Study, reference: str, tokens: int, rounds: int, latency_toke
 
         against = ready(reference)
         batch = against.data_collator(against.train_dataset)
-        for variant in study.variants:
+        for variant in arguments:
             print(f"{variant}: time of a step", flush=True)
             trainer = ready(variant)
             actions = {
@@ -144,9 +144,6 @@ def measure(study: Study, reference: str, tokens: int, rounds: int, latency_toke
     latencies = measure_latencies([*deployed.values()], latency_tokens, repeats=30)
     for name, milliseconds in zip(deployed, latencies, strict=True):
         costs.setdefault(name, {})["latency_ms"] = milliseconds
-    for variant in study.variants:
-        print(f"{variant}: memory", flush=True)
-        costs[variant]["peak_mb"] = peak_memory_of(train, arguments[variant], tokens, live=True)
     return costs
 
 
@@ -164,7 +161,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.reference not in study.variants:
         parser.error(f"--reference {args.reference!r} is none of the variants {list(study.variants)}.")
     transformers.logging.set_verbosity_error()
-    costs = measure(study, args.reference, args.tokens, args.rounds, args.latency_tokens)
+    task = next(iter(study.tasks))  # all cost the same here
+    arguments = {variant: study.arguments(variant, task) for variant in study.variants}
+    costs = measure_times(arguments, args.reference, args.tokens, args.rounds, args.latency_tokens)
+    for variant, own in arguments.items():
+        print(f"{variant}: memory", flush=True)
+        costs[variant]["peak_mb"] = peak_memory_of(train, own, args.tokens, live=True)
     conditions = {
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
