@@ -270,11 +270,11 @@ def test_table_and_figure_of_choices(tmp_path, results, measured):
     costs_path.write_text(json.dumps({"conditions": conditions, "costs": {**known, "teacher": measured["teacher"]}}))
     report.main([str(results), "--costs", str(costs_path), "--output", str(output), "--figure", str(png)])
     text = output.read_text()
-    assert line_of(text, "share=prefix")[:3] == ["share=prefix", "75.0 ± 7.1", "65.0 ± 7.1"]
-    assert line_of(text, "1 layer")[2] == "51.0 ± 1.4"
-    assert line_of(text, "share=prefix")[-1] == "sst2 (latency), sst2 (parameters)"
-    assert line_of(text, "1 layer")[-1] == "sst2 (latency), sst2 (parameters)"
-    assert line_of(text, "one base")[-1] == "-"
+    assert line_of(text, "2: share=prefix")[:3] == ["2: share=prefix", "75.0 ± 7.1", "65.0 ± 7.1"]
+    assert line_of(text, "1: 1 layer")[2] == "51.0 ± 1.4"
+    assert line_of(text, "2: share=prefix")[-1] == "sst2 (latency), sst2 (parameters)"
+    assert line_of(text, "1: 1 layer")[-1] == "sst2 (latency), sst2 (parameters)"
+    assert line_of(text, "3: one base")[-1] == "-"
     assert "sst2: accuracy" in text
     pixels = image.imread(png)
     assert pixels.shape[0] > 300

@@ -1,5 +1,6 @@
 """The figure of a study: quality of the students over what they cost, and the front. It can be read in grey too."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def kind_of(choice: Mapping[str, Any]) -> str:
 
 
 def draw(scores: Scores, costs: Mapping[str, Any], path: Path) -> None:
-    """Draw a row of panels for each task; choices on the front are named.
+    """Draw a row of panels for each task; choices on a front have their number in the table, and a key below.
 
     Args:
         scores: The scores.
@@ -47,28 +48,36 @@ def draw(scores: Scores, costs: Mapping[str, Any], path: Path) -> None:
         path: A PNG file.
     """
     with plt.rc_context({"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5}):
-        size = (WIDTH, 0.5 + 3.1 * len(scores.tasks))
+        size = (WIDTH, 1.2 + 2.8 * len(scores.tasks))
         figure, axes = plt.subplots(
             len(scores.tasks), len(COSTS), figsize=size, dpi=200, layout="constrained", squeeze=False
         )
+        numbered: set[str] = set()
         for task, panels in zip(scores.tasks, axes, strict=True):
             for axis, (cost, unit) in zip(panels, COSTS.items(), strict=True):
-                _panel(axis, scores, costs, task, cost)
+                numbered |= set(_panel(axis, scores, costs, task, cost))
                 axis.set(title=task, xlabel=f"{unit} of the student")
             panels[0].set_ylabel(f"{scores.metric(task).replace('_', ' ')} of the student (%)")
         handles: dict[str, Any] = {}
         for axis in axes.flat:
             handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         order = [label for label in (*KINDS, "front", "teachers, mean") if label in handles]
+        key = [f"{number}: {name}" for number, name in enumerate(scores.variants, 1) if name in numbered]
         figure.legend(
-            [handles[label] for label in order], order, loc="outside lower center", ncols=len(order), frameon=False
+            [handles[label] for label in order],
+            order,
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+            title=textwrap.fill("On a front: " + ";  ".join(key), 110),
+            title_fontsize=8.5,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         plt.close(figure)
 
 
-def _panel(axis: Axes, scores: Scores, costs: Mapping[str, Any], task: str, cost: str) -> None:
+def _panel(axis: Axes, scores: Scores, costs: Mapping[str, Any], task: str, cost: str) -> list[str]:
     points = points_of(scores, costs, task, cost)
     for variant, point in points.items():
         kind = kind_of(scores.choices[variant])
@@ -94,15 +103,15 @@ def _panel(axis: Axes, scores: Scores, costs: Mapping[str, Any], task: str, cost
         label="front",
         zorder=2,
     )
-    for index, name in enumerate(best):
-        left = index > 0 and index == len(best) - 1
+    for name in best:
         axis.annotate(
-            name,
+            str(scores.variants.index(name) + 1),
             (points[name].cost, points[name].quality),
-            xytext=(-6 if left else 6, 5),
+            xytext=(-4, 5),
             textcoords="offset points",
-            ha="right" if left else "left",
-            fontsize=7.5,
+            ha="right",
+            fontsize=8,
+            fontweight="bold",
         )
     teachers = [value for variant in points for value in scores.by_seed(variant, task, TEACHER).values()]
     axis.axhline(summarise(teachers).mean, color="black", linewidth=1.0, linestyle=":", label="teachers, mean")
@@ -110,3 +119,4 @@ def _panel(axis: Axes, scores: Scores, costs: Mapping[str, Any], task: str, cost
     axis.grid(color="0.85", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+    return best

@@ -1,4 +1,4 @@
-"""Tables and figure of a study, in Markdown: quality of both models, what they cost, and the Pareto front.
+"""Tables (in Markdown) and figure of a study: quality of both models, what they cost, and the Pareto front.
 
 Without costs there is a table of the quality alone. With a reference, each variant is compared with it, seed by seed.
 
@@ -123,8 +123,8 @@ def choices_table(scores: Scores, costs: Mapping[str, Any]) -> str:
     """A line a variant: quality, size, latency, time and memory of training, and the fronts that it is on."""
     fronts = {(task, cost): front(points_of(scores, costs, task, cost)) for task in scores.tasks for cost in COSTS}
     rows = []
-    for variant in scores.variants:
-        row = {"variant": variant}
+    for number, variant in enumerate(scores.variants, 1):
+        row = {"variant": f"{number}: {variant}"}
         for task in scores.tasks:
             for learner in LEARNERS:
                 row[f"{task}, {learner} (%)"] = with_std(scores.by_seed(variant, task, learner).values(), 1)
