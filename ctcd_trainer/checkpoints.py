@@ -17,8 +17,9 @@ from .metrics import LossMeter
 from .model_card import save_model_cards
 from .optimization import PairOptimizationTrainer
 from .saved_weights import converted_weights
+from .validation import check_prompts
 from .whole_folders import clean_up, place_to_write, put_in_place, remove
-from .wrapping import is_peft_model
+from .wrapping import is_peft_model, is_quantised
 
 #: File of Trainer's in the place of a checkpoint that is being written (`enable_jit_checkpoint`).
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
@@ -204,7 +205,11 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
                     "written by a trainer of one model. Resume from a checkpoint of both, or load its model with "
                     "`from_pretrained`, pass it as `model` and start a new training."
                 )
-        plain = {name: learner for name, learner in self.pair.learners.items() if not is_peft_model(learner)}
+        check_prompts(self.pair.learners, f"Resuming from {resume_from_checkpoint!r}")
+        learners = self.pair.learners.items()
+        # Quantised weights are not trained: they are those that the model was loaded with.
+        folders = {name: folders[name] for name, each in learners if is_peft_model(each) or not is_quantised(each)}
+        plain = {name: each for name, each in learners if name in folders and not is_peft_model(each)}
         converted = {name: converted_weights(learner, Path(folders[name]), name) for name, learner in plain.items()}
         for name, folder in folders.items():
             learner = self.pair.learners[name]

@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 #: Label of a position that is not scored, the convention of `torch.nn.CrossEntropyLoss` and of transformers.
 IGNORE_INDEX = -100
+#: Columns that Trainer's data collators take as labels.
+LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def own_labels(config: PreTrainedConfig) -> list[str] | None:

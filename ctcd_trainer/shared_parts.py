@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .student import layer_stacks
-from .wrapping import is_peft_model
+from .wrapping import is_peft_model, memory_of
 
 #: Values of the argument `share`, but for `layers:K`.
 EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
@@ -161,14 +161,10 @@ def _check_no_more(names: Sequence[str], teacher: PreTrainedModel, student: PreT
     Raises:
         ValueError: They have, e.g. all of their layers (`create_student(..., init="shared")`).
     """
-    both = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()}
-    asked = {
-        parameter.untyped_storage().data_ptr()
-        for name in names
-        for parameter in teacher.get_submodule(name).parameters()
-    }
+    both = {memory_of(parameter) for parameter in teacher.parameters()}
+    asked = {memory_of(parameter) for name in names for parameter in teacher.get_submodule(name).parameters()}
     for name, parameter in student.named_parameters():
-        if parameter.untyped_storage().data_ptr() in both - asked:
+        if memory_of(parameter) in both - asked:
             raise ValueError(
                 f"`share={share!r}` does not include `{name}`, and `model` and `student_model` have it in common: "
                 "each step would update it for both. Make the student with `create_student(..., init='copy')`."

@@ -10,8 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .narrowing import Widths, narrow, new_model
 from .sharding import whole_parameters
-from .wrapping import is_peft_model
+from .wrapping import is_peft_model, is_quantised
 
+#: What loading a quantised model has noted of it, by which PEFT and Trainer know it.
+_QUANTISED = ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_8bit", "is_loaded_in_4bit")
 #: Attributes of a config that count the layers of one stack each, the encoder's or only one first.
 _DEPTHS = (("num_hidden_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
 
@@ -63,8 +65,8 @@ def create_student(
         An ordinary model of the teacher's class, in the teacher's dtype and on its device.
 
     Raises:
-        ValueError: A size is out of range or does not divide, the layers are not the teacher's, or the model is of a
-            family in which that cannot be cut.
+        ValueError: A size is out of range or does not divide, the layers are not the teacher's, the model is of a
+            family in which that cannot be cut, or it is quantised and would be copied.
 
     Example:
         ```python
@@ -78,6 +80,12 @@ def create_student(
         )
     if init not in ("copy", "shared", "random"):
         raise ValueError(f"`init={init!r}` is not known: it is 'copy', 'shared' or 'random'.")
+    if is_quantised(teacher) and init == "copy":
+        raise ValueError(
+            f"`teacher` is quantised ({teacher.config.quantization_config.quant_method}), and `init='copy'` needs its "
+            "weights as they were. Cut the student before, save it, and load it with a `quantization_config`; or give "
+            "`init='shared'`, for adapters of both models on one frozen base."
+        )
     widths = Widths(hidden_size, intermediate_size, num_attention_heads)
     if init == "shared" and widths.any:
         raise ValueError(f"`init='shared'` has the teacher's own tensors, which {widths} would cut. Leave layers out.")
@@ -88,6 +96,7 @@ def create_student(
     if init == "random":
         config = _cut_config(teacher.config, kept)
         widths.apply(config)
+        vars(config).pop("quantization_config", None)  # new weights are whole
         return type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
     with whole_parameters(teacher):
         student = _cut(teacher, kept, shared=init == "shared")
@@ -161,8 +170,10 @@ def _cut_config(config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> PreT
 def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) -> PreTrainedModel:
     """A copy of the teacher with the layers that are kept, or a model that has the same tensors."""
     student = new_model(teacher, _cut_config(teacher.config, kept))
+    stacks = dict(zip(layer_stacks(teacher), kept.values(), strict=False))  # no stack: ALBERT
+    quantised = _share_quantised(teacher, student, stacks) if is_quantised(teacher) else ()
     state = teacher.state_dict(keep_vars=shared)
-    for stack, indices in zip(layer_stacks(teacher), kept.values(), strict=False):  # no stack: ALBERT
+    for stack, indices in stacks.items():
         layer_of = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.*)")
         own = {name: match for name in state if (match := layer_of.fullmatch(name))}
         layers: dict[int, dict[str, Tensor]] = {}
@@ -175,13 +186,39 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
             )
             state |= {f"{stack}.{new}.{name}": value for name, value in parameters.items()}
     names = student.state_dict().keys()
-    own = {name: value for name, value in state.items() if name in names}
+    own = {name: value for name, value in state.items() if name in names and not name.startswith(quantised)}
     report = student.load_state_dict(own, strict=False, assign=shared)
     # A norm that only layers other than the first one have begins as it is made.
-    missing = [name for name in report.missing_keys if "norm" not in name.lower()]
+    missing = [n for n in report.missing_keys if "norm" not in n.lower() and not n.startswith(quantised)]
     if missing:
         raise ValueError(f"A {type(teacher).__name__} cannot be cut so: its layers have no {missing}.")
+    if is_quantised(teacher):  # all its tensors are the teacher's, and are where they are
+        vars(student).update({name: value for name, value in vars(teacher).items() if name in _QUANTISED})
+        return student
     return student.to(device=teacher.device, dtype=teacher.dtype)
+
+
+def _share_quantised(
+    teacher: PreTrainedModel, student: PreTrainedModel, stacks: Mapping[str, list[int]]
+) -> tuple[str, ...]:
+    """Put the teacher's quantised modules in the place of the student's plain ones; how their parameters' names begin.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        stacks: The layers that are kept of each stack.
+    """
+    found = []
+    for name, module in list(student.named_modules()):
+        there = name
+        for stack, indices in stacks.items():
+            if match := re.fullmatch(rf"{re.escape(stack)}\.(\d+)(\..*)?", name):
+                there = f"{stack}.{indices[int(match[1])]}{match[2] or ''}"
+        own = teacher.get_submodule(there)
+        if type(own) is not type(module):
+            student.set_submodule(name, own)
+            found.append(f"{name}.")
+    return tuple(found)
 
 
 def layer_stacks(teacher: PreTrainedModel) -> list[str]:

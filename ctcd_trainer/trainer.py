@@ -35,7 +35,7 @@ from .shared_parts import SharedRun
 from .task import Task
 from .training_args import DistillationArguments
 from .two_tokenizers import PREFIX, PairDataCollator, check_student_inputs
-from .wrapping import base_model
+from .wrapping import as_if_whole, base_model, is_quantised
 
 logger = logging.get_logger(__name__)
 
@@ -168,8 +168,9 @@ class CoDistillationTrainer(PairSearchTrainer):
                     validation.check_vocabularies(teacher, other, argument, tokenizer)
             validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
             for argument, dataset in datasets.items():
-                partners = argument != "train_dataset" or bool(self.graph.edges)
-                validation.check_labels(self.task, dataset, argument, partners)
+                validation.check_labels(self.task, dataset, argument, sorted({e.learner for e in self.graph.edges}))
+            if args is not None and args.load_best_model_at_end:
+                validation.check_prompts(learners, "`load_best_model_at_end=True`")
             if self.distillation.pretrained_cache_dir is not None:
                 self._pretrained_cache = PretrainedCache(
                     self.distillation.pretrained_cache_dir, self.pretrained_teacher, self.task, args.mixed_precision
@@ -179,21 +180,23 @@ class CoDistillationTrainer(PairSearchTrainer):
         # Seq2SeqTrainer does not know this argument.
         kwargs = {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs} if optimizer_cls_and_kwargs else {}
         learners = make_learners(model) if paired and model is not None else None
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            **kwargs,
-        )
+        only_read = learners is not None and TEACHER in self.graph.frozen and is_quantised(model)
+        with as_if_whole(model) if only_read else nullcontext():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                model_init=model_init,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                **kwargs,
+            )
         if paired:
             validation.check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from .graph import STUDENT
+from .labels import LABEL_COLUMNS
 from .task import Task
 
 #: How the names of the student's own inputs begin, in examples and in batches.
@@ -22,7 +23,7 @@ class PairDataCollator:
 
     Args:
         teacher: Collates the teacher's inputs and the labels.
-        student: Collates the student's inputs.
+        student: Collates the student's inputs; it is given the labels, too.
 
     Example:
         ```python
@@ -43,8 +44,11 @@ class PairDataCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of both models' inputs."""
         both = [own_inputs(feature) for feature in features]
+        # Some collators (of multiple choice) cannot do without labels; the batch has the teacher's.
+        students = [{**own, **{n: teacher[n] for n in LABEL_COLUMNS if n in teacher}} for teacher, own in both]
         batch = dict(self.teacher([teacher for teacher, _ in both]))
-        return batch | {f"{PREFIX}{name}": value for name, value in self.student([own for _, own in both]).items()}
+        own = {name: value for name, value in self.student(students).items() if name not in LABEL_COLUMNS}
+        return batch | {f"{PREFIX}{name}": value for name, value in own.items()}
 
 
 def own_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Checks of what the user passes, made before any work starts. Each error names both values and a remedy."""
 
 import os
-from collections.abc import Mapping, Sized
+from collections.abc import Collection, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .graph import Graph
+from .labels import LABEL_COLUMNS
 from .measuring import count_parameters
 from .task import Task
 from .tasks import UnknownHead, find_task, named_task
 from .training_args import DistillationArguments
-from .wrapping import is_peft_model
+from .wrapping import is_peft_model, is_quantised, memory_of
 
 logger = logging.get_logger(__name__)
-
-#: Columns that Trainer's data collators take as labels.
-LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def check_roles(mode: str, graph: Graph, has_student: bool, has_pretrained: bool) -> None:
@@ -212,7 +210,7 @@ def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None
 def _storage_of(model: nn.Module, argument: str) -> dict[int, tuple[str, str, bool]]:
     """The memory that a model's parameters lie in, with the argument, the name of one, and whether it is trained."""
     return {
-        parameter.untyped_storage().data_ptr(): (argument, name, parameter.requires_grad)
+        memory_of(parameter): (argument, name, parameter.requires_grad)
         for name, parameter in model.named_parameters()
         if parameter.device.type != "meta" and parameter.numel() > 0
     }
@@ -222,8 +220,14 @@ def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
     """A learner that the mode trains must have something to train.
 
     Raises:
-        ValueError: None of its parameters requires gradients.
+        ValueError: None of its parameters requires gradients, or it is quantised and has no adapters.
     """
+    if is_quantised(model) and not (is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)):
+        raise ValueError(
+            f"`distillation_mode='{mode}'` trains the {learner}, whose weights are quantised "
+            f"({model.config.quantization_config.quant_method}), so that most of them cannot be trained. Put adapters "
+            f"on it (`peft.get_peft_model`), or choose a mode that freezes the {learner}."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"`distillation_mode='{mode}'` trains the {learner}, but none of its parameters has `requires_grad=True` "
@@ -236,13 +240,42 @@ def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
     """Adapters are there to be trained, so a learner that the mode freezes may have none that waits for it.
 
     Raises:
-        ValueError: It has adapters with parameters that require gradients.
+        ValueError: It has adapters with parameters that require gradients, or weights that cannot be saved.
     """
+    if is_quantised(model) and not is_peft_model(model) and not model.hf_quantizer.is_serializable():
+        raise ValueError(
+            f"The {learner} is saved with the pair, and its weights are quantised by a method that cannot save them "
+            f"({model.config.quantization_config.quant_method}). Quantise it with another one, or, to learn from it "
+            "alone, pass it as `pretrained_teacher`, which is not saved."
+        )
     if is_peft_model(model) and any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"The {learner} has adapters to train, and `distillation_mode='{mode}'` freezes it. Choose a mode that "
             f"trains the {learner}, or load its adapters as `PeftModel.from_pretrained(..., is_trainable=False)` does."
         )
+
+
+def check_prompts(learners: Mapping[str, nn.Module], why: str) -> None:
+    """Models whose adapters are loaded again must have adapters that PEFT saves whole.
+
+    Args:
+        learners: The models by name.
+        why: Why they are loaded, for the message.
+
+    Raises:
+        ValueError: One has virtual tokens that a network makes (`PromptEncoderConfig`, or `PrefixTuningConfig` with
+            `prefix_projection`): PEFT saves the tokens without it, so the training could not go on from them.
+    """
+    for name, model in learners.items():
+        encoders = getattr(model, "prompt_encoder", {})
+        lost = [
+            key for encoder in encoders.values() for key, _ in encoder.named_parameters() if key != "embedding.weight"
+        ]
+        if is_peft_model(model) and lost:
+            raise ValueError(
+                f"{why} loads the adapter of the {name}, and of its prompt encoder PEFT saves what comes out, without "
+                f"{lost[:2]} ({len(lost)} in all). Use `PromptTuningConfig`, or `prefix_projection=False`."
+            )
 
 
 def check_optimizer(
@@ -373,7 +406,7 @@ def check_dataset(dataset: Any, argument: str) -> None:
         raise ValueError(f"`{argument}` is empty (0 examples). Check the file, the split or the filter it comes from.")
 
 
-def check_labels(task: Task, dataset: Any, argument: str, partners: bool = True) -> None:
+def check_labels(task: Task, dataset: Any, argument: str, learning: Collection[str] = ()) -> None:
     """The labels of a data set that has them at hand (a `datasets.Dataset` or a list of dicts) must fit the task.
 
     Other data sets (iterable, or computed on the fly) would have to be read whole, so they are not checked here.
@@ -382,7 +415,7 @@ def check_labels(task: Task, dataset: Any, argument: str, partners: bool = True)
         task: The task.
         dataset: The data set.
         argument: Name of the argument that gave it.
-        partners: Whether rows without a label are of use, because models learn from each other.
+        learning: The models that learn from others, and so from rows without a label too.
 
     Raises:
         ValueError: A label does not fit the task, or there is none and nothing else to learn from; the message has the
@@ -390,7 +423,7 @@ def check_labels(task: Task, dataset: Any, argument: str, partners: bool = True)
     """
     if isinstance(dataset, Mapping):
         for name, part in dataset.items():
-            check_labels(task, part, f"{argument}[{name!r}]", partners)
+            check_labels(task, part, f"{argument}[{name!r}]", learning)
         return
     labels = None
     if hasattr(dataset, "column_names") and isinstance(dataset, Sized):
@@ -403,7 +436,7 @@ def check_labels(task: Task, dataset: Any, argument: str, partners: bool = True)
         try:
             task.check_labels(labels)
             unlabelled = np.flatnonzero(task.unlabelled_rows(labels)) if task.per_row else ()
-            if len(unlabelled) and not partners:
+            if len(unlabelled) and argument == "train_dataset" and not learning:
                 raise ValueError(
                     f"Row {unlabelled[0]} and {len(unlabelled) - 1} more have no label ({labels[unlabelled[0]]!r}), "
                     "and no model learns from another one in this mode. Drop these rows, or choose a mode with soft "
@@ -411,8 +444,9 @@ def check_labels(task: Task, dataset: Any, argument: str, partners: bool = True)
                 )
             if len(unlabelled):
                 logger.warning(
-                    "%d of %d rows of `%s` have no label (%r): only the soft losses use them.",
+                    "%d of %d rows of `%s` have no label (%r): only the soft losses use them%s.",
                     *(len(unlabelled), len(labels), argument, labels[unlabelled[0]]),
+                    f", which train the {' and the '.join(learning)}" if argument == "train_dataset" else "",
                 )
         except ValueError as error:
             raise ValueError(f"`{argument}`: {error}") from error

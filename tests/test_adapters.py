@@ -4,9 +4,27 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, IA3Config, LoraConfig, PeftModel, get_peft_model
+from loopback_hub import LoopbackHub
+from loopback_hub_client import use_hub
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForSequenceClassification,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
-from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from tiny import assert_same_weights, changed, collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from ctcd_trainer import create_student
 
@@ -22,11 +40,23 @@ CONFIGS = {
         task_type="SEQ_CLS", target_modules=["key", "output.dense"], feedforward_modules=["output.dense"]
     ),
 }
+ATTENTION = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+#: Other types, which are adapters, too; the last two are tokens that are learnt.
+MORE_CONFIGS = {
+    "dora": lambda: LoraConfig(r=2, use_dora=True, **ATTENTION),
+    "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=5, **ATTENTION),
+    "vera": lambda: VeraConfig(r=2, **ATTENTION),
+    "oft": lambda: OFTConfig(oft_block_size=4, **ATTENTION),
+    "loha": lambda: LoHaConfig(r=2, **ATTENTION),
+    "norms": lambda: LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"]),
+    "prompt": lambda: PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
+    "prefix": lambda: PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
+}
 
 
 def adapted(model, kind: str = "lora", seed: int = 0) -> PeftModel:
     torch.manual_seed(seed)
-    return get_peft_model(model, CONFIGS[kind]())
+    return get_peft_model(model, (CONFIGS | MORE_CONFIGS)[kind]())
 
 
 def pair_of(kind: str = "lora", which: str = "both") -> dict:
@@ -97,7 +127,8 @@ def test_it_resumes_bit_for_bit_with_a_rate_for_each_model(pair, tmp_path):
     options = {"student_learning_rate": 3e-2}
     whole = tiny_trainer(tmp_path, **pair(), **options, save_strategy="steps", save_steps=2)
     whole.train()
-    assert {group["lr"] > 0 for group in whole.optimizer.param_groups} <= {True, False}
+    begun = {(group["learner"], group["initial_lr"]) for group in whole.optimizer.param_groups}
+    assert begun == {("teacher", 1e-2), ("student", 3e-2)}
     resumed = tiny_trainer(tmp_path, **pair(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_weights(resumed.pair, whole.pair)
@@ -107,6 +138,131 @@ def test_it_resumes_bit_for_bit_with_a_rate_for_each_model(pair, tmp_path):
         torch.cat([p.flatten() for p in other.student_model.parameters()]),
         torch.cat([p.flatten() for p in whole.student_model.parameters()]),
     )
+
+
+@pytest.mark.parametrize("kind", MORE_CONFIGS)
+def test_other_types_train_resume_load_and_leave_their_base_alone(kind, tmp_path):
+    pair = pair_of(kind)
+    before = {name: weights_of(model) for name, model in pair.items()}
+    whole = tiny_trainer(tmp_path, **pair, save_strategy="steps", save_steps=2, max_steps=4)
+    whole.train()
+    whole.save_model(str(tmp_path / "saved"))
+    resumed = tiny_trainer(tmp_path, **pair_of(kind), max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(resumed.pair, whole.pair)
+    held = {id(parameter) for group in whole.optimizer.param_groups for parameter in group["params"]}
+    batch = collate(tiny_rows(4))
+    batch.pop("labels")  # PEFT's AdaLoRA cannot compute a loss once it is loaded to predict
+    folders = {"model": "saved", "student_model": "saved/student"}
+    for (argument, model), base in zip(pair.items(), (tiny_bert(3, seed=1), tiny_bert(2, seed=2)), strict=True):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert changed(model, before[argument]) <= trained
+        assert {name for name, parameter in model.named_parameters() if id(parameter) in held} == trained
+        assert any(name in trained for name in changed(model, before[argument]) if "classifier" not in name)
+        assert (tmp_path / folders[argument] / "adapter_config.json").is_file()
+        loaded = PeftModel.from_pretrained(base, tmp_path / folders[argument]).eval()
+        with torch.no_grad():
+            expected = model.eval()(**batch).logits
+            torch.testing.assert_close(loaded(**batch).logits, expected)
+            if kind not in ("prompt", "prefix"):
+                torch.testing.assert_close(loaded.merge_and_unload()(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_are_allocated_by_a_callback_as_peft_asks_for(tmp_path):
+    class Allocate(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model, **kwargs):
+            for learner in model.learners.values():
+                learner.base_model.update_and_allocate(state.global_step + 1)
+
+    trainer = tiny_trainer(tmp_path, **pair_of("adalora"), max_steps=6, callbacks=[Allocate()])
+    trainer.train()
+    for model, projections in zip(trainer.pair.learners.values(), (6, 4), strict=True):
+        ranks = [p.count_nonzero().item() for name, p in model.named_parameters() if "lora_E" in name]
+        assert len(ranks) == projections
+        assert sum(ranks) == 2 * projections  # `target_r` on average, of 4 at first
+
+
+def test_the_loss_is_that_of_plain_pytorch(tmp_path):
+    trainer = tiny_trainer(tmp_path, **pair_of(), temperature=2.0)
+    batch = collate(tiny_rows(4))
+    loss = trainer.compute_loss(trainer.pair.train(), dict(batch))
+    loss.backward()
+    pair = pair_of()
+    logits = [model.train()(**batch).logits for model in pair.values()]
+    expected = sum(F.cross_entropy(each, batch["labels"]) for each in logits)
+    for own, other in (logits, logits[::-1]):
+        logs = [F.log_softmax(each / 2, -1) for each in (own, other.detach())]
+        expected = expected + 4 * F.kl_div(*logs, reduction="batchmean", log_target=True)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for model, own in zip(pair.values(), trainer.pair.learners.values(), strict=True):
+        for name, parameter in model.named_parameters():
+            found = own.get_parameter(name).grad
+            assert (found is None) == (parameter.grad is None)
+            if found is not None:
+                torch.testing.assert_close(found, parameter.grad)
+
+
+@pytest.mark.parametrize("projected", ["encoder", "prefix"])
+def test_tokens_whose_network_peft_does_not_save_are_not_loaded_again(projected, tmp_path):
+    config = {
+        "encoder": lambda: PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=3, encoder_hidden_size=8),
+        "prefix": lambda: PrefixTuningConfig(
+            task_type="SEQ_CLS", num_virtual_tokens=3, encoder_hidden_size=8, prefix_projection=True
+        ),
+    }[projected]
+    trainer = tiny_trainer(
+        tmp_path, student_model=get_peft_model(tiny_bert(2), config()), save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    again = tiny_trainer(tmp_path, student_model=get_peft_model(tiny_bert(2), config()))
+    with pytest.raises(ValueError, match=r"Resuming from .*checkpoint-2.* adapter of the student.*prompt encoder"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny_rows()}
+    with pytest.raises(ValueError, match=r"`load_best_model_at_end=True` loads the adapter of the student"):
+        tiny_trainer(
+            tmp_path,
+            student_model=get_peft_model(tiny_bert(2), config()),
+            save_strategy="steps",
+            save_steps=2,
+            **best,
+        )
+
+
+def test_adapters_are_pushed_as_adapters(tmp_path, monkeypatch):
+    with LoopbackHub() as hub:
+        use_hub(monkeypatch, hub, token=hub.token)
+        trainer = tiny_trainer(tmp_path, **pair_of(), push_to_hub=True, hub_model_id="me/pair")
+        trainer.train()
+        trainer.push_to_hub()
+        adapter = {"adapter_config.json", "adapter_model.safetensors"}
+        assert adapter | {f"student/{name}" for name in adapter} <= hub.files("me/pair").keys()
+        assert adapter <= hub.files("me/pair-student").keys()
+        for repo in ("me/pair", "me/pair-student"):
+            assert not [
+                name
+                for name in hub.files(repo)
+                if name.endswith(("model.safetensors", "pytorch_model.bin")) and "adapter" not in name
+            ]
+        batch = collate(tiny_rows(4))
+        for repo, base, model in (
+            ("me/pair", tiny_bert(3, seed=1), trainer.teacher_model),
+            ("me/pair-student", tiny_bert(2, seed=2), trainer.student_model),
+        ):
+            with torch.no_grad():
+                loaded = PeftModel.from_pretrained(base, repo).eval()
+                torch.testing.assert_close(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_frozen_teacher_may_have_an_adapter(tmp_path):
+    pretrained = adapted(tiny_bert(2, seed=3))
+    expected = pretrained.eval()(**collate(tiny_rows(4))).logits.detach()
+    trainer = tiny_trainer(tmp_path, distillation_mode="community", pretrained_teacher=pretrained, logging_steps=1)
+    before = weights_of(pretrained)
+    trainer.train()
+    assert_same_weights(pretrained, before)
+    torch.testing.assert_close(pretrained(**collate(tiny_rows(4))).logits, expected)
+    assert trainer.state.log_history[0]["student_from_pretrained_loss"] > 0
 
 
 def test_two_adapters_on_one_frozen_base_train_as_on_two(tmp_path):

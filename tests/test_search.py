@@ -1,5 +1,7 @@
 """Hyperparameter search: every value of a trial has the effect that it has in a training with that argument."""
 
+import os
+
 import pytest
 from tiny import assert_same_weights, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from transformers import Trainer
@@ -141,3 +143,31 @@ def test_without_a_student_it_is_trainers_search(tmp_path):
         best = trainer.hyperparameter_search(lambda trial, space=space: dict(space), n_trials=1, backend="optuna")
         found.append(best.objective)
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_ray_searches_the_default_space_and_a_trial_equals_a_training_with_its_values(tmp_path, monkeypatch):
+    """In processes of its own, to which trainer, models and data are sent."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.tune")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=os.environ.get("RAY_TMPDIR"))
+    try:
+        settings = {"max_steps": 2, "metric_for_best_model": "student_loss", "greater_is_better": False}
+        trainer = tiny_trainer(tmp_path / "out", **models(), **settings)
+        best = trainer.hyperparameter_search(
+            n_trials=2, backend="ray", storage_path=str(tmp_path / "ray"), reuse_actors=True, verbose=0
+        )
+    finally:
+        ray.shutdown()
+    without = {"student_from_pretrained_weight", "teacher_from_pretrained_weight"}
+    assert best.hyperparameters.keys() == DEFAULT_SPACE.keys() - without
+    for name, value in best.hyperparameters.items():
+        assert DEFAULT_SPACE[name].low <= value <= DEFAULT_SPACE[name].high
+    trials = best.run_summary.results_df
+    assert len(trials) == 2
+    assert best.objective == trials["objective"].min()
+    expected = tiny_trainer(tmp_path / "expected", **models(), **settings, **best.hyperparameters)
+    expected.train()
+    assert best.objective == pytest.approx(expected.evaluate()["eval_student_loss"], rel=1e-5)

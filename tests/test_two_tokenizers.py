@@ -8,6 +8,7 @@ from tiny_tokenizer import bert_tokenizer, gpt2_tokenizer
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
+    DataCollatorForMultipleChoice,
     DataCollatorWithPadding,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -154,6 +155,55 @@ def test_the_collator_of_two_pads_each_with_its_own(tmp_path):
     for name, value in second.items():
         assert torch.equal(batch[f"student_{name}"], value)
     assert torch.equal(batch["labels"], labels)
+
+
+def test_rows_without_a_label_are_compared_over_two_tokenizers(tmp_path):
+    mixed = [{**row, "labels": row["labels"] if index % 2 else -100} for index, row in enumerate(rows())]
+    trainer = trainer_of(tmp_path, train_dataset=mixed)
+    batch = trainer.data_collator(mixed[:6])
+    loss = trainer.compute_loss(trainer.pair, batch)
+    *batches, labels = naive_batch(mixed[:6])
+    with torch.no_grad():
+        pairs = zip(models().values(), batches, strict=True)
+        logs = [F.log_softmax(model.train()(**own).logits, -1) for model, own in pairs]
+    expected = sum(F.nll_loss(each[labels != -100], labels[labels != -100]) for each in logs)
+    for own, other in (logs, logs[::-1]):
+        expected = expected + F.kl_div(own, other, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_choices_have_two_tokenizers_as_well(tmp_path):
+    teachers, students = tokenizers()
+    students.pad_token = students.eos_token
+    examples = []
+    for index in range(8):
+        choices = [TEXTS[index % 6], TEXTS[(index + 1) % 6]]
+        own = {f"student_{name}": values for name, values in students(choices).items()}
+        examples.append({**teachers(choices), **own, "labels": index % 2})
+    torch.manual_seed(0)
+    pair = [
+        tiny_model("bert", "multiple-choice", layers, vocab_size=size)
+        for layers, size in ((2, len(teachers)), (1, len(students)))
+    ]
+    collator = PairDataCollator(DataCollatorForMultipleChoice(teachers), DataCollatorForMultipleChoice(students))
+    trainer = trainer_of(
+        tmp_path, model=pair[0], student_model=pair[1], train_dataset=examples, data_collator=collator, max_steps=2
+    )
+    batch = collator(examples[:4])
+    assert batch["input_ids"].shape[:2] == batch["student_input_ids"].shape[:2] == (4, 2)
+    assert not any("label" in name for name in batch if name.startswith("student_"))
+    loss = trainer.compute_loss(trainer.pair, batch)
+    with torch.no_grad():
+        both = [
+            {name.removeprefix("student_"): value for name, value in batch.items() if name.startswith("student_")},
+            {name: value for name, value in batch.items() if not name.startswith(("student_", "labels"))},
+        ]
+        logs = [F.log_softmax(model(**own).logits, -1) for model, own in zip(pair, both[::-1], strict=True)]
+    expected = sum(F.nll_loss(each, batch["labels"]) for each in logs)
+    for own, other in (logs, logs[::-1]):
+        expected = expected + F.kl_div(own, other, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(loss, expected)
+    trainer.train()
 
 
 def test_a_student_that_takes_fewer_inputs_gets_none_of_the_teachers(tmp_path):

@@ -135,7 +135,30 @@ def test_rows_with_neither_label_nor_partner_are_refused(problem, tmp_path):
 def test_rows_without_a_label_are_counted_in_the_log(tmp_path, caplog):
     caplog.set_level("WARNING", logger="ctcd_trainer")
     tiny_trainer(tmp_path, "regression", train_dataset=mixed_rows("regression", 12))
-    assert "6 of 12 rows of `train_dataset` have no label (nan): only the soft losses use them" in caplog.text
+    text = "6 of 12 rows of `train_dataset` have no label (nan): only the soft losses use them, which train the "
+    assert f"{text}student and the teacher." in caplog.text
+
+
+def test_it_is_said_whom_rows_without_a_label_train(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="ctcd_trainer")
+    rows = mixed_rows("single_label", 12)
+    trainer = tiny_trainer(tmp_path, train_dataset=rows, eval_dataset=rows, student_from_teacher_weight=0.0)
+    assert (
+        "6 of 12 rows of `train_dataset` have no label (-100): only the soft losses use them, which train the teac"
+        in (caplog.text)
+    )
+    assert "6 of 12 rows of `eval_dataset` have no label (-100): only the soft losses use them." in caplog.text
+    unlabelled = [row for row in rows if row["labels"] == -100]
+    loss = trainer.compute_loss(trainer.pair.train(), collate(unlabelled))
+    loss.backward()
+    assert not any(p.grad is not None and p.grad.any() for p in trainer.student_model.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in trainer.teacher_model.parameters())
+
+
+def test_rows_without_a_label_are_refused_if_all_soft_weights_are_zero(tmp_path):
+    weights = {"student_from_teacher_weight": 0.0, "teacher_from_student_weight": 0.0}
+    with pytest.raises(ValueError, match=r"Row 0 and 5 more have no label.*no model learns from another"):
+        tiny_trainer(tmp_path, train_dataset=mixed_rows("single_label", 12), **weights)
 
 
 def test_some_labels_of_several_are_refused(tmp_path):
