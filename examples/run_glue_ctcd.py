@@ -21,6 +21,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 from glue_data import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_columns
@@ -53,10 +54,18 @@ from script_models import (
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     default_data_collator,
 )
 
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, PairDataCollator
+from ctcd_trainer import (
+    CoDistillationTrainer,
+    CoDistillationTrainingArguments,
+    Mixup,
+    PairDataCollator,
+    TokenMasking,
+    WordDropout,
+)
 
 # ---- Arguments ----
 
@@ -89,6 +98,23 @@ class GlueDataArguments(DataArguments):
             "help": "A file with more training texts, without labels: on them the models learn from each other alone."
         },
     )
+    augmentation: Literal["token_masking", "word_dropout", "mixup"] | None = field(
+        default=None,
+        metadata={
+            "help": "How training batches are changed: tokens are masked, or hidden, or rows are mixed. Default: not."
+        },
+    )
+    augmentation_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the tokens that are masked (default 0.15) or hidden (0.1), or the parameter of the Beta "
+            "distribution from which the shares of mixed rows are drawn (0.2)."
+        },
+    )
+    augmented: Literal["both", "teacher", "student"] = field(
+        default="both",
+        metadata={"help": "Which models get the changed batch; the other one keeps the clean one (not with mixup)."},
+    )
 
     def __post_init__(self) -> None:
         if self.task_name is not None:
@@ -114,6 +140,10 @@ class GlueDataArguments(DataArguments):
             file_reader(self.unlabeled_file, "unlabeled_file")
             if not os.path.isfile(self.unlabeled_file):
                 raise ValueError(f"`--unlabeled_file {self.unlabeled_file}` does not exist.")
+        if self.augmentation is None and self.augmentation_rate is not None:
+            raise ValueError(
+                f"`--augmentation_rate {self.augmentation_rate}` has no effect without `--augmentation`: give both."
+            )
 
 
 # ---- The work ----
@@ -150,6 +180,19 @@ def unlabelled_rows(path: str, columns: Sequence[str], model_args: LabelledModel
             f"{rows.column_names}. Rename one."
         )
     return rows
+
+
+def augmentation_of(data_args: GlueDataArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What changes the training batches; `None` if nothing does."""
+    if data_args.augmentation is None:
+        return None
+    kinds = {
+        "token_masking": (partial(TokenMasking, tokenizer), "rate"),
+        "word_dropout": (partial(WordDropout, tokenizer), "rate"),
+        "mixup": (Mixup, "alpha"),
+    }
+    make, name = kinds[data_args.augmentation]
+    return make() if data_args.augmentation_rate is None else make(**{name: data_args.augmentation_rate})
 
 
 def model_card_settings(data_args: GlueDataArguments) -> dict[str, str | None]:
@@ -233,6 +276,8 @@ def main() -> None:
         eval_dataset=next(iter(selected["validation"].values())) if training_args.do_eval else None,
         processing_class=tokenizer,
         student_processing_class=student_tokenizer,
+        augmentation=augmentation_of(data_args, tokenizer),
+        augmented=data_args.augmented,
         compute_metrics=metrics_for(labels, task),
     )
     if training_args.do_train:

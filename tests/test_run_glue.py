@@ -32,7 +32,7 @@ import script_common
 import script_models
 from glue_metric import GLUE_METRICS, GlueMetric, metrics_for
 
-from ctcd_trainer import CoDistillationTrainingArguments
+from ctcd_trainer import CoDistillationTrainingArguments, Mixup, TokenMasking, WordDropout
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the a film was good bad not very dull bright and but story plot actor scene it felt long short"
@@ -431,6 +431,47 @@ def test_texts_without_labels_are_trained_on_as_well(script, tmp_path, teacher, 
         script("--do_train", **options, unlabeled_file=more)
     with pytest.raises(ValueError, match="`--unlabeled_file nowhere.csv` does not exist"):
         script("--do_train", **options, unlabeled_file="nowhere.csv")
+
+
+def test_training_batches_are_augmented(script, tmp_path, teacher, monkeypatch):
+    save_tokenizer(tmp_path / "tokens", mask_token="long")
+    trainers = []
+    monkeypatch.setattr(run_glue_ctcd, "train", lambda trainer, _: trainers.append(trainer) or trainer.train())
+    options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "max_steps": 2, "learning_rate": 1e-3}
+    options |= {"tokenizer_name": tmp_path / "tokens", **save_files(tmp_path, ["no", "yes"])}
+    choices = [
+        ({}, None, None),
+        ({"augmentation": "token_masking", "augmented": "student"}, TokenMasking, ("rate", 0.15)),
+        ({"augmentation": "word_dropout", "augmentation_rate": 0.5}, WordDropout, ("rate", 0.5)),
+        ({"augmentation": "mixup", "augmentation_rate": 2.0}, Mixup, ("alpha", 2.0)),
+    ]
+    weights = []
+    for own, kind, setting in choices:
+        script("--do_train", **options, **own)
+        found = trainers[-1]
+        assert found.augmented == own.get("augmented", "both")
+        assert type(found.augmentation) is (kind or type(None))
+        if kind is not None:
+            assert getattr(found.augmentation, setting[0]) == setting[1]
+        weights.append(found.student_model.classifier.weight.detach().clone())
+    for index, weight in enumerate(weights):
+        assert not any(torch.equal(weight, other) for other in weights[:index])
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"augmentation_rate": 0.5}, "`--augmentation_rate 0.5` has no effect without `--augmentation`"),
+        ({"augmented": "student"}, "`augmented='student'` has no effect without `augmentation`"),
+        ({"augmentation": "token_masking"}, "has no mask token.*`WordDropout`"),
+        ({"augmentation": "mixup", "augmented": "teacher"}, "`Mixup` with `augmented='teacher'`"),
+        ({"augmentation": "word_dropout", "augmentation_rate": 2}, "`rate=2.0` is not valid"),
+    ],
+)
+def test_augmentations_that_do_not_fit_are_refused(script, tmp_path, teacher, own, message):
+    files = save_files(tmp_path, ["no", "yes"])
+    with pytest.raises(ValueError, match=message):
+        script("--do_train", model_name_or_path=teacher, student_num_hidden_layers=1, **files, **own)
 
 
 @pytest.mark.parametrize("pad", [True, False])
