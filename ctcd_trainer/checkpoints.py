@@ -49,6 +49,17 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         self._save_processing_class(self.pair.folder_of(STUDENT, folder))
         save_model_cards(self, folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save both models; see `Trainer.save_model`.
+
+        They are whole also where checkpoints hold shards (FSDP's `SHARDED_STATE_DICT`), which Trainer leaves to a tool
+        that knows of one model only.
+        """
+        shards = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if shards and self.pair is not None and self._staging is None:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
     def processing_class_of(self, learner: str) -> Any:
         """The tokenizer or processor of a learner; `None` if none is known."""
         own = self.student_processing_class if learner == STUDENT else None
@@ -193,9 +204,17 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
         """Load both models from a checkpoint folder.
 
         Raises:
-            ValueError: The folder has no student, or the models of another pair; nothing was loaded.
+            ValueError: The folder has no student, or the models of another pair, or FSDP is to go on with what was
+                written without it; nothing was loaded.
         """
         if self.pair is None or model is not None:
+            sharded = self.pair is not None and self.is_fsdp_enabled
+            if sharded and not [*Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")]:
+                raise ValueError(
+                    f"The checkpoint {resume_from_checkpoint!r} was written without FSDP, and this training is with it: "
+                    "FSDP keeps the state of the optimizer in another form. Resume without FSDP, or start a new "
+                    "training from the models in it."
+                )
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         folders = {name: self.pair.folder_of(name, resume_from_checkpoint) for name in self.pair.learners}
         for name, folder in folders.items():

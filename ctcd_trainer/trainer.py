@@ -242,17 +242,6 @@ class CoDistillationTrainer(PairSearchTrainer):
         self._loss_shifts_labels = False  # the task counts
         self._fused = None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save both models; see `Trainer.save_model`.
-
-        They are whole also where checkpoints hold shards (FSDP's `SHARDED_STATE_DICT`), which Trainer leaves to a tool
-        that knows of one model only.
-        """
-        shards = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if shards and self.pair is not None and self._staging is None:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        super().save_model(output_dir, _internal_call)
-
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new teacher from `model_init`, paired with a new student from `student_model_init`."""
         if self.pair is not None:

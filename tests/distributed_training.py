@@ -7,6 +7,7 @@ process has at the end to `FOLDER/NAME-RANK.pt`.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +19,8 @@ from accelerate.utils import DistributedType
 from processes import run_forked
 from tiny import collate, tiny_args, tiny_bert, tiny_rows
 from tiny_models import IGNORED, rows_of, tiny_batch, tiny_model
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from ctcd_trainer import CoDistillationTrainer
 
@@ -116,9 +118,21 @@ def one_way() -> dict[str, Any]:
     return masked_lm() | {"distillation_mode": "kd"}
 
 
+def adapters() -> dict[str, Any]:
+    """Adapters on both models, with heads of their own."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=8, target_modules=["query", "value"])
+    models = {}
+    for name, layers in (("model", 3), ("student_model", 2)):
+        torch.manual_seed(layers)
+        models[name] = get_peft_model(tiny_bert(layers, seed=layers), config)
+    return classification() | models
+
+
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     scenario.__name__: scenario
-    for scenario in (classification, masked_lm, unused, causal_lm, uneven, filled_up, community, one_way)
+    for scenario in (classification, masked_lm, unused, causal_lm, uneven, filled_up, community, one_way, adapters)
 }
 
 
@@ -144,13 +158,17 @@ def trainer_of(scenario: str, folder: Path, **arguments: Any) -> CoDistillationT
     )
     if args.fsdp:
         PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
-    return CoDistillationTrainer(
+    trainer = CoDistillationTrainer(
         args=args,
         eval_dataset=models["train_dataset"][:12],
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=argmax,
         **models,
     )
+    if args.fsdp and args.fsdp_config.get("cpu_offload"):
+        # torch pins memory for an accelerator alone.
+        trainer.accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+    return trainer
 
 
 def train(scenario: str, folder: Path, resume_from: Path | None = None, **arguments: Any) -> dict[str, Any]:
@@ -182,11 +200,6 @@ def train(scenario: str, folder: Path, resume_from: Path | None = None, **argume
 
 def whole_weights(trainer: CoDistillationTrainer) -> dict[str, torch.Tensor]:
     """The weights of both models, whole on the first process at least."""
-    if isinstance(trainer.model, FullyShardedDataParallel):
-        # Its `state_dict` crashes on a CPU, in torch.
-        with FullyShardedDataParallel.summon_full_params(trainer.model):
-            whole = trainer.pair.named_parameters()
-            return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in whole}
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.pair.state_dict()
     if state is None:  # not on the first process
@@ -209,14 +222,20 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fsdp2": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2}},
     "best": {**BEST, "fsdp": True, "fsdp_config": {"version": 2}},
     "shards": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
-    "offload": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}},
+    "offload": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}},
+    "compiled": {"fsdp": True, "fsdp_config": {"version": 2}, "torch_compile_backend": "aot_eager"},
     "first-loads": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
     "recomputed": {"fsdp": True, "fsdp_config": {"version": 2, "activation_checkpointing": True}},
     "named": {
         "fsdp": True,
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer", "TransformerBlock"]},
     },
-    "fsdp1": {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},
+    "fsdp1": {**SAVED, "fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}},
+    "shards1": {
+        **SAVED,
+        "fsdp": True,
+        "fsdp_config": {"version": 1, "sync_module_states": False, "state_dict_type": "SHARDED_STATE_DICT"},
+    },
 }
 
 
@@ -243,6 +262,9 @@ def run_job(folder: Path, job: str) -> None:
 
 
 def main(folder: str, *jobs: str) -> None:
+    # FSDP1 takes what it has moved to the CPU for a copy and frees the original: on a CPU, the weights themselves.
+    FlatParamHandle.to_cpu = lambda handle: nullcontext()
+
     def run(jobs: list[str]) -> None:
         for job in jobs:
             run_job(Path(folder), job)
@@ -250,7 +272,8 @@ def main(folder: str, *jobs: str) -> None:
     # Strategies leave settings in the environment.
     for _, group in groupby(jobs, key=lambda job: job.split()[1:3]):
         own = list(group)
-        run_forked(int(own[0].split()[1]), partial(run, own))
+        _, processes, strategy, *_ = own[0].split()
+        run_forked(int(processes), partial(run, own), grouped=strategy != "plain" or None)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,20 @@ import torch
 import torch.distributed
 
 
-def run_forked(count: int, function: Callable[[], None]) -> None:
+def run_forked(count: int, function: Callable[[], None], grouped: bool | None = None) -> None:
     """Run a function in several processes of one gloo group, as the environment of `torchrun` describes it.
 
     Args:
-        count: Number of processes; a single one has no group.
+        count: Number of processes.
         function: What each of them runs.
+        grouped: Whether they are in a group; by default if they are several.
 
     Raises:
         RuntimeError: It failed in one of them, whose traceback is on stderr; the others were ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        children = {_fork(rank, count, Path(folder, "store"), function): rank for rank in range(count)}
+        store = Path(folder, "store") if grouped or (grouped is None and count > 1) else None
+        children = {_fork(rank, count, store, function): rank for rank in range(count)}
         failed = None
         while children:
             child, status = os.wait()
@@ -40,7 +42,7 @@ def run_forked(count: int, function: Callable[[], None]) -> None:
         raise RuntimeError(f"Process {failed} of {count} failed.")
 
 
-def _fork(rank: int, count: int, store: Path, function: Callable[[], None]) -> int:
+def _fork(rank: int, count: int, store: Path | None, function: Callable[[], None]) -> int:
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -48,7 +50,7 @@ def _fork(rank: int, count: int, store: Path, function: Callable[[], None]) -> i
     status = 1
     try:
         torch.set_num_threads(1)
-        if count > 1:
+        if store is not None:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             os.environ |= {name: str(value) for name, value in names.items()}
             torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 STAGES = (1, 2, 3)
 SCENARIOS = ("classification", "masked_lm")
+KEY_BIASES = ("attention.self.key.bias", "attention.k_lin.bias")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,11 @@ def trained(tmp_path_factory) -> Path:
 def test_two_processes_with_deepspeed_train_as_one_without(scenario, stage, trained, tmp_path):
     actual = torch.load(trained / f"{scenario}-{stage}-0.pt")
     expected = train(scenario, tmp_path, **UNCLIPPED)
-    # The gradients of the biases of keys are zero but for rounding, which Adam makes steps of.
+    # Attention does not change with the biases of keys: their gradients are zero but for rounding, which Adam makes
+    # steps of. One process that takes the rows of each batch in another order moves them as far (5e-6, masked LM).
+    without = {name: value for name, value in expected["weights"].items() if not name.endswith(KEY_BIASES)}
+    assert 0 < len(expected["weights"]) - len(without) <= 5
+    assert_same_weights({name: actual["weights"][name] for name in without}, without)
     assert_same_weights(actual["weights"], expected["weights"], tolerance=5e-5)
     for found, wanted in zip(actual["logs"], expected["logs"], strict=True):
         for name in ("loss", "teacher_hard_loss", "student_hard_loss", "grad_norm"):

@@ -55,6 +55,13 @@ def test_a_norm_for_the_student_alone_is_refused_where_deepspeed_clips_both(tmp_
         check_arguments(args)
 
 
+def test_a_checkpoint_that_was_written_without_fsdp_is_refused_with_it(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="was written without FSDP, and this training is with it"):
+        trainer._load_from_checkpoint(str(tmp_path), trainer.pair)
+
+
 @pytest.mark.parametrize(
     ("families", "head", "layers"),
     [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_same_weights, tiny_args, tiny_trainer, weights_of
+from tiny import assert_same_weights, tiny_args, tiny_bert, tiny_trainer, train_alone, weights_of
 from tiny_models import rows_of, tiny_batch, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -80,6 +80,65 @@ def test_bf16_losses_on_text_stay_within_two_percent_of_fp32_over_200_steps(tmp_
     for fp32, bf16 in zip(*logs, strict=True):
         for name in COMPONENTS[:2]:
             assert bf16[name] == pytest.approx(fp32[name], rel=0.02)
+
+
+def test_compiled_bf16_trains_both_models_as_eager_bf16(tmp_path):
+    options = {"bf16": True, "max_steps": 3}
+    eager = language_models(tmp_path, "masked-lm", **options)
+    compiled = language_models(tmp_path, "masked-lm", torch_compile_backend="aot_eager", **options)
+    for trainer in (eager, compiled):
+        trainer.train()
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    logs, expected = compiled.state.log_history[0], eager.state.log_history[0]
+    for name in (*COMPONENTS, "teacher_grad_norm", "student_grad_norm"):
+        assert logs[name] == pytest.approx(expected[name], rel=0.01), name
+
+
+def test_tf32_reaches_torch_where_a_device_has_it_and_is_refused_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: False)
+    with pytest.raises(ValueError, match="--tf32 requires Ampere"):
+        tiny_args(tmp_path, tf32=True)
+    enabled = []
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.enable_tf32", enabled.append)
+    for tf32 in (True, False):
+        tiny_trainer(tmp_path, tf32=tf32)
+        assert enabled.pop() is tf32
+
+
+# ---- Optimizers of few bits ----
+
+
+@pytest.mark.slow  # torchao compiles its step
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [("adamw_bnb_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao"), ("adamw_torch_4bit", "torchao")],
+)
+def test_optimizers_of_few_bits_train_each_model_as_alone_and_go_on_from_checkpoints(optim, package, tmp_path):
+    pytest.importorskip(package)
+
+    def models() -> tuple[torch.nn.Module, torch.nn.Module]:  # smaller parameters are left in fp32
+        return tuple(tiny_bert(layers, layers, hidden_size=64, intermediate_size=64) for layers in (3, 2))
+
+    def trainer_of(**more) -> CoDistillationTrainer:
+        teacher, student = models()
+        return tiny_trainer(
+            tmp_path, model=teacher, student_model=student, distillation_mode="standalone", **options, **more
+        )
+
+    options = {"optim": optim, "weight_decay": 0.1, "max_steps": 4}
+    trainer = trainer_of(save_strategy="steps", save_steps=2)
+    trainer.train()
+    state = trainer.optimizer.optimizer.state
+    for group in trainer.optimizer.param_groups:
+        entries = [value for parameter in group["params"] for value in state[parameter].values()]
+        if group["weight_decay"] > 0:  # matrices
+            assert any("OptimState" in type(x).__name__ or getattr(x, "dtype", None) == torch.uint8 for x in entries)
+    for model, own in zip(models(), trainer.pair.learners.values(), strict=True):
+        assert_same_weights(own, train_alone(model, tmp_path, **options))
+    resumed = trainer_of()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(resumed.pair, trainer.pair)
 
 
 # ---- fp16 ----

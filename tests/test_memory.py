@@ -112,10 +112,18 @@ def test_arguments_that_mean_nothing_are_refused(options, message):
 
 
 @pytest.mark.slow
-def test_estimates_are_close_to_what_trainings_take(tmp_path):
+@pytest.mark.parametrize("live", [False, True], ids=["resident", "live"])
+def test_estimates_are_close_to_what_trainings_take(live, tmp_path, monkeypatch):
+    """With gradient checkpointing glibc keeps much that is freed; what is in use stays below the estimate."""
+    if live:  # glibc gives each block back when it is freed
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+        monkeypatch.setenv("MALLOC_MMAP_MAX_", "1000000")
     run_program("measured_memory.py", tmp_path)
     files = sorted(tmp_path.glob("*.json"))
     assert len(files) == 4
     for file in files:
         found = json.loads(file.read_text())
-        assert found["estimated"] == pytest.approx(found["measured"], rel=0.3), file.stem
+        if live:
+            assert 0.7 * found["estimated"] < found["measured"] < found["estimated"], file.stem
+        else:
+            assert found["estimated"] == pytest.approx(found["measured"], rel=0.3), file.stem

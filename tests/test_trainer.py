@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tiny import (
     assert_same_weights,
+    changed,
     collate,
     tiny_args,
     tiny_bert,
@@ -203,19 +204,20 @@ def test_bf16_autocast_trains_both_models_close_to_fp32(tmp_path):
         assert losses[1][name] != losses[0][name]
 
 
-def test_auto_find_batch_size_logs_the_components_of_the_attempt_that_fits(tmp_path):
+def test_auto_find_batch_size_trains_both_models_and_logs_the_components_of_the_attempt_that_fits(tmp_path):
     class OutOfMemoryOnce(TrainerCallback):
-        failed = False
+        weights = None
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 2 and not self.failed:
-                self.failed = True
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2 and self.weights is None:
+                self.weights = weights_of(model)
                 raise RuntimeError("CUDA out of memory.")
 
-    trainer = tiny_trainer(
-        tmp_path, auto_find_batch_size=True, max_steps=4, logging_steps=4, callbacks=[OutOfMemoryOnce()]
-    )
+    once = OutOfMemoryOnce()
+    trainer = tiny_trainer(tmp_path, auto_find_batch_size=True, max_steps=4, logging_steps=4, callbacks=[once])
     trainer.train()
+    assert trainer._train_batch_size < trainer.args.per_device_train_batch_size
+    assert {name.split(".")[1] for name in changed(trainer.pair, once.weights)} == {"teacher", "student"}
     logs = next(log for log in trainer.state.log_history if "loss" in log)
     parts = sum(value for name, value in logs.items() if name.endswith("_loss"))
     assert logs["loss"] == pytest.approx(parts, rel=1e-5)
@@ -319,7 +321,11 @@ def test_gradient_checkpointing_and_neftune_hold_for_both_models(tmp_path):
     checkpointing.train()
     assert_same_weights(plain.student_model, checkpointing.student_model, tolerance=1e-6)
     assert checkpointing.student_model.is_gradient_checkpointing
-    noisy = tiny_trainer(tmp_path, neftune_noise_alpha=5.0)
+    # Without soft losses, through which the noise of one would reach the other.
+    plain, noisy = (
+        tiny_trainer(tmp_path, distillation_mode="standalone", neftune_noise_alpha=alpha) for alpha in (None, 5.0)
+    )
+    plain.train()
     noisy.train()
     for name in ("teacher", "student"):
         own, noisy_own = plain.pair.learners[name], noisy.pair.learners[name]
