@@ -211,8 +211,8 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
             sharded = self.pair is not None and self.is_fsdp_enabled
             if sharded and not [*Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")]:
                 raise ValueError(
-                    f"The checkpoint {resume_from_checkpoint!r} was written without FSDP, and this training is with it: "
-                    "FSDP keeps the state of the optimizer in another form. Resume without FSDP, or start a new "
+                    f"The checkpoint {resume_from_checkpoint!r} was written without FSDP, and this training is with "
+                    "it: FSDP keeps the state of the optimizer in another form. Resume without FSDP, or start a new "
                     "training from the models in it."
                 )
             return super()._load_from_checkpoint(resume_from_checkpoint, model)

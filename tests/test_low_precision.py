@@ -82,6 +82,7 @@ def test_bf16_losses_on_text_stay_within_two_percent_of_fp32_over_200_steps(tmp_
             assert bf16[name] == pytest.approx(fp32[name], rel=0.02)
 
 
+@pytest.mark.slow
 def test_compiled_bf16_trains_both_models_as_eager_bf16(tmp_path):
     options = {"bf16": True, "max_steps": 3}
     eager = language_models(tmp_path, "masked-lm", **options)
