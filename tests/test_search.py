@@ -1,6 +1,7 @@
 """Hyperparameter search: every value of a trial has the effect that it has in a training with that argument."""
 
 import os
+import sys
 
 import pytest
 from tiny import assert_same_weights, tiny_args, tiny_bert, tiny_rows, tiny_trainer
@@ -150,9 +151,11 @@ def test_ray_searches_the_default_space_and_a_trial_equals_a_training_with_its_v
     """In processes of its own, to which trainer, models and data are sent."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: whatever else runs would come first
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the modules of the tests, over there
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.tune")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=os.environ.get("RAY_TMPDIR"))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         settings = {"max_steps": 2, "metric_for_best_model": "student_loss", "greater_is_better": False}
         trainer = tiny_trainer(tmp_path / "out", **models(), **settings)
