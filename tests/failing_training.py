@@ -1,4 +1,4 @@
-"""A training in which one of two processes fails: `torchrun failing_training.py FOLDER label` (or `nan`)."""
+"""A training in which one of two processes fails: `torchrun failing_training.py FOLDER label` (or `inf`)."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ class Rows(IterableDataset):
 
 
 def main(folder: str, failure: str) -> None:
-    problem, bad = {"label": ("single_label", 7), "nan": ("regression", float("nan"))}[failure]
+    problem, bad = {"label": ("single_label", 7), "inf": ("regression", float("inf"))}[failure]
     trainer = tiny_trainer(
         Path(folder),
         problem=problem,

@@ -91,7 +91,7 @@ def test_the_frozen_teacher_is_placed_under_deepspeed_unless_it_is_quantised(tmp
     ("failure", "message"),
     [
         ("label", "IndexError: Target 7 is out of bounds"),
-        ("nan", "FloatingPointError: The loss of the teacher and student became NaN or infinite at step 3"),
+        ("inf", "FloatingPointError: The loss of the teacher and student became NaN or infinite at step 3"),
     ],
 )
 def test_an_error_of_one_process_ends_all_with_its_message(failure, message, tmp_path):
