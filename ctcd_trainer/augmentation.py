@@ -20,19 +20,32 @@ Augmentation = Callable[[dict[str, Any]], dict[str, Any]]
 Views = Literal["both", "teacher", "student"]
 
 
-def augmented_batch(inputs: Mapping[str, Any], augmentation: Augmentation, views: Views) -> dict[str, Any]:
+def augmented_batch(
+    inputs: Mapping[str, Any], augmentation: Augmentation, views: Views, per_token: bool = False
+) -> dict[str, Any]:
     """A batch in which both models, or one of them, get the changed inputs.
 
     Args:
         inputs: The batch.
         augmentation: What changes it.
         views: Who gets the changed one. Labels are those of the change if both do, and the batch's own otherwise.
+        per_token: Whether the models are compared token by token, so that two views must be of the same tokens.
+
+    Raises:
+        ValueError: They are of another length.
     """
     changed = augmentation(dict(inputs))
     if views == "both":
         return changed
     clean = {name: value for name, value in inputs.items() if "label" not in name}
     changed = {name: value for name, value in changed.items() if name in clean}
+    for name in changed if per_token else ():
+        own, other = (getattr(each[name], "shape", None) for each in (clean, changed))
+        if own != other:
+            raise ValueError(
+                f"`augmented={views!r}`: `augmentation` makes `{name}` {tuple(other)} of {tuple(own)}, and the models "
+                "are compared token by token. Keep the length, or use `augmented='both'` and change the labels, too."
+            )
     teachers, students = (changed, clean) if views == "teacher" else (clean, changed)
     return {**inputs, **teachers, **{f"{PREFIX}{name}": value for name, value in students.items()}}
 

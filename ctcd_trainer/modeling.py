@@ -34,6 +34,7 @@ class CoDistillationModel(PreTrainedModel):
             running statistics), run without gradients, and their parameters have `requires_grad=False`.
         bystanders: Models that are run on the same batches outside of the pair. No learner is given an input that only
             they name.
+        two_tokenizers: Whether the student has a tokenizer, and so inputs, of its own.
     """
 
     config_class = PreTrainedConfig
@@ -45,10 +46,12 @@ class CoDistillationModel(PreTrainedModel):
         task: Task,
         frozen: Collection[str] = (),
         bystanders: Collection[nn.Module] = (),
+        two_tokenizers: bool = False,
     ) -> None:
         super().__init__(PreTrainedConfig())
         self.learners = nn.ModuleDict(learners)
         self.task = task
+        self.two_tokenizers = two_tokenizers
         #: The output layers of the learners, where they are run without them (`head_at`).
         self.taps: dict[str, HeadTap] = {}
         #: Runs the layers that both learners have in common.
@@ -136,7 +139,7 @@ class CoDistillationModel(PreTrainedModel):
         return {name: run(name) for name in self.learners}
 
     def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, head_at: ScoredPositions | None) -> Any:
-        inputs = inputs_of_learner(name, inputs, self.task.label_names)
+        inputs = inputs_of_learner(name, inputs, self.task.label_names, self.two_tokenizers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
             tap = None if head_at is None else self.taps[name]
             return self.run(self.learners[name], inputs, labelled, tap, head_at)

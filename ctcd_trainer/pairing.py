@@ -92,6 +92,8 @@ class ModelSources:
         others = {"student_model": student}
         if self.pretrained is not None:
             others["pretrained_teacher"] = self.pretrained
+        validation.check_adapters("model", teacher)
+        validation.check_adapters("student_model", student)
         share = self.arguments.share
         task = validation.check_models(teacher, others, self.task, self.has_soft_loss, may_share=share is not None)
         self.shared_layers = [] if share is None else share_modules(teacher, student, share)

@@ -199,7 +199,7 @@ class SharedRun:
         """
         first, second = models
         if not self._checked and torch.is_grad_enabled():
-            self._check(models[second], partial(run, second))
+            self._check(models, run)
             self._checked = True
         if any(getattr(module, "gradient_checkpointing", False) for each in self.layers for module in each.modules()):
             return {name: run(name) for name in models}
@@ -213,27 +213,43 @@ class SharedRun:
                 layer.forward = partial(_recall, iter(given[layer]))
             return outputs | {second: run(second)}
 
-    def _check(self, model: nn.Module, run: Callable[[], Any]) -> None:
-        """Whatever reaches the end of the shared layers must come from shared parameters."""
-        given: list[Tensor] = []
-        hook = self.layers[-1].register_forward_hook(lambda _module, _arguments, output: given.append(_first(output)))
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            run()
-        finally:
-            hook.remove()
-            for module, training in modes.items():
-                module.training = training
-        if not self._own or not given[-1].requires_grad:  # all that is below may be frozen
+    def _check(self, models: Mapping[str, nn.Module], run: Callable[[str], Any]) -> None:
+        """Whatever reaches the end of the shared layers must be the same for both, and of shared parameters alone."""
+        given = [_given_by(self.layers[-1], model, partial(run, name)) for name, model in models.items()]
+        student = list(models.values())[1]
+        family = type(student).__name__
+        error, size = (given[0] - given[1]).abs().max(), given[0].abs().max()
+        if error > 1e-3 * size:
+            raise ValueError(
+                f"The shared layers of a {family} give up to {size:.3g} when the teacher runs them, and with the "
+                f"student's config something else by up to {error:.3g}: a setting that is used outside of the layers "
+                "(of the positions, or of the attention mask) is another one. Make the student with `create_student`, "
+                "or share its embeddings alone."
+            )
+        if not self._own or not given[1].requires_grad:  # all that is below may be frozen
             return
-        gradients = torch.autograd.grad(given[-1].float().sum(), list(self._own.values()), allow_unused=True)
+        gradients = torch.autograd.grad(given[1].sum(), list(self._own.values()), allow_unused=True)
         found = [name for name, gradient in zip(self._own, gradients, strict=True) if gradient is not None]
         if found:
             raise ValueError(
-                f"The shared layers of a {type(model).__name__} depend on {found[:3]} ({len(found)} in all), which "
-                "the student has for itself. Layers of this family cannot be shared; share its embeddings alone."
+                f"The shared layers of a {family} depend on {found[:3]} ({len(found)} in all), which the student has "
+                "for itself. Layers of this family cannot be shared; share its embeddings alone."
             )
+
+
+def _given_by(layer: nn.Module, model: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a layer gives last when a model is run alone, without dropout; fp32."""
+    given: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _module, _arguments, output: given.append(_first(output)))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        run()
+    finally:
+        hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return given[-1].float()
 
 
 def _first(output: Any) -> Tensor:

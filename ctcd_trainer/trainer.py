@@ -232,7 +232,13 @@ class CoDistillationTrainer(PairSearchTrainer):
         for model in others:
             if self.place_model_on_device and getattr(model, "quantization_method", None) is None:
                 self._move_model_to_device(model, self.args.device)
-        self.pair = CoDistillationModel(learners, self.task, frozen=self.graph.frozen, bystanders=others[1:])
+        self.pair = CoDistillationModel(
+            learners,
+            self.task,
+            frozen=self.graph.frozen,
+            bystanders=others[1:],
+            two_tokenizers=self.student_processing_class is not None,
+        )
         if self._sources.shared_layers:
             self.pair.shared = SharedRun(self._sources.shared_layers, self.pair.own_parameters(STUDENT))
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
@@ -306,7 +312,8 @@ class CoDistillationTrainer(PairSearchTrainer):
         """A training step, on the batch as `augmentation` changes it; see `Trainer.training_step`."""
         if self.pair is None or self.augmentation is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        inputs = augmented_batch(self._prepare_inputs(inputs), self.augmentation, self.augmented)
+        per_token = bool(self.task.per_token)
+        inputs = augmented_batch(self._prepare_inputs(inputs), self.augmentation, self.augmented, per_token)
         models = [
             *self.pair.learners.values(),
             *([] if self.pretrained_teacher is None else [self.pretrained_teacher]),

@@ -58,9 +58,27 @@ def own_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return teacher, student
 
 
-def inputs_of_learner(learner: str, inputs: Mapping[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
-    """The part of a batch that is for a learner: for a student of another tokenizer, its own inputs and the labels."""
+def inputs_of_learner(
+    learner: str, inputs: Mapping[str, Any], label_names: Sequence[str], two_tokenizers: bool = False
+) -> dict[str, Any]:
+    """The part of a batch that is for a learner: for a student with inputs of its own, these and the labels.
+
+    Args:
+        learner: Its name.
+        inputs: The batch.
+        label_names: The inputs that are labels.
+        two_tokenizers: Whether the student must have inputs of its own.
+
+    Raises:
+        ValueError: It has none, and would take the tokens of another tokenizer for its own.
+    """
     teacher, student = own_inputs(inputs)
+    if learner == STUDENT and two_tokenizers and not student:
+        raise ValueError(
+            f"`student_processing_class` is given, and a batch has no inputs of the student, only {sorted(inputs)}. "
+            f"Add what its tokenizer gives to the data, with {PREFIX!r} before each name, and keep it in the "
+            "`data_collator` (`PairDataCollator`)."
+        )
     if learner != STUDENT or not student:
         return teacher
     return student | {name: inputs[name] for name in label_names if name in inputs}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from .graph import Graph
 from .labels import LABEL_COLUMNS
 from .measuring import count_parameters
+from .shared_parts import EMBEDDINGS
 from .task import Task
 from .tasks import UnknownHead, find_task, named_task
 from .training_args import DistillationArguments
@@ -97,8 +99,8 @@ def check_strategy(accelerator: Accelerator, has_pretrained: bool, share: str | 
         share: The argument of this name.
 
     Raises:
-        ValueError: FSDP1 without `use_orig_params`, DeepSpeed ZeRO-3 with a frozen teacher, or parameters that both
-            models have and that each of them would be sharded with.
+        ValueError: FSDP1 without `use_orig_params`, DeepSpeed ZeRO-3 with a frozen teacher, parameters that both
+            models have and that each of them would be sharded with, or shared layers that would be compiled.
     """
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.fsdp_version == 1 and not fsdp.use_orig_params:
@@ -112,6 +114,13 @@ def check_strategy(accelerator: Accelerator, has_pretrained: bool, share: str | 
         raise ValueError(
             f"`share={share!r}` gives both models the same parameters, and {'DeepSpeed ZeRO-3' if zero3 else 'FSDP'} "
             "shards each of them by the layer that it is in. Leave `share` out, or train with DDP or ZeRO-2."
+        )
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO and share not in (None, EMBEDDINGS):
+        raise ValueError(
+            f"`share={share!r}` and `torch_compile` (backend {backend.value.lower()!r}): the student is handed what a "
+            "shared layer has given to the teacher, which `torch.compile` does not follow. Leave one of them out, or "
+            f"set `share={EMBEDDINGS!r}`."
         )
     if zero3 and has_pretrained:
         raise ValueError(
@@ -222,7 +231,7 @@ def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
     Raises:
         ValueError: None of its parameters requires gradients, or it is quantised and has no adapters.
     """
-    if is_quantised(model) and not (is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)):
+    if is_quantised(model) and not is_peft_model(model):
         raise ValueError(
             f"`distillation_mode='{mode}'` trains the {learner}, whose weights are quantised "
             f"({model.config.quantization_config.quant_method}), so that most of them cannot be trained. Put adapters "
@@ -236,12 +245,33 @@ def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
         )
 
 
+def check_adapters(argument: str, model: nn.Module) -> None:
+    """Adapters must be PEFT's own model around the one that they are for.
+
+    Raises:
+        ValueError: They were added by transformers, whose Trainer saves them and cannot load them again.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"`{argument}` has the adapters {sorted(model.peft_config)} inside of it, as `add_adapter` or "
+            "`load_adapter` put them there: they could not be loaded again from a checkpoint. Wrap the model instead "
+            "(`peft.get_peft_model` or `PeftModel.from_pretrained`)."
+        )
+
+
 def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
     """Adapters are there to be trained, so a learner that the mode freezes may have none that waits for it.
 
     Raises:
-        ValueError: It has adapters with parameters that require gradients, or weights that cannot be saved.
+        ValueError: It has adapters with parameters that require gradients, weights that cannot be saved, or an
+            AdaLoRA that was loaded to predict only.
     """
+    if is_peft_model(model) and model.peft_type == "ADALORA" and not hasattr(model.base_model, "rankallocator"):
+        raise ValueError(
+            f"The {learner} has an AdaLoRA that was loaded with `is_trainable=False`, of which PEFT computes no loss, "
+            "not even to evaluate it. Merge it (`merge_and_unload`), or load it with `is_trainable=True` and call "
+            "`requires_grad_(False)`."
+        )
     if is_quantised(model) and not is_peft_model(model) and not model.hf_quantizer.is_serializable():
         raise ValueError(
             f"The {learner} is saved with the pair, and its weights are quantised by a method that cannot save them "

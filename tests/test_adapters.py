@@ -316,6 +316,28 @@ def test_adapters_to_train_on_a_model_that_the_mode_freezes_are_refused(mode, le
         tiny_trainer(tmp_path, **pair_of(), distillation_mode=mode)
 
 
+def test_a_frozen_adalora_teaches_unless_it_was_loaded_to_predict_only(tmp_path):
+    adapted(tiny_bert(3, seed=1), "adalora").save_pretrained(tmp_path / "adapter")
+    students = {"distillation_mode": "kd", "student_model": tiny_bert(2, seed=2)}
+    loaded = PeftModel.from_pretrained(tiny_bert(3, seed=1), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"The teacher has an AdaLoRA .*`is_trainable=True` and call `requires_grad_"):
+        tiny_trainer(tmp_path / "out", model=loaded, **students)
+    loaded = PeftModel.from_pretrained(tiny_bert(3, seed=1), tmp_path / "adapter", is_trainable=True)
+    trainer = tiny_trainer(tmp_path / "out", model=loaded.requires_grad_(False), **students)
+    before = weights_of(loaded)
+    trainer.train()
+    assert trainer.evaluate(tiny_rows())["eval_loss"] > 0
+    assert_same_weights(loaded, before)
+
+
+@pytest.mark.parametrize("argument", ["model", "student_model"])
+def test_adapters_that_transformers_added_are_refused(argument, tmp_path):
+    model = tiny_bert(2)
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match=rf"`{argument}` has the adapters \['default'\] inside.*get_peft_model"):
+        tiny_trainer(tmp_path, **{argument: model})
+
+
 def test_the_auto_class_of_peft_loads_what_has_a_base_to_load(tmp_path):
     base = tiny_bert(2, seed=2)
     base.save_pretrained(tmp_path / "base")

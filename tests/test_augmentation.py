@@ -249,6 +249,20 @@ def test_masked_language_models_may_see_different_views(tmp_path):
     assert trainer._fused
 
 
+@pytest.mark.parametrize("views", ["teacher", "student"])
+def test_two_views_of_other_lengths_are_not_compared_token_by_token(views, tmp_path):
+    def longer(inputs):
+        return {**inputs, **{name: torch.cat([inputs[name][:, :1], inputs[name]], 1) for name in inputs}}
+
+    rows = rows_of(tiny_batch("masked-lm", 8))
+    pair = {"model": tiny_model("bert", "masked-lm"), "student_model": tiny_model("bert", "masked-lm", 1)}
+    options = {"train_dataset": rows, "data_collator": default_data_collator, "max_steps": 2, "augmentation": longer}
+    message = rf"`augmented='{views}'`: `augmentation` makes `\w+` \(4, 11\) of \(4, 10\).*Keep the length"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, **pair, **options, augmented=views).train()
+    tiny_trainer(tmp_path, **pair, **options).train()  # the labels are as long
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

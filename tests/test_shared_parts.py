@@ -1,5 +1,7 @@
 """Parts that teacher and student have in common: one set of weights, one computation, two complete models."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -100,11 +102,11 @@ def test_each_model_is_the_same_alone_in_a_pair_and_when_loaded(family, share, t
 
 
 @pytest.mark.parametrize(
-    ("share", "students"),
-    [("embeddings", [3, 3]), ("layers:1", [None, 4]), ("prefix", [None, None])],
+    ("share", "shared"),
+    [("embeddings", 0), ("layers:1", 1), ("prefix", 2)],
 )
-def test_shared_layers_are_run_once_a_step(share, students, tmp_path):
-    """Three times in three steps; and once more where the student is run alone, to check that it may be shared."""
+def test_shared_layers_are_run_once_a_step(share, shared, tmp_path):
+    """Three times in three steps; and once more where each model is run alone, to check that they may be shared."""
     trainer = tiny_trainer(tmp_path, **pair_of(dropout=0.1), share=share, max_steps=3)
     own, others = ([layer.attention for layer in model.bert.encoder.layer] for model in trainer.pair.learners.values())
     counts = dict.fromkeys([*own, *others], 0)
@@ -115,11 +117,12 @@ def test_shared_layers_are_run_once_a_step(share, students, tmp_path):
     for module in counts:
         module.register_forward_hook(count)
     trainer.train()
-    for index, expected in enumerate(students):
-        assert (own[index] is others[index]) == (expected is None)
-        assert counts[own[index]] == (4 if expected is None else 3)
-        assert counts[others[index]] == (expected or 4)
-    assert counts[own[2]] == 3
+    alone = 1 if shared else 0
+    for index in range(2):
+        assert (own[index] is others[index]) == (index < shared)
+        assert counts[own[index]] == (5 if index < shared else 3 + alone)
+        assert counts[others[index]] == counts[own[index]]
+    assert counts[own[2]] == 3 + alone
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -334,6 +337,49 @@ def test_layers_that_depend_on_what_the_student_has_for_itself_are_refused(tmp_p
     with pytest.raises(ValueError, match=r"depend on \['model.encoder.layernorm_embedding"):
         trainer.train()
     assert_same_weights(trainer.pair, before)
+
+
+def test_a_student_that_gives_the_shared_layers_other_positions_is_refused(tmp_path):
+    """They are made outside of the layers, from the config of each model."""
+    teacher = tiny_model("llama", "causal-lm", 3)
+    cut = create_student(teacher, 2, layers="first")
+    config = copy.deepcopy(cut.config)
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 10.0}
+    rows = rows_of(tiny_batch("causal-lm"))
+    options = {"train_dataset": rows, "data_collator": default_data_collator}
+    student = type(cut)(config)
+    with pytest.raises(ValueError, match=r"shared layers of a Llama.* something else by up to"):
+        tiny_trainer(tmp_path, model=teacher, student_model=student, share="layers:1", **options).train()
+    tiny_trainer(tmp_path, model=teacher, student_model=cut, share="layers:1", **options).train()
+
+
+def test_bf16_trains_what_is_shared_close_to_fp32(tmp_path):
+    logs = []
+    for bf16 in (False, True):
+        options = {"share": "prefix", "learning_rate": 1e-3, "max_steps": 6, "logging_steps": 6}
+        trainer = tiny_trainer(tmp_path, **pair_of(), **options, bf16=bf16)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for name in logs[0].keys() - {"learning_rate", "epoch", "step"}:
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=0.02), name
+        assert logs[1][name] != logs[0][name]
+
+
+@pytest.mark.parametrize("share", ["layers:1", "prefix"])
+def test_shared_layers_are_not_compiled(share, tmp_path):
+    with pytest.raises(ValueError, match=rf"`share='{share}'` and `torch_compile` \(backend 'eager'\).*'embeddings'"):
+        tiny_trainer(tmp_path, **pair_of(), share=share, torch_compile_backend="eager")
+
+
+@pytest.mark.slow
+def test_shared_embeddings_are_compiled(tmp_path):
+    pairs = []
+    for backend in (None, "eager"):
+        trainer = tiny_trainer(tmp_path, **pair_of(), share="embeddings", torch_compile_backend=backend, max_steps=3)
+        trainer.train()
+        pairs.append(trainer.pair)
+    assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    assert_same_weights(*pairs, 1e-6)
 
 
 def test_one_layer_that_is_run_several_times_is_not_shared_in_part():

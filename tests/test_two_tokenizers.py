@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import IterableDataset
 from tiny import assert_same_weights, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import tiny_model
 from tiny_tokenizer import bert_tokenizer, gpt2_tokenizer
@@ -239,3 +240,14 @@ def test_models_of_two_tokenizers_share_nothing(tmp_path):
 def test_data_without_the_inputs_of_the_student_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`train_dataset` has no inputs of the student, only \['input_ids'"):
         trainer_of(tmp_path, train_dataset=tiny_rows())
+
+
+@pytest.mark.parametrize("split", ["evaluate", "train"])
+def test_a_batch_without_the_inputs_of_the_student_is_not_given_to_it(split, tmp_path):
+    """Data that are read one by one, or given later, show only in a batch what they lack."""
+    bare = [{name: value for name, value in row.items() if not name.startswith("student_")} for row in rows()]
+    stream = IterableDataset.from_generator(lambda: iter(bare))
+    options = {"train_dataset": stream} if split == "train" else {}
+    trainer = trainer_of(tmp_path, data_collator=DataCollatorWithPadding(tokenizers()[0]), **options)
+    with pytest.raises(ValueError, match=r"a batch has no inputs of the student, only \[.*'input_ids'.*PairDataColl"):
+        trainer.train() if split == "train" else trainer.evaluate(bare)
