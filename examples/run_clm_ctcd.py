@@ -16,6 +16,7 @@ Both from scratch, on your own text; the student's config is the teacher's but f
 The teacher is saved in the output folder and the student in its folder `student`; both load without this project.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,10 +65,10 @@ class CausalTextArguments(TextArguments):
         return {"text": {"keep_linebreaks": self.keep_linebreaks}}
 
 
-def main() -> None:
-    """Run the script."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script, with the arguments of the command line or these."""
     model_args, data_args, training_args = parse_arguments(
-        LanguageModelArguments, CausalTextArguments, CoDistillationTrainingArguments
+        LanguageModelArguments, CausalTextArguments, CoDistillationTrainingArguments, argv=argv
     )
     check_model_arguments(model_args, training_args)
     set_up_logging(training_args)

@@ -208,10 +208,10 @@ def model_card_settings(data_args: GlueDataArguments) -> dict[str, str | None]:
     return settings
 
 
-def main() -> None:
-    """Run the script."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script, with the arguments of the command line or these."""
     model_args, data_args, training_args = parse_arguments(
-        LabelledModelArguments, GlueDataArguments, CoDistillationTrainingArguments
+        LabelledModelArguments, GlueDataArguments, CoDistillationTrainingArguments, argv=argv
     )
     check_arguments(model_args, training_args)
     if training_args.do_predict and data_args.files and data_args.test_file is None:

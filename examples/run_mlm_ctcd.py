@@ -17,6 +17,7 @@ Both from scratch, on your own text; the student's config is the teacher's but f
 The teacher is saved in the output folder and the student in its folder `student`; both load without this project.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from language_model_data import (
@@ -71,10 +72,10 @@ class MaskedTextArguments(TextArguments):
             )
 
 
-def main() -> None:
-    """Run the script."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script, with the arguments of the command line or these."""
     model_args, data_args, training_args = parse_arguments(
-        LanguageModelArguments, MaskedTextArguments, CoDistillationTrainingArguments
+        LanguageModelArguments, MaskedTextArguments, CoDistillationTrainingArguments, argv=argv
     )
     check_model_arguments(model_args, training_args)
     set_up_logging(training_args)

@@ -159,10 +159,10 @@ def predict(
                 file.write(f"{' '.join(words)}\n")
 
 
-def main() -> None:
-    """Run the script."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script, with the arguments of the command line or these."""
     model_args, data_args, training_args = parse_arguments(
-        LabelledModelArguments, NerDataArguments, CoDistillationTrainingArguments
+        LabelledModelArguments, NerDataArguments, CoDistillationTrainingArguments, argv=argv
     )
     check_arguments(model_args, training_args)
     set_up_logging(training_args)

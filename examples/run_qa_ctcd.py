@@ -22,7 +22,7 @@ Answers are written as `eval_predictions.json` and, with `--do_predict`, `predic
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -265,10 +265,10 @@ class QuestionAnsweringTrainer(CoDistillationTrainer):
 # ---- The work ----
 
 
-def main() -> None:
-    """Run the script."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script, with the arguments of the command line or these."""
     model_args, data_args, training_args = parse_arguments(
-        ModelArguments, QaDataArguments, CoDistillationTrainingArguments
+        ModelArguments, QaDataArguments, CoDistillationTrainingArguments, argv=argv
     )
     check_arguments(model_args, training_args)
     set_up_logging(training_args)

@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,9 +13,7 @@ import datasets
 import transformers
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from script_models import ModelArguments, logger
-from transformers import (
-    HfArgumentParser,
-)
+from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
@@ -89,21 +87,23 @@ class DataArguments:
             )
 
 
-def parse_arguments(*groups: type) -> tuple[Any, ...]:
+def parse_arguments(*groups: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Read the command line, or the one JSON or YAML file that it names.
 
     Args:
         *groups: The dataclasses that hold the arguments.
+        argv: What is read in place of the command line, without the name of the script.
 
     Returns:
         One object of each of them.
     """
     parser = HfArgumentParser(groups)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(sys.argv[1])
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return parser.parse_json_file(argv[0])
+    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(argv[0])
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def check_arguments(model_args: ModelArguments, training_args: CoDistillationTrainingArguments) -> None:

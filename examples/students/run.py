@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 from .study import ARGUMENTS, Cell, load_study, write_records
 
@@ -30,12 +29,11 @@ def run(cell: Cell, output: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     arguments = folder / ARGUMENTS
     arguments.write_text(json.dumps({**cell.arguments, "seed": cell.seed, "output_dir": str(folder)}, indent=2) + "\n")
-    with patch.object(sys, "argv", [run_glue_ctcd.__file__, str(arguments)]):
-        try:
-            run_glue_ctcd.main()
-        except Exception:
-            traceback.print_exc()
-            return False
+    try:
+        run_glue_ctcd.main([str(arguments)])
+    except Exception:
+        traceback.print_exc()
+        return False
     gc.collect()  # the models of a trainer are in cycles
     return True
 
