@@ -1,10 +1,13 @@
 """One optimizer for all learners, each with its own rate, decay and clipping."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils.constants import OPTIMIZER_NAME
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .graph import STUDENT, Graph
@@ -69,6 +72,11 @@ class PairOptimizationTrainer(PairHubTrainer):
         if self.pair is None or checkpoint is None or self.optimizer is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         own = [group.get("learner") for group in self.optimizer.param_groups]
+        shards = os.path.isdir(os.path.join(checkpoint, f"{OPTIMIZER_NAME}_0"))
+        if shards and self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            # accelerate loads shards into the state that there is, and a new optimizer has none. To ask torch for it
+            # makes it; accelerate does so with FSDP2 alone.
+            get_optimizer_state_dict(self.model, self.optimizer.optimizer)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:

@@ -6,6 +6,7 @@ process has at the end to `FOLDER/NAME-RANK.pt`.
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,8 +20,9 @@ from accelerate.utils import DistributedType
 from processes import run_forked
 from tiny import collate, tiny_args, tiny_bert, tiny_rows
 from tiny_models import IGNORED, rows_of, tiny_batch, tiny_model
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._flat_param import FlatParamHandle
+from torch.distributed.tensor import DTensor
 
 from ctcd_trainer import CoDistillationTrainer
 
@@ -168,6 +170,10 @@ def trainer_of(scenario: str, folder: Path, **arguments: Any) -> CoDistillationT
     if args.fsdp and args.fsdp_config.get("cpu_offload"):
         # torch pins memory for an accelerator alone.
         trainer.accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+    if args.fsdp and args.fsdp_config["version"] == 1:
+        # FSDP1 gathers each part of the optimizer's state into the same memory and takes it to the CPU, which is no
+        # copy if it is there: all parts of a saved state would be the last one (`exp_avg_sq`).
+        trainer.accelerator.state.fsdp_plugin.optim_state_dict_config.offload_to_cpu = False  # it copies, then
     return trainer
 
 
@@ -195,7 +201,27 @@ def train(scenario: str, folder: Path, resume_from: Path | None = None, **argume
         "train_loss": output.training_loss,
         "weights": whole_weights(trainer),
         "fused": trainer._fused,
+        "held": {name: share_of(model) for name, model in sharded_models(trainer).items()},
+        "units": {
+            name: Counter(type(part).__name__ for part in model.modules() if isinstance(part, FSDPModule))
+            for name, model in sharded_models(trainer).items()
+        },
     }
+
+
+def sharded_models(trainer: CoDistillationTrainer) -> dict[str, torch.nn.Module]:
+    """What FSDP2 shards, the frozen teacher too."""
+    if not trainer.accelerator.is_fsdp2:
+        return {}
+    frozen = {} if trainer.pretrained_teacher is None else {"pretrained": trainer.pretrained_teacher}
+    return {**trainer.pair.learners, **frozen}
+
+
+def share_of(model: torch.nn.Module) -> float:
+    """The share of a model's weights that this process holds."""
+    parameters = list(model.parameters())
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+    return held / sum(p.numel() for p in parameters)
 
 
 def whole_weights(trainer: CoDistillationTrainer) -> dict[str, torch.Tensor]:

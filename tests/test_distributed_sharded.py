@@ -27,6 +27,8 @@ RESUMED = {
     "offload-resumed": "masked_lm",
     "resumed-by-one": "causal_lm",
     "resumed-from-one": "causal_lm",
+    "fsdp1-resumed": "masked_lm",
+    "fsdp1-shards-resumed": "masked_lm",
 }
 
 pytestmark = pytest.mark.slow
@@ -57,7 +59,8 @@ def sharded(tmp_path_factory) -> Path:
     jobs += ["by-one 1 fsdp2 causal_lm", "resumed-by-one 1 fsdp2 causal_lm causal_lm-fsdp2"]
     jobs += ["resumed-from-one 2 fsdp2 causal_lm by-one"]
     jobs += [f"{name}-fsdp1 2 fsdp1 {name}" for name in FSDP1]
-    jobs += ["fsdp1-shards 2 shards1 masked_lm"]
+    jobs += ["fsdp1-resumed 2 fsdp1 masked_lm masked_lm-fsdp1"]
+    jobs += ["fsdp1-shards 2 shards1 masked_lm", "fsdp1-shards-resumed 2 shards1 masked_lm fsdp1-shards"]
     jobs += [f"{name}-four 4 fsdp2 {name}" for name in FOUR]
     run_program("distributed_training.py", folder, *jobs)
     return folder
@@ -70,6 +73,32 @@ def load(folder: Path, name: str) -> dict:
 @pytest.mark.parametrize("scenario", SHARDED)
 def test_fully_sharded_processes_train_log_and_measure_as_one(scenario, sharded, one_process):
     assert_same(load(sharded, f"{scenario}-fsdp2"), one_process(scenario))
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "layers"),
+    [
+        ("community-fsdp2", 2, {"teacher": 3, "student": 2, "pretrained": 2}),
+        ("masked_lm-fsdp2", 2, {"teacher": 2, "student": 2}),
+        ("one_way-fsdp2", 2, {"teacher": 2, "student": 2}),
+        ("named", 2, {"teacher": 2, "student": 2}),
+        ("classification-four", 4, {"teacher": 3, "student": 2}),
+    ],
+)
+def test_each_process_holds_its_share_of_all_models_whose_layers_are_gathered_one_by_one(
+    name, processes, layers, sharded
+):
+    result = load(sharded, name)
+    assert result["held"].keys() == layers.keys()
+    for learner, count in layers.items():
+        assert 1 / processes <= result["held"][learner] < 1.3 / processes  # rows are not cut
+        units = result["units"][learner]
+        assert units["FSDPBertLayer"] + units["FSDPTransformerBlock"] == count
+
+
+@pytest.mark.parametrize("name", ["masked_lm-fsdp2", "causal_lm-fsdp2", "masked_lm-fsdp1"])
+def test_language_models_use_whole_logits_where_heads_are_sharded(name, sharded):
+    assert load(sharded, name)["fused"] is False
 
 
 @pytest.mark.parametrize("scenario", FOUR)
