@@ -245,6 +245,7 @@ BEST = {
 STRATEGIES: dict[str, dict[str, Any]] = {
     "plain": SAVED,
     "ddp": {**SAVED, "ddp_find_unused_parameters": False},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "fsdp2": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2}},
     "best": {**BEST, "fsdp": True, "fsdp_config": {"version": 2}},
     "shards": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},

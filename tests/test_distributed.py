@@ -18,7 +18,7 @@ def two_processes(tmp_path_factory) -> Path:
     jobs = [f"{name} 2 {'plain' if name == 'unused' else 'ddp'} {name}" for name in SCENARIOS]
     one = "saved-by-one 1 plain causal_lm"
     resumed = ["resumed-by-two 2 ddp causal_lm saved-by-one", "resumed-by-one 1 plain causal_lm causal_lm"]
-    run_program("distributed_training.py", folder, one, *jobs, *resumed)
+    run_program("distributed_training.py", folder, one, *jobs, *resumed, "reentrant 2 reentrant classification")
     return folder
 
 
@@ -56,6 +56,10 @@ def test_two_processes_train_log_and_measure_as_one(scenario, two_processes, tmp
     assert actual["train_loss"] == pytest.approx(expected["train_loss"], rel=TOLERANCE)
     assert actual["fused"] == expected["fused"] == (True if scenario in LANGUAGE_MODELS else None)
     assert_ranks_agree(two_processes, scenario, 2)
+
+
+def test_gradient_checkpointing_changes_no_number_of_two_processes(two_processes, tmp_path):
+    assert_same(torch.load(two_processes / "reentrant-0.pt"), train("classification", tmp_path))
 
 
 @pytest.mark.parametrize("resumed", ["resumed-by-two", "resumed-by-one"])

@@ -220,8 +220,11 @@ def test_gradient_checkpointing_kwargs_hold_for_both_models_and_change_no_weight
         assert_same_weights(model, plain.pair.learners[name], tolerance=1e-6)
 
 
-def test_emptying_the_cache_of_the_device_changes_no_weight(tmp_path):
-    trainers = [tiny_trainer(tmp_path, torch_empty_cache_steps=steps) for steps in (None, 1)]
+def test_the_cache_of_the_device_is_emptied_every_so_many_steps_and_no_weight_changes(tmp_path, monkeypatch):
+    emptied = []
+    monkeypatch.setattr("transformers.trainer.clear_device_cache", lambda: emptied.append(trainer))
+    trainers = [tiny_trainer(tmp_path, torch_empty_cache_steps=steps, max_steps=4) for steps in (None, 2)]
     for trainer in trainers:
         trainer.train()
+    assert emptied == [trainers[1]] * 2
     assert_same_weights(trainers[0].pair, trainers[1].pair)
