@@ -12,12 +12,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, sort_checkpoints
 
 from .best_student import BEST_STUDENT, BestStudent
+from .checking_models import check_prompts
 from .graph import STUDENT
 from .metrics import LossMeter
 from .model_card import save_model_cards
 from .optimization import PairOptimizationTrainer
 from .saved_weights import converted_weights
-from .validation import check_prompts
 from .whole_folders import clean_up, place_to_write, put_in_place, remove
 from .wrapping import is_peft_model, is_quantised
 

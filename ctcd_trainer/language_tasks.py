@@ -18,7 +18,7 @@ class LanguageModel(Task):
     per_token = True
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """What must agree is the tokenizer: see `validation.check_vocabularies`."""
+        """What must agree is the tokenizer: see `checking_data.check_vocabularies`."""
 
     def check_labels(self, rows: Sequence[Any]) -> None:
         """Not checked: labels are token ids, made by the data collator."""

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import number_of_arguments
 
-from . import validation
+from .checking_arguments import check_roles
+from .checking_models import check_adapters, check_frozen, check_models, check_trainable
 from .graph import STUDENT, TEACHER
 from .loading import load_model
 from .shared_parts import share_modules
@@ -50,7 +51,7 @@ class ModelSources:
         return any(source is not None for source in (self.student, self.student_init, self.pretrained))
 
     def check_roles(self, has_model_init: bool) -> None:
-        """The models that are given must be those that the mode uses; see `validation.check_roles`.
+        """The models that are given must be those that the mode uses; see `checking_arguments.check_roles`.
 
         Args:
             has_model_init: Whether the teacher is made by `model_init`.
@@ -63,9 +64,7 @@ class ModelSources:
                 "`student_model_init` instead of `student_model`."
             )
         has_student = self.student is not None or self.student_init is not None
-        validation.check_roles(
-            self.arguments.distillation_mode, self.arguments.graph, has_student, self.pretrained is not None
-        )
+        check_roles(self.arguments.distillation_mode, self.arguments.graph, has_student, self.pretrained is not None)
 
     def learners(self, teacher: PreTrainedModel, trial: Any = None) -> tuple[Task, dict[str, nn.Module]]:
         """Load or make the other models, and check that all fit together.
@@ -92,14 +91,14 @@ class ModelSources:
         others = {"student_model": student}
         if self.pretrained is not None:
             others["pretrained_teacher"] = self.pretrained
-        validation.check_adapters("model", teacher)
-        validation.check_adapters("student_model", student)
+        check_adapters("model", teacher)
+        check_adapters("student_model", student)
         share = self.arguments.share
-        task = validation.check_models(teacher, others, self.task, self.has_soft_loss, may_share=share is not None)
+        task = check_models(teacher, others, self.task, self.has_soft_loss, may_share=share is not None)
         self.shared_layers = [] if share is None else share_modules(teacher, student, share)
         learners = {TEACHER: teacher, STUDENT: student}
         for name in self.arguments.graph.trained:
-            validation.check_trainable(name, learners[name], self.arguments.distillation_mode)
+            check_trainable(name, learners[name], self.arguments.distillation_mode)
         for name in self.arguments.graph.frozen:
-            validation.check_frozen(name, learners[name], self.arguments.distillation_mode)
+            check_frozen(name, learners[name], self.arguments.distillation_mode)
         return task, learners

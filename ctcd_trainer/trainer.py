@@ -18,9 +18,11 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from transformers.trainer_utils import TrainOutput, align_special_tokens
 from transformers.utils import logging
 
-from . import validation
 from .augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
 from .best_student import BestStudent
+from .checking_arguments import check_arguments, check_optimizer, check_pretrained_cache, check_strategy
+from .checking_data import check_dataset, check_labels, check_tokenizer, check_vocabularies
+from .checking_models import check_prompts
 from .graph import STUDENT, TEACHER
 from .lm_head import HeadTap
 from .loading import load_model
@@ -72,7 +74,7 @@ class CoDistillationTrainer(PairSearchTrainer):
             `teacher_from_student` the "teacher" is the student. It returns the mean over the batch.
 
     Raises:
-        ValueError: The models, the arguments and the data do not fit together; see `validation.py`.
+        ValueError: The models, the arguments and the data do not fit together; see the modules `checking_*.py`.
         FloatingPointError: During training, when a loss of either model is not finite.
 
     Example:
@@ -140,12 +142,12 @@ class CoDistillationTrainer(PairSearchTrainer):
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if paired:
             self._sources.check_roles(has_model_init=model_init is not None)
-            validation.check_arguments(args)
-            validation.check_pretrained_cache(self.distillation, soft_loss_func is not None)
+            check_arguments(args)
+            check_pretrained_cache(self.distillation, soft_loss_func is not None)
             if args is not None and args.batch_eval_metrics and compute_metrics is not None:
                 self._student_metrics = copy_of_metrics(compute_metrics)
             for argument, dataset in datasets.items():
-                validation.check_dataset(dataset, argument)
+                check_dataset(dataset, argument)
         if isinstance(model, NAME_OR_PATH):
             set_seed(seed)  # the head may be new
             model = load_model(model, "model", frozen=paired and TEACHER in self.graph.frozen)
@@ -164,13 +166,16 @@ class CoDistillationTrainer(PairSearchTrainer):
             for argument, other in others.items():
                 if argument == "student_model" and two_tokenizers:
                     check_student_inputs(self.task, datasets, self.distillation.share)
+                    own = getattr(student_processing_class, "tokenizer", student_processing_class)
+                    remedy = "Pass the tokenizer that the student was trained with."
+                    check_tokenizer(other, argument, own, "`student_processing_class`", remedy)
                 else:
-                    validation.check_vocabularies(teacher, other, argument, tokenizer)
-            validation.check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
+                    check_vocabularies(teacher, other, argument, tokenizer)
+            check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
             for argument, dataset in datasets.items():
-                validation.check_labels(self.task, dataset, argument, sorted({e.learner for e in self.graph.edges}))
+                check_labels(self.task, dataset, argument, sorted({e.learner for e in self.graph.edges}))
             if args is not None and args.load_best_model_at_end:
-                validation.check_prompts(learners, "`load_best_model_at_end=True`")
+                check_prompts(learners, "`load_best_model_at_end=True`")
             if self.distillation.pretrained_cache_dir is not None:
                 self._pretrained_cache = PretrainedCache(
                     self.distillation.pretrained_cache_dir, self.pretrained_teacher, self.task, args.mixed_precision
@@ -198,7 +203,7 @@ class CoDistillationTrainer(PairSearchTrainer):
                 **kwargs,
             )
         if paired:
-            validation.check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share)
+            check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
             # model is the pair.

@@ -12,8 +12,8 @@ import pytest
 from tiny import tiny_args, tiny_trainer
 from tiny_models import tiny_model
 
+from ctcd_trainer.checking_arguments import check_arguments, check_strategy
 from ctcd_trainer.sharding import layer_classes
-from ctcd_trainer.validation import check_arguments, check_strategy
 
 PROGRAM = Path(__file__).with_name("failing_training.py")
 #: From the bad row on; before it come the imports of three processes.

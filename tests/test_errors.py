@@ -150,7 +150,7 @@ def test_tokens_that_were_added_to_the_tokenizer_are_no_other_tokenizer(tmp_path
     tokenizer.add_tokens(["new"])
     student = type(tiny_bert()).from_pretrained(tmp_path / "student")
     teacher = tiny_bert(3, 1)
-    with pytest.raises(ValueError, match="`model` has `vocab_size=48`, and the tokenizer has 49 tokens"):
+    with pytest.raises(ValueError, match="`student_model` has `vocab_size=48`, and the tokenizer has 49 tokens"):
         tiny_trainer(tmp_path, model=teacher, student_model=student, processing_class=tokenizer)
     for model in (teacher, student):
         model.resize_token_embeddings(49)

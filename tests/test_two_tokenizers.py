@@ -251,3 +251,24 @@ def test_a_batch_without_the_inputs_of_the_student_is_not_given_to_it(split, tmp
     trainer = trainer_of(tmp_path, data_collator=DataCollatorWithPadding(tokenizers()[0]), **options)
     with pytest.raises(ValueError, match=r"a batch has no inputs of the student, only \[.*'input_ids'.*PairDataColl"):
         trainer.train() if split == "train" else trainer.evaluate(bare)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (None, r"`student_model` was trained with another tokenizer than `student_processing_class`.* Pass the token"),
+        (5, r"`student_model` has `vocab_size=5`, and the tokenizer has \d+ tokens \(`student_processing_class`\)"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_students_is_refused(size, message, tmp_path):
+    teachers, students = tokenizers()
+    student = models()["student_model"]
+    if size is None:
+        student.save_pretrained(tmp_path / "student")
+        students.save_pretrained(tmp_path / "student")
+        student = type(student).from_pretrained(tmp_path / "student")
+        trainer_of(tmp_path, student_model=student)
+    else:
+        student.resize_token_embeddings(size)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, student_model=student, student_processing_class=teachers)
