@@ -107,9 +107,9 @@ def check_strategy(accelerator: Accelerator, has_pretrained: bool, share: str | 
     dynamo = getattr(accelerator.state, "dynamo_plugin", None)
     if dynamo is not None and dynamo.backend != DynamoBackend.NO and share not in (None, EMBEDDINGS):
         raise ValueError(
-            f"`share={share!r}` and `torch_compile` (backend {dynamo.backend.value.lower()!r}): the student is handed what a "
-            "shared layer has given to the teacher, which `torch.compile` does not follow. Leave one of them out, or "
-            f"set `share={EMBEDDINGS!r}`."
+            f"`share={share!r}` and `torch_compile` (backend {dynamo.backend.value.lower()!r}): the student is handed "
+            "what a shared layer has given to the teacher, which `torch.compile` does not follow. Leave one of them "
+            f"out, or set `share={EMBEDDINGS!r}`."
         )
     if zero3 and has_pretrained:
         raise ValueError(
