@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .shared_parts import EMBEDDINGS
@@ -163,12 +163,13 @@ class Mixup:
     @contextmanager
     def within(self, models: list[PreTrainedModel]) -> Iterator[None]:
         """Mix the word embeddings of the models, in the way of the last batch."""
-        embeddings = {base_model(model).get_input_embeddings() for model in models}
+        readers = [base_model(model) for model in models if base_model(model).main_input_name == "input_ids"]
         with ExitStack() as hooks:
-            for module in embeddings:
-                if isinstance(module, nn.Embedding):
-                    handle = module.register_forward_hook(lambda _module, _arguments, output: self._mix(output))
-                    hooks.callback(handle.remove)
+            for module in {
+                model.get_input_embeddings() for model in readers
+            }:  # of any class: PEFT may have wrapped it
+                handle = module.register_forward_hook(lambda _module, _arguments, output: self._mix(output))
+                hooks.callback(handle.remove)
             yield
 
 

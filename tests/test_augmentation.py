@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import rows_of, tiny_batch, tiny_model
 from tiny_tokenizer import bert_tokenizer, gpt2_tokenizer
@@ -238,6 +239,26 @@ def test_a_shared_embedding_is_mixed_once(tmp_path):
         mixed = own(ids)
     share = mixup._share[:, None, None]
     torch.testing.assert_close(mixed, share * own(ids) + (1 - share) * own(ids)[mixup._order])
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["word_embeddings"]}, {"target_modules": ["word_embeddings"]}]
+)
+def test_embeddings_that_have_adapters_are_mixed(options, tmp_path):
+    settings = {"target_modules": ["query"], "r": 2, "init_lora_weights": False, **options}
+    student = get_peft_model(tiny_bert(2, seed=2), LoraConfig(task_type="SEQ_CLS", **settings))
+    trainer = tiny_trainer(tmp_path, student_model=student, augmentation=Mixup(1.0), max_steps=1)
+    trainer.train()
+    batch = collate(tiny_rows(6))
+    changed = augmented_batch(batch, trainer.augmentation, "both")
+    share, order = trainer.augmentation._share.reshape(-1, 1, 1), trainer.augmentation._order
+    with torch.no_grad():
+        words = student.get_base_model().get_input_embeddings()(batch["input_ids"])
+        mask = changed["attention_mask"]
+        expected = student.eval()(inputs_embeds=share * words + (1 - share) * words[order], attention_mask=mask).logits
+        with trainer.augmentation.within([student]):
+            mixed = student(input_ids=batch["input_ids"], attention_mask=mask).logits
+    torch.testing.assert_close(mixed, expected)
 
 
 def test_masked_language_models_may_see_different_views(tmp_path):
