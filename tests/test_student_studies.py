@@ -60,6 +60,7 @@ def test_the_studies_of_this_project_can_be_read(monkeypatch):
     for path in FILES.glob("*.yaml"):
         cells = list(study.load_study(path).cells())
         assert {cell.arguments["model_name_or_path"] for cell in cells} == {"/minilm"}
+        assert "/data" not in json.dumps([study.load_study(path).variants])  # what is published says no path
         assert len({(cell.variant, cell.task, cell.seed) for cell in cells}) == len(cells)
     assert len(list(FILES.glob("*.yaml"))) == 2
 
@@ -281,6 +282,15 @@ def test_table_and_figure_of_choices(tmp_path, results, measured):
     assert pixels[..., :3].min() == 0  # something is drawn
     with pytest.raises(SystemExit):
         report.main([str(results), "--output", str(output), "--figure", str(png)])
+
+
+def test_regression_has_no_agreement(tmp_path):
+    scores = {"pearson": 0.6, "spearmanr": 0.4, "combined_score": 0.5, "loss": 0.25}
+    record = {"variant": "any", "task": "stsb", "seed": 0, "choice": {}, "train_rows": 12}
+    (tmp_path / "results.jsonl").write_text(json.dumps({**record, "teacher": scores, "student": scores}))
+    report.main([str(tmp_path / "results.jsonl"), "--output", str(tmp_path / "out.md")])
+    expected = ["stsb", "any", "1", "50.0", "50.0", "0.250", "0.250", "-"]
+    assert line_of((tmp_path / "out.md").read_text(), "any") == expected
 
 
 def test_the_reference_is_compared_seed_by_seed(tmp_path, results):

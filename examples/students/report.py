@@ -50,13 +50,13 @@ class Scores:
         return "combined_score" if "combined_score" in names else names[0]
 
     def by_seed(self, variant: str, task: str, learner: str, metric: str | None = None) -> dict[int, float]:
-        """The scores of a model by seed; of the main metric in percent."""
+        """The scores of a model by seed; of the main metric in percent. Regression has no agreement."""
         scale = 100 if metric is None else 1
         name = metric or self.metric(task)
         return {
             record["seed"]: scale * record[learner][name]
             for record in self.records
-            if (record["variant"], record["task"]) == (variant, task)
+            if (record["variant"], record["task"]) == (variant, task) and name in record[learner]
         }
 
     def seeds(self) -> int:

@@ -73,7 +73,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """What a YAML file says.
+    """What a YAML file says; `${NAME}` in a value stands for a variable of the environment.
 
     Attributes:
         common: Arguments of `run_glue_ctcd.py` for all runs.
@@ -89,7 +89,8 @@ class Study:
 
     def arguments(self, variant: str, task: str) -> dict[str, Any]:
         """The arguments of `run_glue_ctcd.py`, without the seed and the output folder; the variant's count most."""
-        return {**DEFAULTS, **self.common, **self.tasks[task], **self.variants[variant]}
+        values = {**DEFAULTS, **self.common, **self.tasks[task], **self.variants[variant]}
+        return {name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def cells(self) -> Iterator[Cell]:
         """All runs: first those of the first seed, and of the first variants."""
@@ -98,15 +99,14 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study; `${NAME}` stands for a variable of the environment.
+    """Read a study.
 
     Raises:
         ValueError: A variable is not set, a part is missing or unknown, or two variants have one folder.
     """
-    text = os.path.expandvars(re.sub(r"#.*", "", path.read_text()))
-    if missing := re.search(r"\$\{(\w+)\}", text):
-        raise ValueError(f"{path} reads {missing[1]} from the environment, and it is not set: export {missing[1]}=...")
-    values = yaml.safe_load(text)
+    values = yaml.safe_load(path.read_text())
+    if missing := sorted({*re.findall(r"\$\{(\w+)\}", str(values))} - {*os.environ}):
+        raise ValueError(f"{path} reads {missing[0]} from the environment, and it is not set: export {missing[0]}=...")
     names = set(Study.__dataclass_fields__)
     if wrong := sorted(names ^ set(values)):
         raise ValueError(f"{path}: {wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}.")
