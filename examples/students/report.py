@@ -1,6 +1,6 @@
 """Tables (in Markdown) and figure of a study: quality of both models, what they cost, and the Pareto front.
 
-Without costs there is a table of the quality alone. With a reference, each variant is compared with it, seed by seed.
+Without costs there is no front. With a reference, each variant is compared with it, seed by seed.
 
 Example:
     python -m examples.students.report docs/results/choices.jsonl --costs docs/results/choices-costs.json \
@@ -181,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.figure is not None and args.costs is None:
         parser.error("--figure needs --costs.")
     measured = json.loads(args.costs.read_text()) if args.costs is not None else None
-    parts = [quality_table(scores)] if measured is None else [choices_table(scores, measured["costs"])]
+    parts = [] if measured is None else [choices_table(scores, measured["costs"])]
+    parts.append(quality_table(scores))
     if args.reference is not None:
         parts.append(comparison_table(scores, args.reference))
     parts.append("\n".join(notes(scores, measured)))
