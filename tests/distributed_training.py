@@ -249,6 +249,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fsdp2": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2}},
     "best": {**BEST, "fsdp": True, "fsdp_config": {"version": 2}},
     "shards": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
+    "bf16": {"bf16": True},
+    "bf16-fsdp2": {"bf16": True, "fsdp": True, "fsdp_config": {"version": 2}},
     "offload": {**SAVED, "fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}},
     "compiled": {"fsdp": True, "fsdp_config": {"version": 2}, "torch_compile_backend": "aot_eager"},
     "first-loads": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},

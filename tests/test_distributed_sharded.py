@@ -20,6 +20,8 @@ SETTINGS = {
     "named": "masked_lm",
     "compiled": "classification",
 }
+#: Strategies under bf16.
+BF16 = ("bf16", "bf16-fsdp2")
 #: Trainings that go on, with the scenario of each.
 RESUMED = {
     "shards-resumed": "masked_lm",
@@ -55,6 +57,7 @@ def sharded(tmp_path_factory) -> Path:
     jobs += ["best 2 best masked_lm"]
     jobs += ["whole-resumed 2 fsdp2 causal_lm causal_lm-fsdp2"]
     jobs += [f"{setting} 2 {setting} {name}" for setting, name in SETTINGS.items()]
+    jobs += [f"{strategy} 2 {strategy} masked_lm" for strategy in BF16]
     jobs += ["offload-resumed 2 offload masked_lm offload"]
     jobs += ["by-one 1 fsdp2 causal_lm", "resumed-by-one 1 fsdp2 causal_lm causal_lm-fsdp2"]
     jobs += ["resumed-from-one 2 fsdp2 causal_lm by-one"]
@@ -109,6 +112,16 @@ def test_four_fully_sharded_processes_train_log_and_measure_as_one(scenario, sha
 @pytest.mark.parametrize(("name", "scenario"), SETTINGS.items())
 def test_settings_of_fsdp_change_no_number(name, scenario, sharded, one_process):
     assert_same(load(sharded, name), one_process(scenario))
+
+
+@pytest.mark.parametrize("strategy", BF16)
+def test_losses_under_bf16_stay_near_those_of_one_process_in_fp32(strategy, sharded, one_process):
+    actual, expected = load(sharded, strategy), one_process("masked_lm")
+    assert actual["weights"].keys() == expected["weights"].keys()
+    for found, wanted in zip(actual["logs"], expected["logs"], strict=True):
+        assert found["loss"] != wanted["loss"]  # it was bf16
+        for name in ("loss", "teacher_hard_loss", "student_hard_loss"):
+            assert found[name] == pytest.approx(wanted[name], rel=0.02), name
 
 
 @pytest.mark.parametrize("scenario", FSDP1)
