@@ -164,10 +164,9 @@ class Mixup:
     def within(self, models: list[PreTrainedModel]) -> Iterator[None]:
         """Mix the word embeddings of the models, in the way of the last batch."""
         readers = [base_model(model) for model in models if base_model(model).main_input_name == "input_ids"]
+        embeddings = {model.get_input_embeddings() for model in readers}  # of any class: PEFT may have wrapped them
         with ExitStack() as hooks:
-            for module in {
-                model.get_input_embeddings() for model in readers
-            }:  # of any class: PEFT may have wrapped it
+            for module in embeddings:
                 handle = module.register_forward_hook(lambda _module, _arguments, output: self._mix(output))
                 hooks.callback(handle.remove)
             yield

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .measuring import count_parameters, latencies_of, length_for
 from .sharding import whole_parameters
-from .wrapping import base_model
+from .wrapping import base_model, in_evaluation_mode, is_quantised
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,22 @@ def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float 
 def _flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | None:
     """Operations of a forward pass on one sequence; `None` where the counter does not know them."""
     inner = base_model(model)
-    if getattr(inner, "quantization_method", None) is not None:  # its products are operations of its own
+    if is_quantised(inner):  # its products are operations of its own
         return None
     length = length_for(inner, sequence_length)
     ids = torch.zeros(1, length, dtype=torch.long, device=inner.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= {"decoder_input_ids": ids} if _has_decoder(inner) else {}
-    modes = {module: module.training for module in inner.modules()}
     implementations = inner.config._attn_implementation, getattr(inner.config, "_experts_implementation", None)
     try:
-        _set_implementations(inner.eval(), "eager", "eager")  # others are single operations, not all of them known
+        _set_implementations(inner, "eager", "eager")  # others are single operations, not all of them known
         # The counter's hooks fail on some families without gradients.
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        with in_evaluation_mode([inner]), torch.enable_grad(), FlopCounterMode(display=False) as counter:
             inner(**inputs)
     except Exception:  # a model of no sequence of tokens
         return None
     finally:
         _set_implementations(inner, *implementations)
-        for module, training in modes.items():
-            module.training = training
     return counter.get_total_flops() / length
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .wrapping import base_model
+from .wrapping import base_model, in_evaluation_mode, is_quantised
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _WARMUPS = 3
@@ -92,15 +92,12 @@ def latencies_of(models: Mapping[str, nn.Module], seconds: float = 1.0) -> Laten
     if reason is not None:
         return Latencies({}, f"The latency was not measured: {reason}.")
     sequence_length = min(length_for(model, _SEQUENCE_LENGTH) for model in models.values())
-    modes = {module: module.training for model in models.values() for module in model.modules()}
     try:
-        timed = [_on_cpu(model).eval() for model in models.values()]
-        times = _times(timed, sequence_length, _REPEATS, seconds)
+        with in_evaluation_mode(models.values()):
+            timed = [_on_cpu(model) for model in models.values()]
+            times = _times(timed, sequence_length, _REPEATS, seconds)
     except Exception as error:  # a card is no reason to fail after a training
         return Latencies({}, f"The latency was not measured: a call failed with {type(error).__name__}.")
-    finally:
-        for module, training in modes.items():
-            module.training = training
     dtypes = " and ".join(sorted({str(model.dtype).removeprefix("torch.") for model in timed}))
     return Latencies(
         {name: statistics.median(own) for name, own in zip(models, times, strict=True)},
@@ -124,7 +121,7 @@ def _why_not_timed(models: Sequence[nn.Module]) -> str | None:
             return f"a {name} does not take one sequence of tokens"
         if getattr(model.config, "is_encoder_decoder", False):
             return f"a {name} generates, and its time depends on what"
-        if getattr(model, "quantization_method", None) is not None:
+        if is_quantised(model):
             return "quantised models were not moved to the CPU"
     if sum(map(count_parameters, models)) > _MAX_PARAMETERS:
         return f"the models have more than {_MAX_PARAMETERS / 1e6:.0f} M parameters together"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .student import layer_stacks
-from .wrapping import is_peft_model, memory_of
+from .wrapping import in_evaluation_mode, is_peft_model, memory_of
 
 #: Values of the argument `share`, but for `layers:K`.
 EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
@@ -55,7 +55,8 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
             or they have more in common than that; nothing was shared.
     """
     number = parse_share(share)
-    adapted = [argument for argument, model in _named(teacher, student) if is_peft_model(model)]
+    models = {"model": teacher, "student_model": student}
+    adapted = [argument for argument, model in models.items() if is_peft_model(model)]
     if adapted:
         raise ValueError(
             f"`share={share!r}` and adapters (`{adapted[0]}` is wrapped by PEFT): one adapter would be in both "
@@ -113,10 +114,6 @@ def _below(model: PreTrainedModel, stack: str | None) -> list[str]:
             own += [name for name in children if name in _BELOW]
         names += [f"{parent}.{name}".removeprefix(".") for name in own]
     return names
-
-
-def _named(teacher: PreTrainedModel, student: PreTrainedModel) -> tuple[tuple[str, PreTrainedModel], ...]:
-    return ("model", teacher), ("student_model", student)
 
 
 def _check_same(name: str, teachers: nn.Module, students: nn.Module, share: str) -> None:
@@ -241,14 +238,11 @@ def _given_by(layer: nn.Module, model: nn.Module, run: Callable[[], Any]) -> Ten
     """What a layer gives last when a model is run alone, without dropout; fp32."""
     given: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _module, _arguments, output: given.append(_first(output)))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        run()
+        with in_evaluation_mode([model]):
+            run()
     finally:
         hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return given[-1].float()
 
 

@@ -235,7 +235,7 @@ class CoDistillationTrainer(PairSearchTrainer):
         if self.pretrained_teacher is not None:
             others.append(self.pretrained_teacher.eval().requires_grad_(False))
         for model in others:
-            if self.place_model_on_device and getattr(model, "quantization_method", None) is None:
+            if self.place_model_on_device and not is_quantised(model):
                 self._move_model_to_device(model, self.args.device)
         self.pair = CoDistillationModel(
             learners,
@@ -305,7 +305,7 @@ class CoDistillationTrainer(PairSearchTrainer):
     def _place_pretrained(self) -> None:
         """Place the frozen teacher where Trainer leaves that to the strategy, sharded if the strategy shards."""
         model = self.pretrained_teacher
-        if getattr(model, "quantization_method", None) is not None:
+        if is_quantised(model):
             return  # it is where it was loaded to
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self._pretrained_cache is None:
             shard_frozen(model, self.accelerator)

@@ -1,6 +1,6 @@
-"""What is around a model, or in the place of its tensors: PEFT, and quantised weights."""
+"""Models inside of PEFT, with quantised weights, or in evaluation mode for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def is_quantised(model: nn.Module) -> bool:
     """Whether the weights of a model are quantised, as `from_pretrained` does it with a `quantization_config`."""
-    return getattr(model, "is_quantized", False)
+    return getattr(model, "quantization_method", None) is not None
 
 
 @contextmanager
@@ -30,6 +30,20 @@ def as_if_whole(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.is_quantized = True
+
+
+@contextmanager
+def in_evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Run models without dropout for a while; each part is in its own mode afterwards."""
+    models = list(models)
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def memory_of(tensor: Tensor) -> int:
