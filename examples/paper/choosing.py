@@ -20,6 +20,7 @@ from .grouping import (
     loss,
     method_of,
     metric,
+    plain_method,
     scores_of,
     setting_of,
 )
@@ -51,7 +52,7 @@ class Candidate:
 
 def is_cotraining(method: str, learner: str) -> bool:
     """Whether a method trains both models at once, and a model learns from the other one (not only from a frozen)."""
-    graph = METHODS[method.split(" (")[0]].graph
+    graph = METHODS[plain_method(method)].graph
     return len(graph.trained) == 2 and any(
         edge.learner == learner and edge.source in (TEACHER, STUDENT) for edge in graph.edges
     )

@@ -17,10 +17,11 @@ from .grouping import (
     calibration,
     loss,
     metric,
+    plain_method,
     scores_of,
 )
-from .statistics import Comparison, Interval, compare
-from .tables import labels_used, table
+from .statistics import Comparison, compare
+from .tables import between, labels_used, table
 
 #: What is claimed of co-training: the better model and the one that it is compared with.
 CLAIMS: tuple[tuple[str, Row, Row], ...] = (
@@ -86,7 +87,7 @@ def measured(experiments: Experiments) -> list[tuple[str, Measure, Scores]]:
 def compared(scores: Scores, measure: Measure, ours: Row, theirs: Row) -> list[tuple[str, Comparison]]:
     """A claim, and the same of Community KD against its own baseline, where there are seeds to compare."""
     pairs = [(ours, theirs)]
-    for method in dict.fromkeys(method for method, _ in scores if method.split(" (")[0] == COMMUNITY):
+    for method in dict.fromkeys(method for method, _ in scores if plain_method(method) == COMMUNITY):
         pairs.append(((method, ours[1]), (method.replace(COMMUNITY, COMMUNITY_KD, 1), theirs[1])))
     found = [(pair, compare(*(scores.get(row, {}) for row in pair), measure.higher_is_better)) for pair in pairs]
     return [(" - ".join(f"{method} {model}" for method, model in pair), result) for pair, result in found if result]
@@ -95,14 +96,10 @@ def compared(scores: Scores, measure: Measure, ours: Row, theirs: Row) -> list[t
 def in_words(result: Comparison, measure: Measure) -> dict[str, str]:
     """The columns of a comparison."""
     digits = measure.digits + 1
-
-    def between(interval: Interval | None) -> str:
-        return "" if interval is None else f"[{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
-
     return {
         "mean": f"{result.mean:+.{digits}f}",
-        "bootstrap interval": between(result.bootstrap),
-        "t interval": between(result.student_t),
+        "bootstrap interval": between(result.bootstrap, digits),
+        "t interval": between(result.student_t, digits),
         "seeds": str(result.n),
         "verdict": result.verdict,
     }

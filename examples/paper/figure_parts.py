@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from ctcd_trainer.graph import TEACHER
 
+from .grouping import plain_method
 from .statistics import Summary
 
 #: Colour (apart in grey from those that it meets), marker, and dashes of each method.
@@ -41,7 +42,7 @@ WIDTH = 7.2
 
 def style_of(method: str) -> dict[str, Any]:
     """How a method is drawn; a variant of it, such as "community (prepared)", has hollow markers."""
-    base = method.split(" (")[0]
+    base = plain_method(method)
     return line_style(*STYLES.get(base, ("#636363", "P", "-")), hollow=base != method)
 
 

@@ -43,9 +43,14 @@ def method_of(result: Result) -> str:
     return result["cell"]["method"] + (f" ({frozen})" if frozen not in (None, "alone") else "")
 
 
+def plain_method(name: str) -> str:
+    """The method of a name in the tables, whatever its frozen teacher."""
+    return name.split(" (")[0]
+
+
 def method_order(method: str) -> tuple[int, str]:
     """Sorts the names of methods as they are listed in `cells.py`."""
-    base = method.split(" (")[0]
+    base = plain_method(method)
     return (list(METHODS).index(base) if base in METHODS else len(METHODS)), method
 
 

@@ -30,7 +30,7 @@ from .grouping import (
     scores_of,
     setting_of,
 )
-from .statistics import paired_differences, summarise
+from .statistics import Interval, paired_differences, summarise
 
 #: How the fields of a setting are said, in this order.
 SAID = {
@@ -66,6 +66,11 @@ def with_std(values: Iterable[float], digits: int, sign: bool = False) -> str:
         return ""
     mean = f"{summary.mean:{'+' if sign else ''}.{digits}f}"
     return mean if summary.std is None else f"{mean} ± {summary.std:.{digits}f}"
+
+
+def between(interval: Interval | None, digits: int) -> str:
+    """An interval of differences; empty without one."""
+    return "" if interval is None else f"[{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
 
 
 def seeds_in(counts: Iterable[int]) -> str:
@@ -268,8 +273,7 @@ def cotraining(experiments: Experiments) -> list[str]:
                 section += [] if setting in section else [setting]
                 section.append(table(rows))
     cells = [cell for limit in experiments.row_limits for own in experiments.cotrained(limit).values() for cell in own]
-    cells.sort(key=lambda cell: method_order(method_of(cell)))
-    cells.sort(key=lambda cell: cell["cell"]["task"])
+    cells.sort(key=lambda cell: (cell["cell"]["task"], method_order(method_of(cell))))
     names = [
         {
             "task": f"{metric(cell['cell']['task']).name}, {labels_used(cell['cell'].get('rows'))}",

@@ -5,13 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from ctcd_trainer.graph import TEACHER
+from examples.paper.figure_parts import draw_legend, figure_of, handles_of
 from examples.paper.statistics import summarise
 
 from .pareto import front
@@ -25,7 +22,6 @@ KINDS: Mapping[str, tuple[str, str, bool]] = {
     "adapters": ("#000000", "D", False),
     "trained alone": ("#000000", "X", False),
 }
-WIDTH = 7.2
 
 
 def kind_of(choice: Mapping[str, Any]) -> str:
@@ -47,34 +43,17 @@ def draw(scores: Scores, costs: Mapping[str, Any], path: Path) -> None:
         costs: What the variants cost.
         path: A PNG file.
     """
-    with plt.rc_context({"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5}):
-        size = (WIDTH, 1.2 + 2.8 * len(scores.tasks))
-        figure, axes = plt.subplots(
-            len(scores.tasks), len(COSTS), figsize=size, dpi=200, layout="constrained", squeeze=False
-        )
+    with figure_of(path, len(scores.tasks), len(COSTS), 1.2 + 2.8 * len(scores.tasks)) as (figure, axes):
         numbered: set[str] = set()
         for task, panels in zip(scores.tasks, axes, strict=True):
             for axis, (cost, unit) in zip(panels, COSTS.items(), strict=True):
                 numbered |= set(_panel(axis, scores, costs, task, cost))
                 axis.set(title=task, xlabel=f"{unit} of the student")
             panels[0].set_ylabel(f"{scores.metric(task).replace('_', ' ')} of the student (%)")
-        handles: dict[str, Any] = {}
-        for axis in axes.flat:
-            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        handles = handles_of(axes)
         order = [label for label in (*KINDS, "front", "teachers, mean") if label in handles]
         key = [f"{number}: {name}" for number, name in enumerate(scores.variants, 1) if name in numbered]
-        figure.legend(
-            [handles[label] for label in order],
-            order,
-            loc="outside lower center",
-            ncols=4,
-            frameon=False,
-            title=textwrap.fill("On a front: " + ";  ".join(key), 110),
-            title_fontsize=8.5,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+        draw_legend(figure, axes, order, title=textwrap.fill("On a front: " + ";  ".join(key), 110))
 
 
 def _panel(axis: Axes, scores: Scores, costs: Mapping[str, Any], task: str, cost: str) -> list[str]:
@@ -116,7 +95,4 @@ def _panel(axis: Axes, scores: Scores, costs: Mapping[str, Any], task: str, cost
     teachers = [value for variant in points for value in scores.by_seed(variant, task, TEACHER).values()]
     axis.axhline(summarise(teachers).mean, color="black", linewidth=1.0, linestyle=":", label="teachers, mean")
     axis.margins(0.08, 0.14)
-    axis.grid(color="0.85", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
     return best

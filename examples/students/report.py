@@ -9,13 +9,14 @@ Example:
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.compare_runs import format_table
 from examples.paper.statistics import compare, summarise
+from examples.paper.tables import between, with_std
 
 from .pareto import TOLERANCE, Point, front
 
@@ -59,18 +60,13 @@ class Scores:
             if (record["variant"], record["task"]) == (variant, task) and name in record[learner]
         }
 
+    def mean(self, variant: str, task: str, learner: str, metric: str | None = None) -> str:
+        """Mean ± standard deviation over the seeds, as a cell of a table; a dash without any."""
+        return with_std(self.by_seed(variant, task, learner, metric).values(), 1 if metric is None else 3) or "-"
+
     def seeds(self) -> int:
         """The largest number of seeds of a variant and a task."""
         return max(len(self.by_seed(variant, task, STUDENT)) for variant in self.variants for task in self.tasks)
-
-
-def with_std(values: Iterable[float], digits: int) -> str:
-    """Mean ± standard deviation; the mean alone of one value, a dash without any."""
-    summary = summarise(values)
-    if summary is None:
-        return "-"
-    spread = "" if summary.std is None else f" ± {summary.std:.{digits}f}"
-    return f"{summary.mean:.{digits}f}{spread}"
 
 
 def points_of(scores: Scores, costs: Mapping[str, Any], task: str, cost: str) -> dict[str, Point]:
@@ -91,10 +87,10 @@ def quality_table(scores: Scores) -> str:
         for variant in scores.variants:
             row = {"task": task, "variant": variant, "seeds": str(len(scores.by_seed(variant, task, STUDENT)))}
             for learner in LEARNERS:
-                row[f"{learner} (%)"] = with_std(scores.by_seed(variant, task, learner).values(), 1)
+                row[f"{learner} (%)"] = scores.mean(variant, task, learner)
             for learner in LEARNERS:
-                row[f"{learner}, loss"] = with_std(scores.by_seed(variant, task, learner, "loss").values(), 3)
-            row["agreement"] = with_std(scores.by_seed(variant, task, STUDENT, "agreement").values(), 3)
+                row[f"{learner}, loss"] = scores.mean(variant, task, learner, "loss")
+            row["agreement"] = scores.mean(variant, task, STUDENT, "agreement")
             rows.append(row)
     return format_table(rows, markdown=True)
 
@@ -113,7 +109,7 @@ def comparison_table(scores: Scores, reference: str) -> str:
                     found = compare(*pair, higher_is_better=metric is None)
                     cell = "-" if found is None else f"{found.mean:+.{digits}f}"
                     if found is not None and found.student_t is not None:
-                        cell += " [{:+.{d}f}, {:+.{d}f}]".format(*found.student_t, d=digits)
+                        cell += f" {between(found.student_t, digits)}"
                     row[f"{learner} {title}"] = cell
             rows.append(row)
     return format_table(rows, markdown=True)
@@ -127,7 +123,7 @@ def choices_table(scores: Scores, costs: Mapping[str, Any]) -> str:
         row = {"variant": f"{number}: {variant}"}
         for task in scores.tasks:
             for learner in LEARNERS:
-                row[f"{task}, {learner} (%)"] = with_std(scores.by_seed(variant, task, learner).values(), 1)
+                row[f"{task}, {learner} (%)"] = scores.mean(variant, task, learner)
         own = costs.get(variant)
         if own is not None:
             row |= {

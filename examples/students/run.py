@@ -28,7 +28,7 @@ def run(cell: Cell, output: Path) -> bool:
     folder = cell.folder(output)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = folder / ARGUMENTS
-    arguments.write_text(json.dumps({**cell.arguments, "seed": cell.seed, "output_dir": str(folder)}, indent=2) + "\n")
+    arguments.write_text(json.dumps(cell.all_arguments(output), indent=2) + "\n")
     try:
         run_glue_ctcd.main([str(arguments)])
     except Exception:

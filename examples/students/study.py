@@ -51,6 +51,10 @@ class Cell:
         """Where the run is kept."""
         return output / self.task / re.sub(r"[^\w.-]+", "-", self.variant) / f"seed-{self.seed}"
 
+    def all_arguments(self, output: Path) -> dict[str, Any]:
+        """The arguments of `run_glue_ctcd.py`, with the seed and the output folder."""
+        return {**self.arguments, "seed": self.seed, "output_dir": str(self.folder(output))}
+
     def finished(self, output: Path) -> dict[str, Any] | None:
         """The metrics of both models; `None` if the run has not ended.
 
@@ -61,7 +65,7 @@ class Cell:
         if not (folder / RESULTS).exists():
             return None
         theirs = json.loads((folder / ARGUMENTS).read_text())
-        ours = {**self.arguments, "seed": self.seed, "output_dir": str(folder)}
+        ours = self.all_arguments(output)
         if different := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
             name = different[0]
             raise ValueError(
