@@ -3,15 +3,15 @@
 Change the class name of your `Trainer`, add a `student_model`, and get two models that taught each other.
 """
 
-from .augmentation import Mixup, TokenMasking, WordDropout
-from .estimating import Estimate, estimate
-from .evaluation import CoDistillationPredictionOutput
-from .memory import estimate_memory
+from .arguments import CoDistillationTrainingArguments
 from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
-from .student import create_student
+from .students.cutting import create_student
+from .students.estimating import Estimate, estimate
+from .students.memory import estimate_memory
+from .tasks.two_tokenizers import PairDataCollator
 from .trainer import CoDistillationTrainer
-from .training_args import CoDistillationTrainingArguments
-from .two_tokenizers import PairDataCollator
+from .training.augmentation import Mixup, TokenMasking, WordDropout
+from .training.evaluation import CoDistillationPredictionOutput
 from .version import __version__
 
 __all__ = [

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .uploads import UploadQueue
+from .hub.upload_queue import UploadQueue
 
 
 def main() -> None:

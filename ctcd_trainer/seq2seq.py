@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from .modeling import LearnerView
+from .arguments import DistillationArguments
+from .pair.model import LearnerView
 from .trainer import CoDistillationTrainer
-from .training_args import DistillationArguments
 
 
 @dataclass

@@ -18,26 +18,26 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from transformers.trainer_utils import TrainOutput, align_special_tokens
 from transformers.utils import logging
 
-from .augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
-from .best_student import BestStudent
-from .checking_arguments import check_arguments, check_optimizer, check_pretrained_cache, check_strategy
-from .checking_data import check_dataset, check_labels, check_tokenizer, check_vocabularies
-from .checking_models import check_prompts
+from .arguments import DistillationArguments
+from .checks.arguments import check_arguments, check_optimizer, check_pretrained_cache, check_strategy
+from .checks.data import check_dataset, check_labels, check_tokenizer, check_vocabularies
+from .checks.models import check_prompts
 from .graph import STUDENT, TEACHER
-from .lm_head import HeadTap
-from .loading import load_model
-from .metrics import EvaluationMeter, LossMeter, copy_of_metrics
-from .modeling import CoDistillationModel
-from .objective import SoftLossFunction
-from .pairing import NAME_OR_PATH, ModelSources
-from .pretrained_cache import PretrainedCache
-from .search import PairSearchTrainer
-from .sharding import shard_frozen, tied_layers_in_root
-from .shared_parts import SharedRun
-from .task import Task
-from .training_args import DistillationArguments
-from .two_tokenizers import PREFIX, PairDataCollator, check_student_inputs
-from .wrapping import as_if_whole, base_model, is_quantised
+from .losses.head_tap import HeadTap
+from .losses.objective import SoftLossFunction
+from .losses.teacher_cache import PretrainedCache
+from .model_structure import as_if_whole, base_model, is_quantised
+from .pair.loading import load_model
+from .pair.model import CoDistillationModel
+from .pair.shared_layers import SharedRun
+from .pair.sources import NAME_OR_PATH, ModelSources
+from .saving.best_student import BestStudent
+from .tasks.base import Task
+from .tasks.two_tokenizers import PREFIX, PairDataCollator, check_student_inputs
+from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
+from .training.meters import EvaluationMeter, LossMeter, copy_of_metrics
+from .training.search import PairSearchTrainer
+from .training.sharding import shard_frozen, tied_layers_in_root
 
 logger = logging.get_logger(__name__)
 

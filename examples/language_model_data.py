@@ -12,7 +12,7 @@ from script_common import TABLE_READERS, DataArguments, Rows, first_rows, split_
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, default_data_collator
 
-from ctcd_trainer import metrics
+from ctcd_trainer.training import meters as metrics
 
 
 @dataclass

@@ -1,10 +1,16 @@
 import os
 from logging import NOTSET
+from pathlib import Path
 
 # Nothing in the tests may reach the network; set before transformers and datasets read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Programs that tests start find the helpers, and the package of this checkout.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    str(Path(__file__).parent / folder) for folder in ("..", "helpers", "programs")
+)
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ from bench_sequence_classification import CO_TRAINING, STUDENT, TEACHER, VARIANT
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ctcd_trainer import whole_folders
+from ctcd_trainer.saving import atomic_folders as whole_folders
 
 TARGET = 1.10
 

@@ -3,7 +3,7 @@
 Two language-model heads of one vocabulary, with their hidden states at the scored positions; forward and backward of
 both cross-entropies and of the KL divergence in both directions, to the gradients of hidden states and heads:
 
-- ours: `ctcd_trainer.fused_linear.linear_losses`;
+- ours: `ctcd_trainer.losses.fused_linear.linear_losses`;
 - naive: the logits of all positions, `F.cross_entropy` of each head, and `F.kl_div` both ways;
 - plain: `F.cross_entropy` of each head, one after the other, without distillation;
 - products: nothing but the three matrix products of each head, which none of them can do without.
@@ -40,8 +40,8 @@ from bench_common import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctcd_trainer.fused_linear import LinearHead, linear_losses
 from ctcd_trainer.graph import MODES, STUDENT, TEACHER
+from ctcd_trainer.losses.fused_linear import LinearHead, linear_losses
 
 NAMES = (TEACHER, STUDENT)
 OURS, NAIVE, PLAIN = COMPARED = ("ours", "naive", "plain")

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
-from ctcd_trainer.measuring import cpu_name
+from ctcd_trainer.students.measuring import cpu_name
 
 from ..compare_runs import measure_latencies
 

@@ -1,0 +1,1 @@
+"""Every reason for which a training is refused before it starts."""

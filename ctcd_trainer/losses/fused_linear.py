@@ -1,0 +1,423 @@
+"""Language-model heads and all their losses in one pass that never holds the logits of all positions.
+
+The last layer of a language model makes `positions x vocabulary` logits, by far its largest tensor, and naive
+co-distillation needs a dozen of that size. Here the positions go through the heads of all models in chunks: the logits
+of a chunk give every hard and soft loss, their gradients in closed form, and with these the gradients of the hidden
+states and of the heads; then the chunk is forgotten. So the gradients are ready when the forward pass ends, and the
+backward pass only scales them. Each matrix product is made once, as without distillation.
+
+With `z` the logits of a learner, `p = softmax(z)`, `q = softmax(z / T)`, `r` the same of a source, the gradients are
+
+    cross-entropy        p - onehot(label)
+    T^2 KL(r || q)       T (q - r)
+    T^2 KL(q || r)       T q (log q - log r - KL(q || r))
+    T^2 JS(q, r)         T/2 q (log q - log m - KL(q || m)),  m = (q + r) / 2
+    mean (z - z_s)^2     2/V (z - z_s)
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.export
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..graph import Edge
+from ..tasks.labels import IGNORE_INDEX
+
+#: Size of the logits of one chunk of one model. On CPUs the memory of a larger chunk only costs time; GPUs need one
+#: large enough to be busy. Measured with `examples/benchmarks/bench_fused_linear.py`.
+_CPU_CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**27, 2**28
+#: On CPUs the elementwise work on a chunk is done on blocks of this size, which stay in the cache from one operation
+#: to the next.
+_CPU_BLOCK_BYTES = 2**20
+#: fp16 gradients are held times this factor over the number of positions that are summed: small ones would be lost
+#: without, and with more than that the sum over positions of the same label could exceed what fp16 holds.
+_FP16_SCALE = 2048.0
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The last layer of a language model, with what goes into it.
+
+    Its logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`.
+
+    Attributes:
+        hidden: Hidden states `(positions, width)`.
+        weight: `(vocabulary, width)`.
+        bias: `(vocabulary,)`, or `None`.
+        scale: Factor of the logits (Cohere, Granite).
+        softcap: Bound of the logits (Gemma 2), or `None`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self) -> Tensor:
+        """The logits `(positions, vocabulary)`."""
+        return self.transform(F.linear(self.hidden, self.weight, self.bias))
+
+    def transform(self, outputs: Tensor) -> Tensor:
+        """The logits from the outputs of the linear layer."""
+        if self.scale != 1.0:
+            outputs = outputs * self.scale
+        return outputs if self.softcap is None else self.softcap * torch.tanh(outputs / self.softcap)
+
+
+# DDP passes every tensor that a forward returns through a node of its own, and looks for them as a pytree.
+torch.export.register_dataclass(LinearHead)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Which losses are computed.
+
+    Attributes:
+        labels: `(positions,)`, none ignored.
+        hard_weights: Weight of the cross-entropy by name of the learner.
+        edges: The soft losses.
+        soft_loss: A key of `SOFT_LOSSES`.
+        temperature: Temperature of the soft losses.
+        chunk_size: Positions of a chunk.
+    """
+
+    labels: Tensor
+    hard_weights: Mapping[str, float]
+    edges: Sequence[Edge]
+    soft_loss: str
+    temperature: float
+    chunk_size: int | None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the losses, in the order of their values."""
+        return [f"{learner}_hard_loss" for learner in self.hard_weights] + [edge.loss_name for edge in self.edges]
+
+
+def linear_losses(
+    heads: Mapping[str, LinearHead],
+    labels: Tensor,
+    hard_weights: Mapping[str, float],
+    edges: Sequence[Edge],
+    soft_loss: str = "kl",
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All losses of the language-model heads of several models, summed over the positions (not averaged).
+
+    Differentiable (once) with respect to the hidden states, weights and biases of the learners that a loss trains.
+    Vocabularies of different sizes are compared on the ids that all have; the cross-entropy is over a model's own.
+    Matrix products are computed in the dtype of autocast where it is on, and all else in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        heads: The heads by name of the model, each with hidden states `(positions, width)` of the same positions.
+        labels: Token ids `(positions,)`, without ignored ones.
+        hard_weights: Weight of the cross-entropy of each learner that has one.
+        edges: The soft losses. Their sources are detached.
+        soft_loss: A key of `SOFT_LOSSES`.
+        temperature: Temperature of the soft losses; `mse` does not depend on it.
+        chunk_size: Positions that are computed at a time. By default it depends on vocabulary and device.
+
+    Returns:
+        The weighted sum of the losses, 0-dimensional, and each loss without its weight, detached, under the name by
+        which it is logged.
+    """
+    losses = _Losses(labels, dict(hard_weights), tuple(edges), soft_loss, temperature, chunk_size)
+    tensors = [tensor for head in heads.values() for tensor in (head.hidden, head.weight, head.bias)]
+    total, values = _LinearLosses.apply(losses, dict(heads), *tensors)
+    return total, dict(zip(losses.names, values.unbind(), strict=True))
+
+
+class ScoredPositions:
+    """The positions of a batch that are scored.
+
+    Their number has to come from the GPU before tensors of this size can be made. It is asked for when this object is
+    made, before the models are run, and read when their heads are reached: so the GPU has work to do while the answer
+    travels.
+
+    Args:
+        targets: Token ids `(rows, length)`, `IGNORE_INDEX` where nothing is scored.
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self.shape = targets.shape
+        self._targets = targets.flatten()
+        self._mask = self._targets.ne(IGNORE_INDEX)
+        self._count = self._mask.sum().to("cpu", non_blocking=targets.is_cuda)
+        self._counted = torch.cuda.Event() if targets.is_cuda else None
+        if self._counted is not None:
+            self._counted.record()
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """Indices into the flattened positions, `(positions,)`."""
+        if self._counted is not None:
+            self._counted.synchronize()
+        return torch.nonzero_static(self._mask, size=int(self._count)).squeeze(-1)
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """Token ids of the scored positions, `(positions,)`."""
+        return self._targets[self.index]
+
+    def select(self, hidden: Tensor) -> Tensor:
+        """The scored positions `(positions, width)` of hidden states `(rows, length, width)`."""
+        return hidden.flatten(0, 1).index_select(0, self.index)
+
+
+class _Part:
+    """What the pass needs of one head: operands in the dtype of the products, and sums of the gradients."""
+
+    def __init__(self, head: LinearHead, dtype: torch.dtype, exact: torch.dtype, needs: Sequence[bool]) -> None:
+        self.head = head
+        self.hidden, self.weight = head.hidden.to(dtype), head.weight.to(dtype)
+        self.bias = None if head.bias is None else head.bias.to(dtype)
+        self.vocabulary = head.weight.shape[0]
+        new = {"dtype": exact, "device": head.weight.device}
+        for_hidden, for_weight, for_bias = needs
+        self.grad_hidden = torch.empty(head.hidden.shape, **new) if for_hidden else None
+        self.grad_weight = torch.empty(head.weight.shape, **new) if for_weight else None
+        self.grad_bias = torch.zeros(self.vocabulary, **new) if for_bias else None
+        self.trained = any(needs)
+
+    def outputs(self, rows: slice, out: Tensor) -> Tensor:
+        """Outputs of the linear layer for some positions, written to `out` in its dtype."""
+        hidden, weight = self.hidden[rows], self.weight.t()
+        if out.dtype != hidden.dtype:
+            return out.copy_(F.linear(hidden, self.weight, self.bias))
+        if self.bias is None:
+            return torch.mm(hidden, weight, out=out)
+        return torch.addmm(self.bias, hidden, weight, out=out)
+
+    def add_gradients(self, rows: slice, grad: Tensor) -> None:
+        """Add what the gradient of some positions' linear outputs gives."""
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(0)
+        scale = 1.0
+        if self.hidden.dtype != grad.dtype:
+            scale = _FP16_SCALE / len(grad) if self.hidden.dtype == torch.float16 else 1.0
+            grad = (grad * scale if scale != 1.0 else grad).to(self.hidden.dtype)
+        if self.grad_hidden is not None:
+            if grad.dtype == self.grad_hidden.dtype:
+                torch.mm(grad, self.weight, out=self.grad_hidden[rows])
+            else:
+                self.grad_hidden[rows] = (grad @ self.weight).to(self.grad_hidden.dtype) / scale
+        if self.grad_weight is not None:
+            first = rows.start == 0  # which overwrites: to fill so much memory with zeros before takes its time
+            if grad.dtype == self.grad_weight.dtype:
+                self.grad_weight.addmm_(grad.t(), self.hidden[rows], beta=0.0 if first else 1.0)
+            elif first:
+                self.grad_weight.copy_(grad.t() @ self.hidden[rows]).div_(scale)
+            else:
+                self.grad_weight.add_(grad.t() @ self.hidden[rows], alpha=1.0 / scale)
+
+
+class _LinearLosses(torch.autograd.Function):
+    """Computes the losses and the gradients in the forward pass; the backward pass scales the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: _Losses, heads: dict[str, LinearHead], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        device = losses.labels.device
+        exact = torch.float64 if any(head.hidden.dtype == torch.float64 for head in heads.values()) else torch.float32
+        learners = {*losses.hard_weights, *(edge.learner for edge in losses.edges)}
+        autocast = torch.is_autocast_enabled(device.type) and exact != torch.float64
+        needs = ctx.needs_input_grad[2:]
+
+        def compute() -> tuple[Tensor, list[Tensor | None]]:
+            parts = {}
+            for index, (name, head) in enumerate(heads.items()):
+                dtype = torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype
+                own = [need and name in learners for need in needs[3 * index : 3 * index + 3]]
+                parts[name] = _Part(head, dtype, exact, own)
+            with torch.autocast(device.type, enabled=False):
+                values = _run(losses, parts, exact)
+            return values, [grad for p in parts.values() for grad in (p.grad_hidden, p.grad_weight, p.grad_bias)]
+
+        values, ctx.gradients = compute()
+        ctx.compute = compute
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        ctx.save_for_backward(*tensors)  # for the check that nobody has changed them
+        ctx.mark_non_differentiable(values)
+        weights = [*losses.hard_weights.values(), *(edge.weight for edge in losses.edges)]
+        total = (values * torch.tensor(weights, dtype=exact).to(device, non_blocking=True)).sum()
+        return total, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        # The gradients are handed on and not kept, so a second backward pass (`retain_graph=True`) has to compute them
+        # again.
+        gradients, ctx.gradients = ctx.gradients or ctx.compute()[1], None
+        scaled = (
+            None if grad is None else grad.mul_(grad_total).to(dtype)
+            for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return None, None, *scaled
+
+
+def _run(losses: _Losses, parts: Mapping[str, _Part], exact: torch.dtype) -> Tensor:
+    """Go through the positions in chunks; returns the sums of the losses `(losses,)`."""
+    device, count = losses.labels.device, len(losses.labels)
+    largest = max(part.vocabulary for part in parts.values()) * exact.itemsize
+    limit = _CPU_CHUNK_BYTES if device.type == "cpu" else _CUDA_CHUNK_BYTES
+    size = min(losses.chunk_size or max(32, limit // largest // 32 * 32), max(count, 1))
+    block = max(2 * torch.get_num_threads(), _CPU_BLOCK_BYTES // largest) if device.type == "cpu" else size
+    block = min(block, size)
+    buffers = {name: torch.empty(size, p.vocabulary, dtype=exact, device=device) for name, p in parts.items()}
+    scratch = _Scratch(block, exact, device)
+    values = torch.zeros(len(losses.names), dtype=exact, device=device)
+    if count == 0:
+        for part in parts.values():
+            if part.grad_weight is not None:
+                part.grad_weight.zero_()
+    for rows in _slices(count, size):
+        chunk = {name: part.outputs(rows, buffers[name][: rows.stop - rows.start]) for name, part in parts.items()}
+        labels = losses.labels[rows]
+        for inner in _slices(len(labels), block):
+            scratch.reset()
+            outputs = {name: logits[inner] for name, logits in chunk.items()}
+            values += _differentiate(losses, parts, outputs, labels[inner], scratch)
+        for name, part in parts.items():
+            if part.trained:
+                part.add_gradients(rows, chunk[name])
+    return values
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+class _Scratch:
+    """Memory of one block that is used again for the next: new memory would cost more than the work on it."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows, self._dtype, self._device = rows, dtype, device
+        self._buffers: dict[int, list[Tensor]] = {}
+        self._used: dict[int, int] = {}
+
+    def reset(self) -> None:
+        """All buffers may be used again."""
+        self._used.clear()
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A buffer of the shape `(rows, columns)` of a tensor, its content undefined."""
+        rows, columns = tensor.shape
+        buffers = self._buffers.setdefault(columns, [])
+        used = self._used.get(columns, 0)
+        if used == len(buffers):
+            buffers.append(torch.empty(self._rows, columns, dtype=self._dtype, device=self._device))
+        self._used[columns] = used + 1
+        return buffers[used][:rows]
+
+
+def _differentiate(
+    losses: _Losses, parts: Mapping[str, _Part], outputs: Mapping[str, Tensor], labels: Tensor, scratch: _Scratch
+) -> Tensor:
+    """The losses of some positions, and their gradients in place of the outputs of the linear layers.
+
+    Args:
+        losses: Which losses.
+        parts: The heads.
+        outputs: Outputs of the linear layers `(rows, vocabulary)` by name; overwritten with the gradients of the
+            weighted sum of the losses, for the learners that are trained.
+        labels: `(rows,)`.
+        scratch: Memory for what is between.
+
+    Returns:
+        Sums of the losses over the rows, `(losses,)`.
+    """
+    shared = min(part.vocabulary for part in parts.values())
+    temperature = losses.temperature if losses.soft_loss != "mse" else 1.0
+    logits, tanh = {}, {}
+    for name, z in outputs.items():
+        head = parts[name].head
+        if head.scale != 1.0:
+            z.mul_(head.scale)
+        if head.softcap is not None:
+            tanh[name] = torch.tanh(torch.div(z, head.softcap, out=scratch.like(z)), out=scratch.like(z))
+            torch.mul(tanh[name], head.softcap, out=z)
+        logits[name] = z
+
+    def log_softmax(z: Tensor) -> Tensor:
+        return torch.log_softmax(z, -1, out=scratch.like(z))
+
+    hard = {name: log_softmax(logits[name]) for name in losses.hard_weights}
+    compared = {name for edge in losses.edges for name in (edge.learner, edge.source)}
+    soft = {}
+    if losses.soft_loss != "mse":
+        for name in sorted(compared):
+            z = logits[name][:, :shared]
+            if temperature == 1.0 and name in hard and z.shape == logits[name].shape:
+                soft[name] = hard[name]
+            else:
+                soft[name] = log_softmax(torch.div(z, temperature, out=scratch.like(z)) if temperature != 1.0 else z)
+    probabilities = {name: torch.exp(log_p, out=scratch.like(log_p)) for name, log_p in soft.items()}
+
+    values = [-hard[name].gather(1, labels.unsqueeze(1)).sum() for name in losses.hard_weights]
+    pulls: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in parts}
+    own: dict[str, float] = dict.fromkeys(parts, 0.0)
+    for edge in losses.edges:
+        weight = edge.weight * temperature
+        if losses.soft_loss == "mse":
+            z, target = logits[edge.learner][:, :shared], logits[edge.source][:, :shared]
+            difference = torch.sub(z, target, out=scratch.like(z))
+            values.append(_dot(difference, difference).sum() / shared)
+            pulls[edge.learner].append((2.0 * weight / shared, difference))
+            continue
+        q, r = soft[edge.learner], soft[edge.source]
+        p_q, p_r = probabilities[edge.learner], probabilities[edge.source]
+        difference = scratch.like(q)
+        if losses.soft_loss == "kl":
+            divergence = _dot(p_r, torch.sub(r, q, out=difference))
+            own[edge.learner] += weight
+            pulls[edge.learner].append((-weight, p_r))
+        elif losses.soft_loss == "reverse_kl":
+            divergence = _dot(p_q, torch.sub(q, r, out=difference))
+            difference.sub_(divergence.unsqueeze(-1)).mul_(p_q)
+            pulls[edge.learner].append((weight, difference))
+        else:
+            mixture = torch.logaddexp(q, r, out=scratch.like(q)).sub_(math.log(2.0))
+            from_source = _dot(p_r, torch.sub(r, mixture, out=difference))
+            from_learner = _dot(p_q, torch.sub(q, mixture, out=difference))
+            divergence = 0.5 * (from_source + from_learner)
+            difference.sub_(from_learner.unsqueeze(-1)).mul_(p_q)
+            pulls[edge.learner].append((0.5 * weight, difference))
+        values.append(divergence.sum() * temperature**2)
+
+    for name, part in parts.items():
+        if not part.trained:
+            continue
+        grad, own_weight = outputs[name], own[name]
+        hard_weight = losses.hard_weights.get(name, 0.0)
+        is_shared = name in soft and soft[name] is hard.get(name)
+        if hard_weight:
+            factor = hard_weight + (own_weight if is_shared else 0.0)
+            torch.mul(probabilities[name] if is_shared else hard[name].exp_(), factor, out=grad)
+        else:
+            grad.zero_()
+        prefix = grad[:, :shared]
+        if own_weight and not (hard_weight and is_shared):
+            prefix.add_(probabilities[name], alpha=own_weight)
+        for alpha, tensor in pulls[name]:
+            prefix.add_(tensor, alpha=alpha)
+        if hard_weight:
+            grad.scatter_add_(1, labels.unsqueeze(1), grad.new_full((len(labels), 1), -hard_weight))
+        if name in tanh:
+            grad.mul_(tanh[name].square_().neg_().add_(1.0))
+        if part.head.scale != 1.0:
+            grad.mul_(part.head.scale)
+    return torch.stack(values)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Dot product of each row; `(rows,)`."""
+    return torch.linalg.vecdot(first, second)

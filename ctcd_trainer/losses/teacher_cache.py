@@ -1,0 +1,295 @@
+"""The predictions of the frozen pre-trained teacher, kept on disk: epochs and trainings to come do not run it.
+
+A prediction is found by the content of its row: of the inputs that the model takes, without labels and without the
+padding behind them. So a row is found again in another order, in batches of another size and with other padding. What
+is kept is what the losses compare: the logits of the row, or of each of its tokens; of a language model that runs
+without logits, what goes into its output layer at the scored positions.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..model_structure import base_model, is_peft_model
+from ..tasks.base import Task
+from ..tasks.labels import IGNORE_INDEX
+from .fused_linear import LinearHead, ScoredPositions
+from .head_tap import HeadTap
+from .prediction_store import PredictionStore
+
+logger = logging.get_logger(__name__)
+
+#: Changes with what is stored, and with how keys are made.
+_FORMAT = 1
+#: Inputs that have a value for each token of the attention mask. Padding is cut off from these alone: to know one more
+#: row than there is costs a forward, to take two rows for one would be wrong.
+_TOKENS = frozenset(
+    [
+        "attention_mask",
+        "input_ids",
+        "inputs_embeds",
+        "token_type_ids",
+        "position_ids",
+        "input_values",
+        "input_features",
+    ]
+)
+#: The same for the labels of an encoder-decoder, whose decoder looks at nothing behind a position.
+_DECODER_TOKENS = frozenset(["decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"])
+#: Entries of the config of a model or an adapter that do not change a prediction (or are seen in the weights).
+_OF_NO_ACCOUNT = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save"),
+    *("peft_version", "revision"),
+}
+#: Batches after the first epoch in which no row is found, after which there is no hope.
+_PATIENCE = 50
+
+#: Runs the model on a batch; with positions, up to its output layer.
+RunModel = Callable[[Mapping[str, Any], ScoredPositions | None], Any]
+
+
+class PretrainedCache:
+    """Looks predictions up, and runs the model on the rows that are missing.
+
+    Args:
+        folder: The folder.
+        model: The frozen teacher.
+        task: Its task.
+        precision: `mixed_precision` of the training arguments: `"no"`, `"bf16"` or `"fp16"`.
+
+    Raises:
+        ValueError: The folder has the predictions of another model, or in another precision.
+    """
+
+    def __init__(self, folder: str | os.PathLike, model: nn.Module, task: Task, precision: str) -> None:
+        fingerprint = fingerprint_of(model, task, precision)
+        self._store = PredictionStore(folder, fingerprint)
+        # Should two trainings of different models begin in one folder at the same time, they will not mix.
+        self._salt = json.dumps(fingerprint).encode()
+        self._task = task
+        self._start_training()
+
+    def _start_training(self) -> None:
+        self._found = self._rows = self._batches_in_vain = 0
+        self._first_epoch: float | None = None
+        self._given_up = False
+
+    def outputs(
+        self,
+        run: RunModel,
+        inputs: Mapping[str, Any],
+        taken: Mapping[str, Any],
+        tap: HeadTap | None = None,
+        head_at: ScoredPositions | None = None,
+        epoch: float = 0.0,
+    ) -> dict[str, Tensor] | LinearHead:
+        """The outputs of the model that are compared, for a batch.
+
+        Args:
+            run: Runs the model.
+            inputs: The batch, with labels.
+            taken: What the model takes of it.
+            tap: The output layer of a language model without logits.
+            head_at: The positions that are scored, with a `tap`.
+            epoch: How far the training is.
+
+        Returns:
+            The outputs by name, 0 at tokens of padding; or, with a `tap`, the head.
+        """
+        if self._given_up:
+            return run(inputs, head_at)
+        batch = _Batch(self._task, inputs, taken, fused=tap is not None)
+        keys = batch.keys(self._salt)
+        entries = self._store.get(keys)
+        missing = [row for row, entry in enumerate(entries) if entry is None]
+        self._count(len(keys), len(missing), epoch)
+        if missing:
+            if not batch.divisible:
+                missing = list(range(len(keys)))
+            part = inputs if len(missing) == len(keys) else batch.rows_of(inputs, missing)
+            if tap is not None and part is not inputs:
+                head_at = ScoredPositions(self._task.targets(part))
+            outputs = run(part, head_at)
+            for row, entry in zip(missing, batch.split(outputs, missing), strict=True):
+                entries[row] = entry
+                if not self._given_up:
+                    self._store.add(keys[row], entry)
+        joined = batch.join(entries)
+        return joined if tap is None else tap.head(joined["hidden"])
+
+    def _count(self, rows: int, missing: int, epoch: float) -> None:
+        self._rows += rows
+        self._found += rows - missing
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+        if not self._found and epoch >= self._first_epoch + 1:
+            self._batches_in_vain += 1
+        if self._batches_in_vain == _PATIENCE:
+            self._given_up = True
+            self._warn()
+
+    def _warn(self) -> None:
+        logger.warning(
+            "No row after the first epoch was in `pretrained_cache_dir='%s'`, so the frozen teacher was run on all of "
+            "them%s. Are the inputs, or the positions that are scored, made anew in each epoch (random masks, crops)? "
+            "Make them once, before the training, or leave the argument out.",
+            self._store.folder,
+            ", and nothing more is kept" if self._given_up else "",
+        )
+
+    def finish(self) -> None:
+        """Write what is not yet written, at the end of a training."""
+        self._store.flush()
+        if self._batches_in_vain and not self._given_up:
+            self._warn()
+        if self._rows:
+            logger.info(
+                "Predictions of the frozen teacher: %d of %d rows were found in %s.",
+                self._found,
+                self._rows,
+                self._store.folder,
+            )
+        self._start_training()
+
+
+class _Batch:
+    """The rows of a batch: their keys, and their parts of the outputs."""
+
+    def __init__(self, task: Task, inputs: Mapping[str, Any], taken: Mapping[str, Any], fused: bool) -> None:
+        self._task, self._taken, self._fused = task, taken, fused
+        targets = task.targets(inputs)
+        scored = targets.ne(IGNORE_INDEX)
+        self._count = len(targets)
+        #: Whether the model can be run on some of the rows.
+        self.divisible = all(self._of_rows(v) or v is None or isinstance(v, (int, float, str)) for v in taken.values())
+        #: Of the inputs that have a value for each token: the axis of the tokens in a row, and how many count.
+        self._lengths: dict[str, tuple[int, list[int]]] = {}
+        self._scored = scored.cpu() if fused else None
+        mask = taken.get("attention_mask")
+        if task.per_token is not None and self._of_rows(mask) and mask.ndim > 1:
+            counts = mask.ne(0)
+            if scored.shape == mask.shape:  # labels of padding: strange, but they are scored
+                counts = counts | scored
+            self._cut(_TOKENS, counts)
+        if fused:
+            self._cut(_DECODER_TOKENS, scored)
+        #: The number of tokens of each row and of the batch, if there is a prediction for each.
+        self._tokens: list[int] | None = None
+        if task.per_token and not fused and "attention_mask" in self._lengths and mask.ndim == 2:
+            self._tokens, self._width = self._lengths["attention_mask"][1], mask.shape[1]
+
+    def _of_rows(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape[:1] == (self._count,)
+
+    def _cut(self, names: Iterable[str], counts: Tensor) -> None:
+        """Cut inputs behind the last token `(rows, ..., tokens)` that counts."""
+        axis = counts.ndim - 1
+        last = torch.arange(1, counts.shape[-1] + 1, device=counts.device).mul(counts).flatten(1).amax(-1).tolist()
+        for name in names:
+            if self._of_rows(self._taken.get(name)) and self._taken[name].shape[: axis + 1] == counts.shape:
+                self._lengths[name] = (axis - 1, last)
+
+    def keys(self, salt: bytes) -> list[bytes]:
+        """The key of each row."""
+        shared = hashlib.blake2b(salt + (b"hidden" if self._fused else b"outputs"), digest_size=16)
+        columns = {}
+        for name, value in sorted(self._taken.items()):
+            if self._of_rows(value):
+                columns[name] = value.cpu()
+            elif name != "use_cache":  # for generation
+                _add(shared, name, value)
+        keys = []
+        for row in range(self._count):
+            key = shared.copy()
+            for name, column in columns.items():
+                axis, lengths = self._lengths.get(name, (0, None))
+                _add(key, name, column[row] if lengths is None else column[row].narrow(axis, 0, lengths[row]))
+            if self._scored is not None:
+                _add(key, "scored", self._scored[row].nonzero())
+            keys.append(key.digest())
+        return keys
+
+    def rows_of(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        """A batch of some of the rows."""
+        return {
+            name: value[torch.tensor(rows, device=value.device)] if self._of_rows(value) else value
+            for name, value in inputs.items()
+        }
+
+    def split(self, outputs: Any, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """What is kept of the outputs for some rows, on the CPU."""
+        if self._scored is not None:
+            hidden = outputs.hidden.cpu().split(self._scored[list(rows)].sum(-1).tolist())
+            return [{"hidden": part.clone()} for part in hidden]
+        values = {name: outputs[name].cpu() for name in self._task.compared_outputs}
+        if self._tokens is None:
+            return [{name: value[i : i + 1].clone() for name, value in values.items()} for i in range(len(rows))]
+        return [
+            {name: value[i, : self._tokens[row]].clone() for name, value in values.items()}
+            for i, row in enumerate(rows)
+        ]
+
+    def join(self, entries: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The outputs of the batch, from what is kept of all rows."""
+        joined = {}
+        for name, first in entries[0].items():
+            if self._tokens is None:
+                joined[name] = torch.cat([entry[name] for entry in entries])
+            else:
+                joined[name] = first.new_zeros(self._count, self._width, *first.shape[1:])
+                for values, entry in zip(joined[name], entries, strict=True):
+                    values[: len(entry[name])] = entry[name]
+        device = next(value.device for value in self._taken.values() if isinstance(value, Tensor))
+        return {name: value.to(device) for name, value in joined.items()}
+
+
+def fingerprint_of(model: nn.Module, task: Task, precision: str) -> dict[str, Any]:
+    """What the predictions of a model depend on besides its inputs.
+
+    Args:
+        model: The model.
+        task: Its task.
+        precision: `mixed_precision` of the training arguments.
+    """
+    weights = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        _add(weights, name, value)
+    config = model.config.to_dict()
+    if is_peft_model(model):
+        adapters = {name: adapter.to_dict() for name, adapter in model.peft_config.items()}
+        config |= {"adapters": adapters, "active": model.active_adapter}
+    text = json.dumps(_plain(config), sort_keys=True, default=str)
+    return {
+        "format": _FORMAT,
+        "model": type(base_model(model)).__name__,
+        "config": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        "weights": weights.hexdigest(),
+        "mixed_precision": precision,
+        "task": type(task).__name__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A config without what does not change a prediction, the same in every process and after saving and loading."""
+    if isinstance(value, Mapping):
+        items = {str(name): own for name, own in value.items() if name not in _OF_NO_ACCOUNT}
+        return {name: _plain(own) for name, own in items.items() if not name.startswith("_")}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    """Add a named value to a hash."""
+    if not isinstance(value, Tensor):
+        digest.update(f"{name} {value!r};".encode())
+        return
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

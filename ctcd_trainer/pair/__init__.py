@@ -1,0 +1,1 @@
+"""Several models as one module, and where they come from."""

@@ -1,0 +1,51 @@
+"""Loading a model by name or path, with the head of the model that it is paired with."""
+
+import os
+
+from transformers import AutoConfig, PreTrainedModel
+
+from ..model_structure import base_model
+from ..tasks import TASKS, find_task
+from ..tasks.labels import own_labels
+
+
+def load_model(
+    name_or_path: str | os.PathLike, argument: str, like: PreTrainedModel | None = None, frozen: bool = False
+) -> PreTrainedModel:
+    """Load a model by name or path, as `from_pretrained` takes them.
+
+    Args:
+        name_or_path: A folder or the name of a repository on the Hub.
+        argument: Name of the argument that gave it, for the message.
+        like: A model that it will be paired with: its head is used, and its labels unless the checkpoint has its own.
+            Without it, the head is the one that the checkpoint was saved with.
+        frozen: Whether it will only be learnt from, so that it needs a trained head.
+
+    Raises:
+        ValueError: There is no model to take the head from and the checkpoint has none, or it is frozen and some of
+            its weights are not in the checkpoint.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    if like is not None:
+        try:
+            auto_model = find_task(like).auto_model
+        except ValueError:  # a head that only the user's own soft loss knows
+            auto_model = type(base_model(like))
+        if own_labels(config) is None:
+            config.id2label, config.label2id = dict(like.config.id2label), dict(like.config.label2id)
+        config.problem_type = config.problem_type or like.config.problem_type
+    else:
+        names = set(config.architectures or ())
+        auto_model = next((task.auto_model for task in TASKS if task.model_names & names), None)
+        if auto_model is None:
+            raise ValueError(
+                f"`{argument}={str(name_or_path)!r}` was saved as {config.architectures}, which has no head that is "
+                "supported. Load it with the `AutoModelFor...` class of your task and pass the model."
+            )
+    model, report = auto_model.from_pretrained(name_or_path, config=config, output_loading_info=True)
+    if frozen and report["missing_keys"]:
+        raise ValueError(
+            f"`{argument}={str(name_or_path)!r}` is frozen, and has no trained weights for "
+            f"{sorted(report['missing_keys'])}: what it teaches would be random. Fine-tune it on this task first."
+        )
+    return model

@@ -1,0 +1,1 @@
+"""Checkpoints of several models, whole or not at all."""

@@ -1,0 +1,1 @@
+"""Make smaller models, and estimate their costs."""

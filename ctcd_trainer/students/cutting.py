@@ -1,0 +1,248 @@
+"""Where a student comes from: a teacher with some of its layers left out, made narrower, or a config alone."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..model_structure import is_peft_model, is_quantised
+from ..training.sharding import whole_parameters
+from .narrowing import Widths, narrow, new_model
+
+#: What loading a quantised model has noted of it, by which PEFT and Trainer know it.
+_QUANTISED = ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_8bit", "is_loaded_in_4bit")
+#: Attributes of a config that count the layers of one stack each, the encoder's or only one first.
+_DEPTHS = (("num_hidden_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
+
+
+def uniform_layers(num_layers: int, num_kept: int) -> list[int]:
+    """Indices of `num_kept` layers spread evenly over `num_layers`, with the first and the last one.
+
+    Example:
+        >>> uniform_layers(6, 3)
+        [0, 2, 5]
+    """
+    if num_kept == 1:
+        return [0]
+    return [round(index * (num_layers - 1) / (num_kept - 1)) for index in range(num_kept)]
+
+
+def create_student(
+    teacher: PreTrainedModel,
+    num_hidden_layers: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    num_attention_heads: int | None = None,
+    layers: Literal["uniform", "first", "last"] | Sequence[int] = "uniform",
+    init: Literal["copy", "shared", "random"] = "copy",
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> PreTrainedModel:
+    """A smaller model of the teacher's class and head, cut from the teacher or made from its config.
+
+    Layers are left out first (DistilBERT, arXiv 1910.01108, section 3). Then narrower widths keep the most important
+    heads, feed-forward units and hidden units; see `narrowing.py`.
+
+    Args:
+        teacher: A transformers model with `config.num_hidden_layers` layers in one stack, or in one stack each of an
+            encoder and a decoder. It is not changed, and shares no parameter with the student.
+        num_hidden_layers: Number of layers of the student (of each of two stacks); by default as many as the teacher
+            has, or as `layers` lists.
+        hidden_size: Width of the hidden states; by default the teacher's.
+        intermediate_size: Width of the feed-forward layers; by default the teacher's.
+        num_attention_heads: Number of heads. By default the teacher's, or, in families whose heads are
+            `hidden_size / num_attention_heads` wide, as many of that width as `hidden_size` holds.
+        layers: Which layers are kept: spread evenly with the first and the last one (`uniform_layers`), the first
+            ones, the last ones, or these, counted from 0.
+        init: "copy" for the teacher's weights, "random" for new ones (from the random state of torch), "shared" for
+            the teacher's own tensors: a frozen base of which both have a part, with adapters for each (PEFT).
+        calibration: Some batches of inputs, for the importance of units: the mean size of what they pass on (Minitron,
+            arXiv 2407.14679). By default, the size of their weights.
+
+    Returns:
+        An ordinary model of the teacher's class, in the teacher's dtype and on its device.
+
+    Raises:
+        ValueError: A size is out of range or does not divide, the layers are not the teacher's, the model is of a
+            family in which that cannot be cut, or it is quantised and would be copied.
+
+    Example:
+        ```python
+        student = create_student(teacher, num_hidden_layers=3, intermediate_size=768)
+        ```
+    """
+    if is_peft_model(teacher):
+        raise ValueError(
+            "`teacher` is wrapped by PEFT. Cut the student from the model inside (`teacher.get_base_model()`) before "
+            "adapters are added, or merge them first (`merge_and_unload`)."
+        )
+    if init not in ("copy", "shared", "random"):
+        raise ValueError(f"`init={init!r}` is not known: it is 'copy', 'shared' or 'random'.")
+    if is_quantised(teacher) and init == "copy":
+        raise ValueError(
+            f"`teacher` is quantised ({teacher.config.quantization_config.quant_method}), and `init='copy'` needs its "
+            "weights as they were. Cut the student before, save it, and load it with a `quantization_config`; or give "
+            "`init='shared'`, for adapters of both models on one frozen base."
+        )
+    widths = Widths(hidden_size, intermediate_size, num_attention_heads)
+    if init == "shared" and widths.any:
+        raise ValueError(f"`init='shared'` has the teacher's own tensors, which {widths} would cut. Leave layers out.")
+    kept = {
+        attribute: _kept_layers(getattr(teacher.config, attribute), num_hidden_layers, layers)
+        for attribute in _depth_attributes(teacher.config)
+    }
+    if init == "random":
+        config = _cut_config(teacher.config, kept)
+        widths.apply(config)
+        vars(config).pop("quantization_config", None)  # new weights are whole
+        return type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
+    with whole_parameters(teacher):
+        student = _cut(teacher, kept, shared=init == "shared")
+    return narrow(student, widths, calibration) if widths.any else student
+
+
+def _depth_attributes(config: PreTrainedConfig) -> list[str]:
+    """Attributes that count the layers of each stack.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for encoder, decoder in _DEPTHS:
+        if getattr(config, decoder, None) is not None and hasattr(config, encoder):
+            return [encoder, decoder]
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(
+            f"The config of a {config.model_type} has no `num_hidden_layers`, so layers cannot be left out. Build the "
+            "student from a smaller config instead."
+        )
+    return ["num_hidden_layers"]
+
+
+def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int]) -> list[int]:
+    """Indices of the layers that are kept of a stack.
+
+    Raises:
+        ValueError: The number or the indices are not valid.
+    """
+    if not isinstance(layers, str):
+        indices = list(layers)
+        if number not in (None, len(indices)):
+            raise ValueError(
+                f"`num_hidden_layers={number}`, but `layers={indices}` are {len(indices)}: leave out one of them."
+            )
+        if not indices or sorted({*indices} & {*range(num_layers)}) != indices:
+            raise ValueError(
+                f"`layers={indices}` are not valid: give at least one, in ascending order, of the teacher's layers 0 "
+                f"to {num_layers - 1}."
+            )
+        return indices
+    number = num_layers if number is None else number
+    if not 1 <= number <= num_layers:
+        raise ValueError(
+            f"`num_hidden_layers={number}` is not valid: the teacher has {num_layers} layers, so a student cut from "
+            f"it has from 1 to {num_layers}."
+        )
+    choices = {
+        "uniform": uniform_layers(num_layers, number),
+        "first": list(range(number)),
+        "last": list(range(num_layers - number, num_layers)),
+    }
+    if layers not in choices:
+        raise ValueError(f"`layers={layers!r}` is not known: it is one of {list(choices)}, or a list of indices.")
+    return choices[layers]
+
+
+def _cut_config(config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> PreTrainedConfig:
+    """The config of a model with the layers that are kept, by the attribute that counts them."""
+    config = copy.deepcopy(config)
+    first, *_ = kept.values()
+    num_layers = getattr(config, next(iter(kept)))
+    for name, value in config.to_dict().items():
+        if isinstance(value, (list, tuple)) and len(value) == num_layers:  # e.g. `layer_types`, one entry a layer
+            setattr(config, name, [value[index] for index in first])
+    for attribute, indices in kept.items():
+        setattr(config, attribute, len(indices))
+    return config
+
+
+def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) -> PreTrainedModel:
+    """A copy of the teacher with the layers that are kept, or a model that has the same tensors."""
+    student = new_model(teacher, _cut_config(teacher.config, kept))
+    stacks = dict(zip(layer_stacks(teacher), kept.values(), strict=False))  # no stack: ALBERT
+    quantised = _share_quantised(teacher, student, stacks) if is_quantised(teacher) else ()
+    state = teacher.state_dict(keep_vars=shared)
+    for stack, indices in stacks.items():
+        layer_of = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.*)")
+        own = {name: match for name in state if (match := layer_of.fullmatch(name))}
+        layers: dict[int, dict[str, Tensor]] = {}
+        for name, match in own.items():
+            layers.setdefault(int(match[1]), {})[match[2]] = state.pop(name)
+        for new, old in enumerate(indices):
+            # What only the first layer has (position biases that all layers use, say) is its, whichever comes first.
+            parameters = layers.get(old, {}) | (
+                {name: value for name, value in layers[0].items() if name not in layers[old]} if new == 0 else {}
+            )
+            state |= {f"{stack}.{new}.{name}": value for name, value in parameters.items()}
+    names = student.state_dict().keys()
+    own = {name: value for name, value in state.items() if name in names and not name.startswith(quantised)}
+    report = student.load_state_dict(own, strict=False, assign=shared)
+    # A norm that only layers other than the first one have begins as it is made.
+    missing = [n for n in report.missing_keys if "norm" not in n.lower() and not n.startswith(quantised)]
+    if missing:
+        raise ValueError(f"A {type(teacher).__name__} cannot be cut so: its layers have no {missing}.")
+    if is_quantised(teacher):  # all its tensors are the teacher's, and are where they are
+        vars(student).update({name: value for name, value in vars(teacher).items() if name in _QUANTISED})
+        return student
+    return student.to(device=teacher.device, dtype=teacher.dtype)
+
+
+def _share_quantised(
+    teacher: PreTrainedModel, student: PreTrainedModel, stacks: Mapping[str, list[int]]
+) -> tuple[str, ...]:
+    """Put the teacher's quantised modules in the place of the student's plain ones; how their parameters' names begin.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        stacks: The layers that are kept of each stack.
+    """
+    found = []
+    for name, module in list(student.named_modules()):
+        there = name
+        for stack, indices in stacks.items():
+            if match := re.fullmatch(rf"{re.escape(stack)}\.(\d+)(\..*)?", name):
+                there = f"{stack}.{indices[int(match[1])]}{match[2] or ''}"
+        own = teacher.get_submodule(there)
+        if type(own) is not type(module):
+            student.set_submodule(name, own)
+            found.append(f"{name}.")
+    return tuple(found)
+
+
+def layer_stacks(teacher: PreTrainedModel) -> list[str]:
+    """Names of the stacks of layers, the encoder's first; none where one layer is run several times (ALBERT).
+
+    Raises:
+        ValueError: They cannot be told.
+    """
+    if getattr(teacher.config, "num_hidden_groups", None) == 1:
+        return []
+    sizes = [getattr(teacher.config, attribute) for attribute in _depth_attributes(teacher.config)]
+    found = [
+        name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) in sizes
+    ]
+    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+    if len(found) > len(sizes):  # a stack of convolutions, say, with as many layers
+        found = [
+            name for name in found if any("att" in part for part, _ in teacher.get_submodule(name).named_modules())
+        ]
+    if len(found) > 1:
+        found.sort(key=lambda name: "decoder" in name.split("."))
+    if [len(teacher.get_submodule(name)) for name in found] != sizes:
+        raise ValueError(
+            f"A {type(teacher).__name__} has {len(found)} stacks of layers {found} where {sizes} layers are expected, "
+            "and cutting needs exactly one for each. Build the student from a smaller config instead."
+        )
+    return found

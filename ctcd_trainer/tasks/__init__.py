@@ -1,0 +1,102 @@
+"""The tasks that there are, and which one a model is for.
+
+A new head is a new class in `classification_tasks.py` or `language_tasks.py`, added to `TASKS`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..model_structure import base_model
+from .base import Task
+from .labelled import (
+    AudioClassification,
+    ImageClassification,
+    MultipleChoice,
+    QuestionAnswering,
+    SequenceClassification,
+    TokenClassification,
+)
+from .language import CausalLM, MaskedLM, Seq2SeqLM
+
+
+class UnknownHead(Task):
+    """A head that is compared by the function of the user alone (`soft_loss_func`)."""
+
+    name = "unknown"
+    model_names = frozenset()
+
+    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
+        """Nothing is known that could be checked."""
+
+    def check_labels(self, rows: Sequence[Any]) -> None:
+        """Nothing is known that could be checked."""
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Integer labels as they are; otherwise 0 for each row."""
+        labels = inputs.get("labels")
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            return labels
+        first = next(value for value in inputs.values() if isinstance(value, Tensor))
+        return torch.zeros(len(first), dtype=torch.long, device=first.device)
+
+    def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The labels as they are."""
+        return {name: inputs[name] for name in self.label_names if name in inputs}
+
+    def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> None:
+        """None: what a prediction is, is not known."""
+        return None
+
+
+#: The heads that are recognised, in the order in which they are tried (a BART for translation can fill masks as well).
+TASKS: tuple[type[Task], ...] = (
+    SequenceClassification,
+    TokenClassification,
+    QuestionAnswering,
+    MultipleChoice,
+    ImageClassification,
+    AudioClassification,
+    Seq2SeqLM,
+    MaskedLM,
+    CausalLM,
+)
+
+
+def find_task(model: nn.Module, argument: str = "model") -> Task:
+    """Recognise the head of a model by its class (or a class it inherits from).
+
+    Args:
+        model: A model with a head, PEFT-wrapped or not.
+        argument: Name of the argument that gave it, for the message.
+
+    Raises:
+        ValueError: The head is not supported.
+    """
+    names = [cls.__name__ for cls in type(base_model(model)).__mro__]
+    for task in TASKS:
+        if task.model_names.intersection(names) and hasattr(model, "config") and task.accepts(model.config):
+            return task(model.config)
+    supported = ", ".join(task.auto_model.__name__ for task in TASKS)
+    raise ValueError(
+        f"`{argument}` is a {names[0]}, a head that is not known. Known are the models that {supported} load, and "
+        "subclasses of them. For another head pass `soft_loss_func(teacher_outputs, student_outputs, inputs)`, or "
+        f"name the task that its outputs belong to with `task`: {', '.join(repr(task.name) for task in TASKS)}."
+    )
+
+
+def named_task(task: Task | str, config: PreTrainedConfig) -> Task:
+    """The task that the user names, or gives.
+
+    Raises:
+        ValueError: There is no task of this name.
+    """
+    if isinstance(task, Task):
+        return task
+    for known in TASKS:
+        if known.name == task:
+            return known(config)
+    raise ValueError(f"`task={task!r}` is unknown. Valid values: {', '.join(known.name for known in TASKS)}.")

@@ -1,0 +1,219 @@
+"""A task: what a head's logits mean, which of them are compared, at which positions, and what is counted."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from ..soft_losses import Categorical, Family
+from .labels import IGNORE_INDEX, label_array, own_labels
+
+
+def model_names_of(mapping: str) -> frozenset[str]:
+    """Class names of the models that an `AutoModelFor...` class can load."""
+    names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+    return frozenset(name for entry in names for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+class Task:
+    """A head: how the outputs of two models with this head are compared, and what their labels must look like.
+
+    By default: one of several classes at each position, for labels of the shape of the positions.
+
+    Args:
+        config: Config of the teacher.
+    """
+
+    #: How the task is called, e.g. as the argument `task` of the trainer.
+    name: ClassVar[str]
+    #: The `AutoModelFor...` class that loads a model of this head by name or path.
+    auto_model: ClassVar[type]
+    #: Names of the classes that have this head.
+    model_names: ClassVar[frozenset[str]]
+    #: The inputs that are labels.
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    #: Whether the classes are the tokens of a vocabulary.
+    language_model: ClassVar[bool] = False
+    #: Whether the models shift the labels, so that a position predicts the next label.
+    shifts_labels: ClassVar[bool] = False
+    #: The outputs that `compared` reads.
+    compared_outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    #: Whether these have a value for each token, so that they are as long as the padding of the batch; or one for each
+    #: row, which padding does not change; `None` if that is not known.
+    per_token: ClassVar[bool | None] = None
+    #: Whether a whole row is one item, so that a row without a label can still be compared.
+    per_row: ClassVar[bool] = False
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.num_labels: int = getattr(config, "num_labels", 0)
+
+    # ---- Do the models and the labels fit? ----
+
+    @classmethod
+    def accepts(cls, config: PreTrainedConfig) -> bool:
+        """Whether a model with a class of `model_names` has this head."""
+        return True
+
+    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
+        """Both models must have the same number of labels, with the same meaning.
+
+        Args:
+            teacher: Config of the teacher.
+            student: Config of the model that is paired with it.
+            role: Name of the argument that gave the second model, for the message.
+
+        Raises:
+            ValueError: They differ; the message has both values.
+        """
+        labels = [own_labels(config) for config in (teacher, student)]
+        same_names = None in labels or labels[0] == labels[1]
+        self._check_equal("num_labels", teacher.num_labels == student.num_labels, teacher, student, role)
+        self._check_equal("id2label", same_names, teacher, student, role)
+
+    def _check_equal(
+        self, name: str, same: bool, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str
+    ) -> None:
+        if not same:
+            ours, theirs = getattr(teacher, name), getattr(student, name)
+            raise ValueError(
+                f"`model` has `{name}={ours!r}` and `{role}` has `{name}={theirs!r}`: their predictions cannot be "
+                f"compared. Load both with the same `{name}`, e.g. "
+                f"`{self.auto_model.__name__}.from_pretrained(..., {name}={ours!r})`."
+            )
+
+    def unlabelled_rows(self, rows: Sequence[Any]) -> np.ndarray:
+        """Which rows of a data set have no label, bool `(rows,)`; they are `IGNORE_INDEX`.
+
+        Args:
+            rows: The label of each row.
+        """
+        return np.asarray([np.all(np.asarray(label) == IGNORE_INDEX) for label in rows])
+
+    def check_labels(self, rows: Sequence[Any]) -> None:
+        """Every label of a data set must be the index of a class.
+
+        Args:
+            rows: The label of each row: a number, or a list of numbers.
+
+        Raises:
+            ValueError: A label does not fit the head; the message has the row and the value.
+        """
+        for row, values in enumerate(rows):
+            self._check_classes(label_array([values], row), row)
+
+    def _check_classes(self, labels: np.ndarray, first_row: int = 0) -> None:
+        """Raise `ValueError` if an entry of `(rows, ...)` is neither a class nor ignored."""
+        wrong = (labels != IGNORE_INDEX) & ~((labels >= 0) & (labels < self.num_labels))
+        if wrong.any():
+            position = tuple(np.argwhere(wrong)[0])
+            raise ValueError(
+                f"Label {labels[position]} of row {first_row + position[0]} is out of range: the models have "
+                f"`num_labels={self.num_labels}`, so labels go from 0 to {self.num_labels - 1} (or {IGNORE_INDEX} to "
+                "ignore one). Correct the data or load both models with a larger `num_labels`."
+            )
+
+    # ---- What is scored? ----
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The label of each position that the models predict, `IGNORE_INDEX` where none is scored.
+
+        Raises:
+            ValueError: The batch has no labels.
+        """
+        if "labels" not in inputs:
+            raise ValueError(
+                f"The batch has no `labels`, only {sorted(inputs)}: name the label column 'label' or 'labels', or "
+                "pass a `data_collator` that makes them."
+            )
+        return inputs["labels"]
+
+    def counted(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The targets as `num_items_in_batch` counts them: one entry per item, `IGNORE_INDEX` if not scored."""
+        return self.targets(inputs)
+
+    def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The labels to give to the model, or class 0 everywhere if nothing is scored.
+
+        The mean cross-entropy over nothing is NaN, and so are its gradients even when it is multiplied by 0. The loss
+        of such a batch is counted with weight 0, so it may as well be finite.
+        """
+        labels = {name: inputs[name] for name in self.label_names if name in inputs}
+        nothing = self.counted(inputs).eq(IGNORE_INDEX).all() if labels else None
+        return {name: value.masked_fill(nothing, 0) for name, value in labels.items()}
+
+    def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether a model makes predictions only if it is given the labels."""
+        return False
+
+    def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a model without labels, from which it makes the same predictions."""
+        return {name: value for name, value in inputs.items() if name not in self.label_names}
+
+    # ---- The comparison ----
+
+    def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """The logits of a model that are compared, `(*positions, outcomes)`."""
+        return outputs["logits"]
+
+    def scored(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Which of these positions are scored: bool `(rows, *positions)`."""
+        return self.targets(inputs).ne(IGNORE_INDEX)
+
+    def distilled(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Which of these positions the soft losses compare: the scored ones, or all rows where these are the items."""
+        scored = self.scored(inputs)
+        return torch.ones_like(scored) if self.per_row else scored
+
+    def family(self, inputs: Mapping[str, Any]) -> Family:
+        """What the logits that are compared mean."""
+        return Categorical()
+
+    def hard_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Mean of the loss over the labelled items, as the model has computed it; `None` if it has not."""
+        return outputs.get("loss")
+
+    def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
+        """Mean over the positions that are compared of a soft loss.
+
+        Args:
+            learner: Output of the model that is trained.
+            source: Output of the model it learns from; it is detached here.
+            inputs: The batch.
+            name: A key of `SOFT_LOSSES`.
+            temperature: Temperature of the comparison.
+
+        Returns:
+            0-dimensional; 0 if nothing is compared.
+        """
+        logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
+        values = self.family(inputs).soft_loss(*logits, name, temperature)
+        compared = self.distilled(inputs)
+        return torch.where(compared, values, 0.0).sum() / compared.sum().clamp(min=1)
+
+    def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """How often two models predict the same.
+
+        Args:
+            first: Output of one model.
+            second: Output of the other one.
+            inputs: The batch; without labels all positions count that can be told to be none of padding.
+
+        Returns:
+            Two float tensors `(rows,)`: equal predictions and scored positions of each row; `None` where predictions
+            are never equal (regression).
+        """
+        same = self.family(inputs).same(self.compared(first, inputs), self.compared(second, inputs))
+        if same is None:
+            return None
+        same = same.reshape(same.shape[0], -1).float()
+        scored = self.scored(inputs) if set(self.label_names) <= inputs.keys() else self._unlabelled_scored(inputs)
+        scored = torch.ones_like(same) if scored is None else scored.reshape(len(same), -1).float().expand_as(same)
+        return (same * scored).sum(-1), scored.sum(-1)
+
+    def _unlabelled_scored(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The positions that count in an agreement without labels; `None` for all."""
+        return None

@@ -1,0 +1,112 @@
+"""Heads of language models: masked, causal, sequence-to-sequence."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+
+from .base import Task, model_names_of
+from .labels import IGNORE_INDEX
+
+
+class LanguageModel(Task):
+    """A token of the vocabulary at each position; only scored positions are compared, on the ids that both have."""
+
+    language_model = True
+    per_token = True
+
+    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
+        """What must agree is the tokenizer: see `checking_data.check_vocabularies`."""
+
+    def check_labels(self, rows: Sequence[Any]) -> None:
+        """Not checked: labels are token ids, made by the data collator."""
+
+    def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The labels; where nothing is scored, token 0 at every position."""
+        nothing = self.counted(inputs).eq(IGNORE_INDEX).all()
+        return {"labels": inputs["labels"].masked_fill(nothing, 0)}
+
+    def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """The logits at the scored positions alone, `(scored, vocabulary)`."""
+        logits = outputs["logits"]
+        if logits.ndim == 2:  # a model that has selected them itself (ModernBERT with `sparse_prediction`)
+            return logits
+        targets = self.targets(inputs)
+        return logits[:, -targets.shape[1] :][targets.ne(IGNORE_INDEX)]  # prompt tuning has put tokens in front
+
+    def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
+        """Mean over the scored positions of a soft loss on the shared ids; see `Task.soft_loss`."""
+        logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
+        shared = min(z.shape[-1] for z in logits)
+        values = self.family(inputs).soft_loss(*(z[:, :shared] for z in logits), name, temperature)
+        return values.sum() / max(len(values), 1)
+
+    def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """How often two models predict the same token; see `Task.agreement`. `None` without labels."""
+        if "labels" not in inputs:
+            return None
+        scored = self.scored(inputs)
+        logits = [self.compared(outputs, inputs) for outputs in (first, second)]
+        shared = min(z.shape[-1] for z in logits)
+        same = self.family(inputs).same(*(z[:, :shared] for z in logits))
+        same = torch.zeros_like(scored).masked_scatter_(scored, same)
+        return same.sum(-1).float(), scored.sum(-1).float()
+
+
+class Seq2SeqLM(LanguageModel):
+    """An encoder-decoder that is trained by teacher forcing (`T5...`, `Bart...ForConditionalGeneration`)."""
+
+    name = "seq2seq-lm"
+    auto_model = AutoModelForSeq2SeqLM
+    model_names = model_names_of("SEQ_TO_SEQ_CAUSAL_LM")
+
+    @classmethod
+    def accepts(cls, config: PreTrainedConfig) -> bool:
+        """Some of the classes have a decoder only."""
+        return config.is_encoder_decoder
+
+    def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model makes its decoder inputs only together with its loss (M2M100, NLLB, Blenderbot)."""
+        given = inputs.get("decoder_input_ids") is not None or "decoder_inputs_embeds" in inputs
+        return "labels" in inputs and not given and not hasattr(model, "prepare_decoder_input_ids_from_labels")
+
+    def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs without labels, but with the decoder inputs that the model makes of them.
+
+        Raises:
+            ValueError: The model makes them only together with its loss.
+        """
+        own = super().unlabelled(model, inputs)
+        if "labels" in inputs and own.get("decoder_input_ids") is None and "decoder_inputs_embeds" not in own:
+            if self.needs_labels(model, inputs):
+                raise ValueError(
+                    f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, so it needs "
+                    "`decoder_input_ids` in the batch. Let the `data_collator` add them: the labels, shifted to the "
+                    "right."
+                )
+            own["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        return own
+
+
+class MaskedLM(LanguageModel):
+    """The tokens that were masked (`...ForMaskedLM`)."""
+
+    name = "masked-lm"
+    auto_model = AutoModelForMaskedLM
+    model_names = model_names_of("MASKED_LM")
+
+
+class CausalLM(LanguageModel):
+    """The next token at each position (`...ForCausalLM`): labels are shifted, as the models do it."""
+
+    name = "causal-lm"
+    auto_model = AutoModelForCausalLM
+    model_names = model_names_of("CAUSAL_LM")
+    shifts_labels = True
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The label of the next position; none at the last one."""
+        labels = super().targets(inputs)
+        return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)

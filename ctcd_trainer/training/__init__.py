@@ -1,0 +1,1 @@
+"""Parts of the trainer: optimizer, evaluation, meters, augmentation, hyperparameter search."""

@@ -1,0 +1,201 @@
+"""Numbers about two models at once: loss components while training, losses, metrics and agreement in evaluation."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..graph import STUDENT
+
+
+class LossMeter:
+    """Adds up loss components on the device, so that no step waits for it, and notes when one was not finite."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
+        self._bad_steps: Tensor | None = None
+        self._steps: set[int] = set()
+
+    def add(self, components: Mapping[str, Tensor], step: int) -> None:
+        """Add the components of one micro-batch.
+
+        Args:
+            components: 0-dimensional tensors by name, each already divided by the item count of the whole accumulated
+                batch, so that the sum over its micro-batches is the mean. The names never change.
+            step: Number of the optimizer step, from 1.
+        """
+        values = torch.stack([value.detach().float() for value in components.values()])
+        if self._sums is None or self._bad_steps is None:
+            self._names = tuple(components)
+            self._sums = torch.zeros_like(values)
+            self._bad_steps = torch.full_like(values, torch.inf)
+        self._steps.add(step)
+        self._sums += values
+        self._bad_steps = torch.where(values.isfinite(), self._bad_steps, self._bad_steps.clamp(max=step))
+
+    def check(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Raise if a component was not finite on any process.
+
+        Args:
+            gather: Stacks a tensor `(1, components)` of all processes to `(processes, components)`.
+
+        Raises:
+            FloatingPointError: Names the models, the components and the first step.
+        """
+        if self._bad_steps is None:
+            return
+        bad_steps = gather(self._bad_steps[None]).amin(0).tolist()
+        first = min(bad_steps)
+        if first == float("inf"):
+            return
+        names = [name for name, step in zip(self._names, bad_steps, strict=True) if step == first]
+        broken = [name.removesuffix("_hard_loss") for name in names if name.endswith("_hard_loss")]
+        if not broken:  # a soft loss alone: its source is frozen, so it has no loss of its own
+            broken = [name.removesuffix("_loss").split("_from_")[1] for name in names]
+        raise FloatingPointError(
+            f"The loss of the {' and '.join(dict.fromkeys(broken))} became NaN or infinite at step {int(first)} "
+            f"({', '.join(names)}). No checkpoint was written since. Lower the learning rate of that model if it is "
+            "trained, check its weights, inputs and labels, or train in bf16 or fp32 instead of fp16."
+        )
+
+    def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean of each component over the steps since the last call and over the processes.
+
+        Args:
+            gather: As in `check`.
+        """
+        if self._sums is None:
+            return {}
+        means = (gather(self._sums[None]).mean(0) / max(len(self._steps), 1)).tolist()
+        self._sums.zero_()
+        self._steps.clear()
+        return dict(zip(self._names, means, strict=True))
+
+
+class EvaluationMeter:
+    """What an evaluation accumulates batch by batch besides what Trainer does: student losses and agreement."""
+
+    def __init__(self) -> None:
+        self._losses: list[np.ndarray] = []
+        self._same = 0.0
+        self._scored = 0.0
+
+    def add_losses(self, losses: Tensor) -> None:
+        """Add the student's losses, one per example, gathered from all processes."""
+        self._losses.append(losses.float().cpu().numpy())
+
+    def add_agreement(self, same: Tensor, scored: Tensor) -> None:
+        """Add the numbers of equal predictions and of scored positions, per row, gathered from all processes."""
+        self._same += same.sum().item()
+        self._scored += scored.sum().item()
+
+    def losses(self, last_batch: bool = False) -> np.ndarray | None:
+        """The student's losses, one per example, `None` without labels; of all batches so far or of the last one."""
+        return np.concatenate(self._losses[-1:] if last_batch else self._losses) if self._losses else None
+
+    def metrics(self, prefix: str, finite_only: bool = True) -> dict[str, float]:
+        """`<prefix>_student_loss` and `<prefix>_agreement`, where there is something to report.
+
+        Args:
+            prefix: Prefix of the evaluation.
+            finite_only: Whether losses that are not finite do not count, unless all are so (as Trainer does it with
+                `logging_nan_inf_filter`).
+        """
+        metrics = {}
+        losses = self.losses()
+        if losses is not None:
+            finite = np.isfinite(losses)
+            losses = losses[finite] if finite_only and finite.any() else losses
+            metrics[f"{prefix}_student_loss"] = float(np.mean(losses))
+        if self._scored:
+            metrics[f"{prefix}_agreement"] = self._same / self._scored
+        return metrics
+
+
+class MetricsOfEach:
+    """Calls the user's `compute_metrics` once per model, each time with an ordinary `EvalPrediction`.
+
+    Args:
+        functions: The user's function by name of the learner; with `batch_eval_metrics` the others have copies of it
+            (`copy_of_metrics`).
+        primary: Name of the learner whose metrics get no prefix; those of the others get their name.
+        meter: Where the losses of the others are.
+        batched: Whether it is called batch by batch (`batch_eval_metrics`).
+        metric_key_prefix: Prefix of the evaluation, which the user's keys may already have.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., dict[str, Any]]],
+        primary: str,
+        meter: EvaluationMeter,
+        batched: bool,
+        metric_key_prefix: str,
+    ) -> None:
+        self._functions = functions
+        self._primary = primary
+        self._meter = meter
+        self._batched = batched
+        self._prefix = f"{metric_key_prefix}_"
+
+    def __call__(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
+        """The metrics of all models; `prediction.predictions` has the predictions of each by name."""
+        metrics: dict[str, Any] = {}
+        for name, function in self._functions.items():
+            losses, prefix = prediction.losses, ""
+            if name != self._primary:
+                losses = None if losses is None else self._meter.losses(last_batch=self._batched)
+                prefix = f"{name}_"
+            own = EvalPrediction(
+                predictions=predictions_of(name, prediction.predictions),
+                label_ids=prediction.label_ids,
+                inputs=prediction.inputs,
+                losses=losses,
+            )
+            values = function(own, **kwargs) or {}
+            metrics |= {f"{prefix}{key.removeprefix(self._prefix)}": value for key, value in values.items()}
+        return metrics
+
+
+def copy_of_metrics(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A copy, for another model, of a `compute_metrics` that keeps a state between its calls (`batch_eval_metrics`).
+
+    Raises:
+        ValueError: It is no object that can be copied, but a function or a class, whose state all would share.
+    """
+    if inspect.isroutine(compute_metrics) or inspect.isclass(compute_metrics):
+        raise ValueError(
+            f"`batch_eval_metrics=True` with two models needs `compute_metrics` to be an object with `__call__`, of "
+            f"which each model gets a copy, but it is {compute_metrics!r}, whose state both would share. Pass an "
+            "instance of a class, or set `batch_eval_metrics=False`."
+        )
+    return copy.deepcopy(compute_metrics)
+
+
+def predictions_of(learner: str, predictions: Any) -> Any:
+    """One learner's part of what an evaluation loop collected: a dict by name, or a list of them (one per batch)."""
+    if isinstance(predictions, list):
+        return [batch[learner] for batch in predictions]
+    return predictions if predictions is None else predictions[learner]
+
+
+def perplexities(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """`<prefix>_perplexity` and `<prefix>_student_perplexity`: the exponentials of the losses.
+
+    Args:
+        metrics: With `<prefix>_loss` and `<prefix>_student_loss`, in nats.
+        prefix: Prefix of the evaluation.
+    """
+    found = {}
+    for name in ("", f"{STUDENT}_"):
+        loss = metrics.get(f"{prefix}_{name}loss")
+        if loss is not None:
+            with np.errstate(over="ignore"):
+                found[f"{prefix}_{name}perplexity"] = float(np.exp(loss))
+    return found

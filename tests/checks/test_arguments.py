@@ -1,0 +1,165 @@
+"""The arguments: defaults, the table of modes, the command line, and errors that name argument, value and remedy."""
+
+import dataclasses
+import json
+import math
+import pickle
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from ctcd_trainer import CoDistillationTrainingArguments
+from ctcd_trainer.arguments import learner_arguments
+
+EDGE_WEIGHTS = (
+    "student_from_teacher_weight",
+    "teacher_from_student_weight",
+    "student_from_pretrained_weight",
+    "teacher_from_pretrained_weight",
+)
+
+
+def make(tmp_path, **options):
+    return CoDistillationTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+def test_it_is_a_training_arguments_with_the_documented_defaults():
+    assert issubclass(CoDistillationTrainingArguments, TrainingArguments)
+    own = {f.name: f.default for f in dataclasses.fields(CoDistillationTrainingArguments)}
+    for field in dataclasses.fields(TrainingArguments):
+        del own[field.name]
+    assert own == {
+        "distillation_mode": "ctcd",
+        "teacher_hard_weight": 1.0,
+        "student_hard_weight": 1.0,
+        **dict.fromkeys(EDGE_WEIGHTS),
+        "temperature": 1.0,
+        "soft_loss": "kl",
+        "soft_warmup_ratio": 0.0,
+        "student_learning_rate": None,
+        "student_weight_decay": None,
+        "student_max_grad_norm": None,
+        "share": None,
+        "fused_lm_head": True,
+        "pretrained_cache_dir": None,
+        "student_metric_for_best_model": None,
+        "student_greater_is_better": None,
+        "student_hub_model_id": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "trained"),
+    [
+        ("standalone", (0, 0, 0, 0), {"teacher", "student"}),
+        ("kd", (1, 0, 0, 0), {"student"}),
+        ("reversed", (0, 1, 0, 0), {"teacher"}),
+        ("ctcd", (1, 1, 0, 0), {"teacher", "student"}),
+        ("community", (1, 1, 1, 1), {"teacher", "student"}),
+    ],
+)
+def test_the_mode_fills_the_weights_that_are_not_given(mode, weights, trained, tmp_path):
+    args = make(tmp_path, distillation_mode=mode)
+    assert tuple(getattr(args, name) for name in EDGE_WEIGHTS) == weights
+    assert set(args.graph.trained) == trained
+
+
+def test_a_weight_that_is_given_wins_over_the_mode(tmp_path):
+    args = make(tmp_path, student_from_teacher_weight=0.25, teacher_from_student_weight=0.0)
+    assert (args.student_from_teacher_weight, args.teacher_from_student_weight) == (0.25, 0.0)
+    assert [(e.source, e.learner, e.weight) for e in args.graph.edges] == [("teacher", "student", 0.25)]
+
+
+def test_it_parses_from_the_command_line(tmp_path):
+    parser = HfArgumentParser(CoDistillationTrainingArguments)
+    own = {"distillation_mode": "kd", "temperature": "2.5", "soft_loss": "js", "student_learning_rate": "1e-4"}
+    common = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": "true"}
+    line = [word for name, value in {**own, **common}.items() for word in (f"--{name}", value)]
+    (args,) = parser.parse_args_into_dataclasses(line)
+    assert (args.distillation_mode, args.temperature, args.soft_loss) == ("kd", 2.5, "js")
+    assert (args.student_learning_rate, args.student_from_teacher_weight) == (1e-4, 1.0)
+
+
+def test_every_own_argument_has_a_help_text():
+    for field in dataclasses.fields(CoDistillationTrainingArguments):
+        if field.name not in TrainingArguments.__dataclass_fields__:
+            assert len(field.metadata["help"]) > 20
+
+
+@pytest.mark.parametrize("name", ["teacher_hard_weight", "student_hard_weight", *EDGE_WEIGHTS])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_negative_or_not_finite_weights_are_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"`{name}={value}` is not valid: it must be a finite number of 0 or more"):
+        make(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_that_is_not_positive_is_refused(value, tmp_path):
+    with pytest.raises(ValueError, match=rf"`temperature={value}` is not valid: .* above 0"):
+        make(tmp_path, temperature=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_a_warmup_ratio_outside_of_0_to_1_is_refused(value, tmp_path):
+    with pytest.raises(ValueError, match=rf"`soft_warmup_ratio={value}` is not valid: .* from 0 to 1"):
+        make(tmp_path, soft_warmup_ratio=value)
+
+
+def test_an_unknown_mode_lists_the_valid_ones(tmp_path):
+    with pytest.raises(ValueError, match="'mutual'` is unknown.*community, ctcd, kd, reversed, standalone"):
+        make(tmp_path, distillation_mode="mutual")
+
+
+def test_an_unknown_soft_loss_lists_the_valid_ones(tmp_path):
+    with pytest.raises(ValueError, match="'cosine'` is unknown.*js, kl, mse, reverse_kl"):
+        make(tmp_path, soft_loss="cosine")
+
+
+def test_all_weights_zero_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Nothing would be trained.*'ctcd'.*teacher, student.*above 0"):
+        make(
+            tmp_path,
+            teacher_hard_weight=0,
+            student_hard_weight=0,
+            student_from_teacher_weight=0,
+            teacher_from_student_weight=0,
+        )
+    with pytest.raises(ValueError, match="Nothing would be trained.*'kd'"):
+        make(tmp_path, distillation_mode="kd", student_hard_weight=0, student_from_teacher_weight=0)
+
+
+def test_a_weight_into_a_model_that_the_mode_freezes_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"`teacher_from_student_weight=0.5` has no effect.*'kd'` freezes the teacher"
+    ):
+        make(tmp_path, distillation_mode="kd", teacher_from_student_weight=0.5)
+
+
+def test_arguments_of_a_learner_are_a_view_that_leaves_the_users_object_alone(tmp_path):
+    args = make(tmp_path, learning_rate=1e-3, student_learning_rate=2e-3, student_max_grad_norm=0.0)
+    view = learner_arguments(args, "student")
+    assert (view.learning_rate, view.weight_decay, view.max_grad_norm) == (2e-3, args.weight_decay, 0.0)
+    assert args.learning_rate == 1e-3
+    assert learner_arguments(args, "teacher") is args
+
+
+def test_weights_that_the_mode_filled_follow_the_mode(tmp_path):
+    args = make(tmp_path, student_from_teacher_weight=0.5)
+    kd = dataclasses.replace(args, distillation_mode="kd")
+    assert (kd.student_from_teacher_weight, kd.teacher_from_student_weight) == (0.5, 0.0)
+    args.distillation_mode = "standalone"  # as a hyperparameter search sets it
+    assert [(edge.source, edge.learner, edge.weight) for edge in args.graph.edges] == [("teacher", "student", 0.5)]
+    json.dumps(args.to_dict())
+    assert pickle.loads(pickle.dumps(args)).graph == args.graph
+
+
+def test_a_hard_weight_of_a_model_that_the_mode_freezes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`teacher_hard_weight=5.0` has no effect.*'kd'` freezes the teacher"):
+        make(tmp_path, distillation_mode="kd", teacher_hard_weight=5.0)
+    make(tmp_path, distillation_mode="kd", teacher_hard_weight=0.0)
+
+
+@pytest.mark.parametrize("value", ["5e-5", True])
+def test_what_is_no_number_is_refused_and_shown_as_it_is(value, tmp_path):
+    with pytest.raises(ValueError, match=f"`student_learning_rate={value!r}` is not valid"):
+        make(tmp_path, student_learning_rate=value)
