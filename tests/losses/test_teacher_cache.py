@@ -13,6 +13,7 @@ from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, 
 from tiny_models import IGNORED, rows_of, tiny_batch, tiny_model
 from torch import nn
 
+from ctcd_trainer import CoDistillationTrainer
 from ctcd_trainer.losses import teacher_cache as pretrained_cache
 from ctcd_trainer.losses.prediction_store import PredictionStore
 from ctcd_trainer.losses.teacher_cache import fingerprint_of
