@@ -216,7 +216,7 @@ class _Cards:
     @property
     def tasks(self) -> list[str]:
         """The tasks as the Hub calls them."""
-        tasks = self.given.get("tasks") or facts.PIPELINE_TAGS.get(self.trainer.task.name)
+        tasks = self.given.get("tasks") or self.trainer.task.pipeline_tag
         return [tasks] if isinstance(tasks, str) else list(tasks or [])
 
     def metadata(self, learner: str) -> ModelCardData:

@@ -26,23 +26,6 @@ from ..model_structure import base_model, is_peft_model
 from ..pair.model import forward_parameters
 from ..tasks.base import Task
 
-#: How the Hub calls the tasks, by their names in `tasks.py`.
-PIPELINE_TAGS: Mapping[str, str] = {
-    "sequence-classification": "text-classification",
-    "masked-lm": "fill-mask",
-    "causal-lm": "text-generation",
-    "seq2seq-lm": "text2text-generation",
-    **{
-        name: name
-        for name in (
-            "token-classification",
-            "question-answering",
-            "multiple-choice",
-            "image-classification",
-            "audio-classification",
-        )
-    },
-}
 #: Builders that read the user's own files: the name says nothing of the data.
 _FILE_BUILDERS = frozenset(
     {"arrow", "audiofolder", "csv", "generator", "imagefolder", "json", "pandas", "parquet", "spark", "sql", "text"}
@@ -166,7 +149,7 @@ def loading_code(
         if isinstance(processing_class, processor_class):
             imports.append(auto_name)
             lines.append(f"{variable} = {auto_name}.from_pretrained({where})")
-            tag = PIPELINE_TAGS.get(task.name)
+            tag = task.pipeline_tag
             fits = variable == "tokenizer" and set(processing_class.model_input_names) <= forward_parameters(model)
             if fits and tag in ("text-classification", "token-classification"):
                 imports.append("pipeline")

@@ -30,6 +30,8 @@ class Task:
 
     #: How the task is called, e.g. as the argument `task` of the trainer.
     name: ClassVar[str]
+    #: The Hub's name of the task, for model cards; `None` if the Hub has none.
+    pipeline_tag: ClassVar[str | None] = None
     #: The `AutoModelFor...` class that loads a model of this head by name or path.
     auto_model: ClassVar[type]
     #: Names of the classes that have this head.

@@ -34,6 +34,7 @@ class SequenceClassification(Task):
     """
 
     name = "sequence-classification"
+    pipeline_tag = "text-classification"
     auto_model = AutoModelForSequenceClassification
     model_names = model_names_of("SEQUENCE_CLASSIFICATION")
     per_token = False
@@ -165,6 +166,7 @@ class ImageClassification(SequenceClassification):
     """One label, or several, for each image (`...ForImageClassification`)."""
 
     name = "image-classification"
+    pipeline_tag = "image-classification"
     auto_model = AutoModelForImageClassification
     model_names = model_names_of("IMAGE_CLASSIFICATION")
 
@@ -173,6 +175,7 @@ class AudioClassification(Task):
     """One label for each recording (`Wav2Vec2ForSequenceClassification` and its like)."""
 
     name = "audio-classification"
+    pipeline_tag = "audio-classification"
     auto_model = AutoModelForAudioClassification
     model_names = model_names_of("AUDIO_CLASSIFICATION")
     per_token = False
@@ -183,6 +186,7 @@ class TokenClassification(Task):
     """One label for each token (`...ForTokenClassification`); without labels, all tokens count but padding."""
 
     name = "token-classification"
+    pipeline_tag = "token-classification"
     auto_model = AutoModelForTokenClassification
     model_names = model_names_of("TOKEN_CLASSIFICATION")
     per_token = True
@@ -201,6 +205,7 @@ class MultipleChoice(Task):
     """The right one of several sequences (`...ForMultipleChoice`): a distribution over the choices."""
 
     name = "multiple-choice"
+    pipeline_tag = "multiple-choice"
     auto_model = AutoModelForMultipleChoice
     model_names = model_names_of("MULTIPLE_CHOICE")
     per_token = False
@@ -221,6 +226,7 @@ class QuestionAnswering(Task):
     """Start and end of an answer in a text (`...ForQuestionAnswering`): two distributions over the unpadded tokens."""
 
     name = "question-answering"
+    pipeline_tag = "question-answering"
     auto_model = AutoModelForQuestionAnswering
     model_names = model_names_of("QUESTION_ANSWERING")
     label_names = ("start_positions", "end_positions")

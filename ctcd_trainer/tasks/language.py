@@ -59,6 +59,7 @@ class Seq2SeqLM(LanguageModel):
     """An encoder-decoder that is trained by teacher forcing (`T5...`, `Bart...ForConditionalGeneration`)."""
 
     name = "seq2seq-lm"
+    pipeline_tag = "text2text-generation"
     auto_model = AutoModelForSeq2SeqLM
     model_names = model_names_of("SEQ_TO_SEQ_CAUSAL_LM")
 
@@ -94,6 +95,7 @@ class MaskedLM(LanguageModel):
     """The tokens that were masked (`...ForMaskedLM`)."""
 
     name = "masked-lm"
+    pipeline_tag = "fill-mask"
     auto_model = AutoModelForMaskedLM
     model_names = model_names_of("MASKED_LM")
 
@@ -102,6 +104,7 @@ class CausalLM(LanguageModel):
     """The next token at each position (`...ForCausalLM`): labels are shifted, as the models do it."""
 
     name = "causal-lm"
+    pipeline_tag = "text-generation"
     auto_model = AutoModelForCausalLM
     model_names = model_names_of("CAUSAL_LM")
     shifts_labels = True
