@@ -1,30 +1,39 @@
-"""Models inside of PEFT, with quantised weights, or in evaluation mode for a while."""
+"""Facts about any model: its PEFT wrapper, quantisation, layers, inputs and size."""
 
+import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Attributes of a config that count the layers of each stack: the encoder's (or the only stack's), the decoder's.
+_DEPTHS = (("num_hidden_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
+
+
+# ---- Wrappers and modes ----
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether a model is wrapped by PEFT (told by what it has, so that PEFT need not be imported)."""
+    """Tell whether PEFT wraps a model, without importing PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model itself, or the one inside a PEFT wrapper."""
+    """Return the model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether the weights of a model are quantised, as `from_pretrained` does it with a `quantization_config`."""
+    """Tell whether `from_pretrained` has quantised the weights of a model (`quantization_config`)."""
     return getattr(model, "quantization_method", None) is not None
 
 
 @contextmanager
-def as_if_whole(model: nn.Module) -> Iterator[None]:
-    """Let Trainer take a quantised model without adapters, which it refuses to train, and which is frozen here."""
+def hidden_quantisation(model: nn.Module) -> Iterator[None]:
+    """Hide from Trainer that a frozen model is quantised; Trainer refuses such models without adapters."""
     model.is_quantized = False
     try:
         yield
@@ -34,7 +43,7 @@ def as_if_whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Run models without dropout for a while; each part is in its own mode afterwards."""
+    """Switch models to evaluation mode for a while; afterwards every module is in its former mode."""
     models = list(models)
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
@@ -46,8 +55,136 @@ def in_evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+# ---- Parameters ----
+
+
 def memory_of(tensor: Tensor) -> int:
-    """Address of the memory that a tensor lies in; of its first part if it is made of others (quantised ones)."""
+    """Return the address of a tensor's memory; for a quantised tensor, the address of its first part."""
     if is_traceable_wrapper_subclass(tensor):
         return memory_of(getattr(tensor, tensor.__tensor_flatten__()[0][0]))
     return tensor.untyped_storage().data_ptr()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the parameters of a model, also where DeepSpeed ZeRO-3 leaves stubs on this process."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Tell whether DeepSpeed ZeRO-3 has divided the parameters of a model among the processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def whole_parameters(model: nn.Module) -> AbstractContextManager:
+    """Gather all parameters of a model on every process for a while, to read them.
+
+    With ZeRO-3, `from_pretrained` divides a model among the processes as soon as the training arguments exist.
+    """
+    if not is_divided(model):
+        return nullcontext()
+    from deepspeed import zero  # installed, since it has divided the parameters
+
+    return zero.GatheredParameters([parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")])
+
+
+def parameter_uses(model: nn.Module) -> Counter[int]:
+    """Count the modules that hold each parameter directly, by the parameter's `id`; tied parameters have several."""
+    held = (module._parameters.values() for module in model.modules())
+    return Counter(id(parameter) for parameters in held for parameter in parameters if parameter is not None)
+
+
+def is_tied(layer: nn.Module, uses: Counter[int]) -> bool:
+    """Tell whether a parameter of a layer is also held outside of it.
+
+    Args:
+        layer: A part of a model.
+        uses: `parameter_uses` of the whole model.
+    """
+    return any(count < uses[key] for key, count in parameter_uses(layer).items())
+
+
+# ---- Inputs and layers ----
+
+
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the names of the inputs that `forward` declares (of the model inside a PEFT wrapper)."""
+    parameters = inspect.signature(type(base_model(model)).forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)) - {"self"}
+
+
+def embeddings_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """Return the layer of `get_input_embeddings` or `get_output_embeddings`, `None` if the model has none.
+
+    Args:
+        model: The model.
+        getter: Name of the method.
+    """
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def layer_classes(models: Iterable[nn.Module]) -> list[str]:
+    """Return the class names of the layers that FSDP may shard one by one.
+
+    These are the layers that a model wants to keep whole (`_no_split_modules`) or, where it does not say (DistilBERT),
+    the modules in its outermost lists. Layers that hold a tied parameter are left out (BERT's embeddings, if its head
+    is tied to them), as is the layer with the input embeddings, which accelerate shards by itself.
+    """
+    found: set[str] = set()
+    for model in models:
+        names = set(getattr(base_model(model), "_no_split_modules", None) or _listed(model))
+        layers = [module for module in model.modules() if type(module).__name__ in names]
+        uses, embeddings = parameter_uses(model), embeddings_of(base_model(model), "get_input_embeddings")
+        left_out = {type(layer).__name__ for layer in layers if embeddings in layer.modules() or is_tied(layer, uses)}
+        found |= {type(layer).__name__ for layer in layers} - left_out
+    return sorted(found)
+
+
+def _listed(model: nn.Module) -> Iterator[str]:
+    """Yield the class names of the modules in the outermost `ModuleList`s of a model."""
+    for child in model.children():
+        yield from (type(layer).__name__ for layer in child) if isinstance(child, nn.ModuleList) else _listed(child)
+
+
+def depth_attributes(config: PreTrainedConfig) -> list[str]:
+    """Return the attributes of a config that count the layers of each stack.
+
+    Raises:
+        ValueError: The config has none.
+    """
+    for encoder, decoder in _DEPTHS:
+        if getattr(config, decoder, None) is not None and hasattr(config, encoder):
+            return [encoder, decoder]
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(
+            f"The config of a {config.model_type} has no `num_hidden_layers`, so layers cannot be left out. Build the "
+            "student from a smaller config instead."
+        )
+    return ["num_hidden_layers"]
+
+
+def layer_stacks(model: PreTrainedModel) -> list[str]:
+    """Return the names of the stacks of layers, the encoder's first; none if one layer runs several times (ALBERT).
+
+    Raises:
+        ValueError: The stacks cannot be told from other lists of modules.
+    """
+    if getattr(model.config, "num_hidden_groups", None) == 1:
+        return []
+    sizes = [getattr(model.config, attribute) for attribute in depth_attributes(model.config)]
+    found = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) in sizes
+    ]
+    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+    if len(found) > len(sizes):  # a stack of convolutions, say, with as many layers
+        found = [name for name in found if any("att" in part for part, _ in model.get_submodule(name).named_modules())]
+    if len(found) > 1:
+        found.sort(key=lambda name: "decoder" in name.split("."))
+    if [len(model.get_submodule(name)) for name in found] != sizes:
+        raise ValueError(
+            f"A {type(model).__name__} has {len(found)} stacks of layers {found} where {sizes} layers are expected, "
+            "and cutting needs exactly one for each. Build the student from a smaller config instead."
+        )
+    return found

@@ -26,7 +26,7 @@ from .graph import STUDENT, TEACHER
 from .losses.head_tap import HeadTap
 from .losses.objective import SoftLossFunction
 from .losses.teacher_cache import PretrainedCache
-from .model_structure import as_if_whole, base_model, is_quantised
+from .model_structure import base_model, hidden_quantisation, is_quantised
 from .pair.loading import load_model
 from .pair.model import CoDistillationModel
 from .pair.shared_layers import SharedRun
@@ -37,7 +37,7 @@ from .tasks.two_tokenizers import PREFIX, PairDataCollator, check_student_inputs
 from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
 from .training.meters import EvaluationMeter, LossMeter, copy_of_metrics
 from .training.search import PairSearchTrainer
-from .training.sharding import shard_frozen, tied_layers_in_root
+from .training.sharding import heads_in_root, shard_frozen
 
 logger = logging.get_logger(__name__)
 
@@ -186,7 +186,7 @@ class CoDistillationTrainer(PairSearchTrainer):
         kwargs = {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs} if optimizer_cls_and_kwargs else {}
         learners = make_learners(model) if paired and model is not None else None
         only_read = learners is not None and TEACHER in self.graph.frozen and is_quantised(model)
-        with as_if_whole(model) if only_read else nullcontext():
+        with hidden_quantisation(model) if only_read else nullcontext():
             super().__init__(
                 model=model,
                 args=args,
@@ -299,7 +299,7 @@ class CoDistillationTrainer(PairSearchTrainer):
             return super()._prepare_for_training(*args, **kwargs)
         if self.pretrained_teacher is not None:
             self._place_pretrained()
-        with tied_layers_in_root(self.pair):
+        with heads_in_root(self.pair):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _place_pretrained(self) -> None:

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
-from ctcd_trainer.students.measuring import count_parameters
+from ctcd_trainer.model_structure import count_parameters
 
 #: How files with columns are read, by the end of their name.
 TABLE_READERS: Mapping[str, str] = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}

@@ -14,8 +14,8 @@ from transformers.modelcard import METRIC_TAGS, TASK_TAG_TO_NAME_MAPPING
 from transformers.utils import logging
 
 from ..graph import PRETRAINED
-from ..model_structure import is_peft_model
-from ..students.measuring import Latencies, count_parameters, latencies_of, weight_bytes
+from ..model_structure import count_parameters, is_peft_model
+from ..students.measuring import Latencies, latencies_of, weight_bytes
 from . import facts, tables
 from .figures import COMPARISON, CURVES, draw_pictures
 from .results import Metrics, Results, baseline_of, is_agreement, lower_is_better

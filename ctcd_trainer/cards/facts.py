@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from ..arguments import ModeDefault
-from ..model_structure import base_model, is_peft_model
-from ..pair.model import forward_parameters
+from ..model_structure import base_model, forward_parameters, is_peft_model
 from ..tasks.base import Task
 
 #: Builders that read the user's own files: the name says nothing of the data.

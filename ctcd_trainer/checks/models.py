@@ -6,8 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..model_structure import is_peft_model, is_quantised, memory_of
-from ..students.measuring import count_parameters
+from ..model_structure import count_parameters, is_peft_model, is_quantised, memory_of
 from ..tasks import UnknownHead, find_task, named_task
 from ..tasks.base import Task
 

@@ -1,6 +1,5 @@
 """The pair as one module, so that one wrap, one backward, one scaler and one checkpoint call serve all learners."""
 
-import inspect
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..graph import STUDENT, TEACHER
 from ..losses.fused_linear import LinearHead, ScoredPositions
 from ..losses.head_tap import HeadTap
-from ..model_structure import base_model
+from ..model_structure import base_model, forward_parameters, layer_classes
 from ..tasks.base import Task
 from ..tasks.two_tokenizers import inputs_of_learner
-from ..training.sharding import layer_classes
 from .shared_layers import SharedRun
 
 
@@ -230,9 +228,3 @@ class LearnerView:
         """Output of the learner on the inputs."""
         self.outputs = self.model(learner=self.learner, **inputs)
         return self.outputs
-
-
-def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the inputs that a model's `forward` declares (those of the model inside a PEFT wrapper)."""
-    parameters = inspect.signature(type(base_model(model)).forward).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)) - {"self"}

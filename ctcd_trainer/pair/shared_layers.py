@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model_structure import in_evaluation_mode, is_peft_model, memory_of
-from ..students.cutting import layer_stacks
+from ..model_structure import in_evaluation_mode, is_peft_model, layer_stacks, memory_of
 
 #: Values of the argument `share`, but for `layers:K`.
 EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"

@@ -5,17 +5,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..model_structure import is_peft_model, is_quantised
-from ..training.sharding import whole_parameters
+from ..model_structure import depth_attributes, is_peft_model, is_quantised, layer_stacks, whole_parameters
 from .narrowing import Widths, narrow, new_model
 
 #: What loading a quantised model has noted of it, by which PEFT and Trainer know it.
 _QUANTISED = ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_8bit", "is_loaded_in_4bit")
-#: Attributes of a config that count the layers of one stack each, the encoder's or only one first.
-_DEPTHS = (("num_hidden_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
 
 
 def uniform_layers(num_layers: int, num_kept: int) -> list[int]:
@@ -91,7 +88,7 @@ def create_student(
         raise ValueError(f"`init='shared'` has the teacher's own tensors, which {widths} would cut. Leave layers out.")
     kept = {
         attribute: _kept_layers(getattr(teacher.config, attribute), num_hidden_layers, layers)
-        for attribute in _depth_attributes(teacher.config)
+        for attribute in depth_attributes(teacher.config)
     }
     if init == "random":
         config = _cut_config(teacher.config, kept)
@@ -101,23 +98,6 @@ def create_student(
     with whole_parameters(teacher):
         student = _cut(teacher, kept, shared=init == "shared")
     return narrow(student, widths, calibration) if widths.any else student
-
-
-def _depth_attributes(config: PreTrainedConfig) -> list[str]:
-    """Attributes that count the layers of each stack.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for encoder, decoder in _DEPTHS:
-        if getattr(config, decoder, None) is not None and hasattr(config, encoder):
-            return [encoder, decoder]
-    if not hasattr(config, "num_hidden_layers"):
-        raise ValueError(
-            f"The config of a {config.model_type} has no `num_hidden_layers`, so layers cannot be left out. Build the "
-            "student from a smaller config instead."
-        )
-    return ["num_hidden_layers"]
 
 
 def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int]) -> list[int]:
@@ -219,30 +199,3 @@ def _share_quantised(
             student.set_submodule(name, own)
             found.append(f"{name}.")
     return tuple(found)
-
-
-def layer_stacks(teacher: PreTrainedModel) -> list[str]:
-    """Names of the stacks of layers, the encoder's first; none where one layer is run several times (ALBERT).
-
-    Raises:
-        ValueError: They cannot be told.
-    """
-    if getattr(teacher.config, "num_hidden_groups", None) == 1:
-        return []
-    sizes = [getattr(teacher.config, attribute) for attribute in _depth_attributes(teacher.config)]
-    found = [
-        name for name, module in teacher.named_modules() if isinstance(module, nn.ModuleList) and len(module) in sizes
-    ]
-    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    if len(found) > len(sizes):  # a stack of convolutions, say, with as many layers
-        found = [
-            name for name in found if any("att" in part for part, _ in teacher.get_submodule(name).named_modules())
-        ]
-    if len(found) > 1:
-        found.sort(key=lambda name: "decoder" in name.split("."))
-    if [len(teacher.get_submodule(name)) for name in found] != sizes:
-        raise ValueError(
-            f"A {type(teacher).__name__} has {len(found)} stacks of layers {found} where {sizes} layers are expected, "
-            "and cutting needs exactly one for each. Build the student from a smaller config instead."
-        )
-    return found

@@ -7,9 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..model_structure import base_model, in_evaluation_mode, is_quantised
-from ..training.sharding import whole_parameters
-from .measuring import count_parameters, latencies_of, length_for
+from ..model_structure import base_model, count_parameters, in_evaluation_mode, is_quantised, whole_parameters
+from .measuring import latencies_of, length_for
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model_structure import base_model, in_evaluation_mode, is_quantised
+from ..model_structure import base_model, count_parameters, in_evaluation_mode, is_quantised
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _WARMUPS = 3
 _SEQUENCE_LENGTH, _REPEATS = 128, 30
 #: Models of more parameters, all together, are not timed: copying and running them would take too long.
 _MAX_PARAMETERS = 500_000_000
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, of all of them also where each process holds a part (DeepSpeed leaves stubs)."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def weight_bytes(folder: Path) -> int:

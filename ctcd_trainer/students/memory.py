@@ -11,9 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ..graph import MODES, STUDENT, TEACHER
-from ..model_structure import base_model
+from ..model_structure import base_model, layer_classes
 from ..tasks import find_task
-from ..training.sharding import layer_classes
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 #: What of weights, gradients and optimizer state each process holds a part of alone.

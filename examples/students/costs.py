@@ -35,8 +35,8 @@ from transformers import (
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from ctcd_trainer.graph import TEACHER
-from ctcd_trainer.model_structure import is_peft_model
-from ctcd_trainer.students.measuring import count_parameters, measure_latencies
+from ctcd_trainer.model_structure import count_parameters, is_peft_model
+from ctcd_trainer.students.measuring import measure_latencies
 from examples.benchmarks.bench_common import describe_machine, in_turns, optimizer_step, peak_memory_of
 from examples.script_models import LabelledModelArguments, load_model, load_models
 

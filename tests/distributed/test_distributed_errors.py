@@ -13,7 +13,7 @@ from tiny import tiny_args, tiny_trainer
 from tiny_models import tiny_model
 
 from ctcd_trainer.checks.arguments import check_arguments, check_strategy
-from ctcd_trainer.training.sharding import layer_classes
+from ctcd_trainer.model_structure import layer_classes
 
 PROGRAM = PROGRAMS / "failing_training.py"
 #: From the bad row on; before it come the imports of three processes.
