@@ -2,130 +2,123 @@
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from transformers import TrainingArguments
 
-from .graph import EDGES, MODES, STUDENT, TEACHER, Edge, Graph
-from .pair.shared_layers import parse_share
+from .graph import EDGES, LEARNERS, MODES, Edge, Graph
 from .soft_losses import SOFT_LOSSES
+
+#: Values of the argument `share`, but for `layers:K`.
+EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
+#: The arguments of `TrainingArguments` that a learner can have of its own, as `<learner>_<name>`.
+PER_LEARNER = ("learning_rate", "weight_decay", "max_grad_norm")
 
 
 class ModeDefault(float):
     """A weight that the mode filled in: it follows the mode when that is changed (`dataclasses.replace`, a search)."""
 
 
+def parse_share(share: str) -> int | None:
+    """Number of shared layers: 0 if only the embeddings are shared, `None` for all layers of the student.
+
+    Raises:
+        ValueError: The value is unknown.
+    """
+    if share == EMBEDDINGS:
+        return 0
+    if share == PREFIX:
+        return None
+    number = share.removeprefix(LAYERS)
+    if share.startswith(LAYERS) and number.isdecimal() and int(number) > 0:
+        return int(number)
+    raise ValueError(
+        f"`share={share!r}` is unknown. Valid values: {EMBEDDINGS}, {LAYERS}K with K of 1 or more, {PREFIX}."
+    )
+
+
+def _argument(default: Any, text: str, choices: Collection[str] | None = None) -> Any:
+    """A field with a help text; with `choices`, a table whose keys are the valid values.
+
+    The command line reads the table when a parser is made, so that it knows the keys that were added to it.
+    """
+    return field(default=default, metadata={"help": text} | ({} if choices is None else {"choices": choices}))
+
+
+def _summaries(table: Mapping[str, Any]) -> str:
+    return " ".join(f"`{name}`: {entry.summary}." for name, entry in table.items())
+
+
 @dataclass
 class DistillationArguments:
     """The arguments of co-distillation alone, to be mixed into any `TrainingArguments` class.
 
-    Names of directions say who learns from whom: `student_from_teacher_weight` weighs the loss that trains the student
-    on the teacher's predictions.
+    Directions are named after the model that learns: `student_from_teacher_weight` weighs the loss that trains the
+    student on the teacher's predictions.
 
     Raises:
-        ValueError: An unknown mode or soft loss, a weight that is negative or not finite, a temperature that is not
-            above 0, a warm-up ratio outside of 0 to 1, a weight on an edge into a model that the mode freezes, no
-            weight above 0 at all, parts to share with a model that the mode freezes, or a cache of a frozen teacher
-            that nothing learns from.
+        ValueError: An argument is out of range or unknown, contradicts another one, or has no effect in this mode; or
+            no weight is above 0.
     """
 
-    distillation_mode: Literal["ctcd", "community", "kd", "reversed", "standalone"] = field(
-        default="ctcd",
-        metadata={
-            "help": "Who learns from whom. `ctcd`: teacher and student from each other. `kd`: the student from the "
-            "frozen teacher. `reversed`: the teacher from the frozen student. `community`: both from each other and "
-            "from a frozen pre-trained teacher. `standalone`: nobody. Sets the soft weights that are not given."
-        },
+    distillation_mode: str = _argument(
+        "ctcd", f"Who learns from whom. {_summaries(MODES)} Sets the soft weights that are not given.", MODES
     )
-    teacher_hard_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's own task loss."})
-    student_hard_weight: float = field(default=1.0, metadata={"help": "Weight of the student's own task loss."})
-    student_from_teacher_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the loss that trains the student on the teacher. Default: set by the mode."},
+    teacher_hard_weight: float = _argument(1.0, "Weight of the teacher's own task loss.")
+    student_hard_weight: float = _argument(1.0, "Weight of the student's own task loss.")
+    student_from_teacher_weight: float | None = _argument(
+        None, "Weight of the loss that trains the student on the teacher. Default: set by the mode."
     )
-    teacher_from_student_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the loss that trains the teacher on the student. Default: set by the mode."},
+    teacher_from_student_weight: float | None = _argument(
+        None, "Weight of the loss that trains the teacher on the student. Default: set by the mode."
     )
-    student_from_pretrained_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the loss that trains the student on the frozen pre-trained teacher. Default: set by "
-            "the mode."
-        },
+    student_from_pretrained_weight: float | None = _argument(
+        None, "Weight of the loss that trains the student on the frozen pre-trained teacher. Default: set by the mode."
     )
-    teacher_from_pretrained_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the loss that trains the teacher on the frozen pre-trained teacher. Default: set by "
-            "the mode."
-        },
+    teacher_from_pretrained_weight: float | None = _argument(
+        None, "Weight of the loss that trains the teacher on the frozen pre-trained teacher. Default: set by the mode."
     )
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature of the soft losses; they are multiplied by its square to keep their scale."},
+    temperature: float = _argument(
+        1.0, "Temperature of the soft losses, which are multiplied by its square to keep their scale."
     )
-    soft_loss: Literal["kl", "reverse_kl", "js", "mse"] = field(
-        default="kl",
-        metadata={
-            "help": "How predictions are compared. `kl`: KL(source || learner). `reverse_kl`: KL(learner || source). "
-            "`js`: Jensen-Shannon divergence. `mse`: mean squared difference of the logits (no temperature)."
-        },
+    soft_loss: str = _argument("kl", f"How predictions are compared. {_summaries(SOFT_LOSSES)}", SOFT_LOSSES)
+    soft_warmup_ratio: float = _argument(0.0, "Share of the steps over which the soft weights rise linearly from 0.")
+    student_learning_rate: float | None = _argument(
+        None, "Initial learning rate of the student. Default: `learning_rate`."
     )
-    soft_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the steps over which the soft weights rise linearly from 0."}
+    student_weight_decay: float | None = _argument(None, "Weight decay of the student. Default: `weight_decay`.")
+    student_max_grad_norm: float | None = _argument(
+        None, "Norm to which the student's gradients are clipped, 0 for no clipping. Default: `max_grad_norm`."
     )
-    student_learning_rate: float | None = field(
-        default=None, metadata={"help": "Initial learning rate of the student. Default: `learning_rate`."}
+    share: str | None = _argument(
+        None,
+        "Parts that the student has in common with the teacher, with the teacher's weights: `embeddings`, `layers:K` "
+        "for these and the K lowest layers, or `prefix` for these and all layers of the student. Default: nothing.",
     )
-    student_weight_decay: float | None = field(
-        default=None, metadata={"help": "Weight decay of the student. Default: `weight_decay`."}
+    fused_lm_head: bool = _argument(
+        True,
+        "Whether language models compute all losses in one chunked pass over the scored positions, without the logits "
+        "of all positions. Models that do not allow it use whole logits.",
     )
-    student_max_grad_norm: float | None = field(
-        default=None,
-        metadata={"help": "Norm to which the student's gradients are clipped, 0 for none. Default: `max_grad_norm`."},
+    pretrained_cache_dir: str | None = _argument(
+        None,
+        "Folder for the predictions of the frozen pre-trained teacher, so that later epochs and later trainings do "
+        "not run it. Default: it runs on every batch.",
     )
-    share: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the student has in common with the teacher, whose weights it takes: `embeddings`, "
-            "`layers:K` for these and the K lowest layers, or `prefix` for these and all layers of the student. "
-            "Default: nothing."
-        },
+    student_metric_for_best_model: str | None = _argument(
+        None,
+        "Metric of the student, such as `loss` or `accuracy`. The student that is best by it is kept in "
+        "`best-student/`, beside the checkpoints. Default: none is kept.",
     )
-    fused_lm_head: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether language models compute all losses in one chunked pass over the scored positions, "
-            "without the logits of all positions. Where the models do not allow it, whole logits are used anyway."
-        },
+    student_greater_is_better: bool | None = _argument(
+        None,
+        "Whether a larger `student_metric_for_best_model` is a better one. Default: yes, unless its name ends with "
+        "`loss`.",
     )
-    pretrained_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder in which the predictions of the frozen pre-trained teacher are kept, so that later epochs "
-            "and later trainings do not run it. Default: it is run on every batch."
-        },
-    )
-    student_metric_for_best_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Metric of the student, such as `loss` or `accuracy`: the student that is best by it is kept in "
-            "`best-student/`, beside the checkpoints. Default: none is kept."
-        },
-    )
-    student_greater_is_better: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether a larger `student_metric_for_best_model` is a better one. Default: unless its name ends "
-            "with `loss`."
-        },
-    )
-    student_hub_model_id: str | None = field(
-        default=None,
-        metadata={"help": "Repository of the student alone on the Hub. Default: `<hub_model_id>-student`."},
+    student_hub_model_id: str | None = _argument(
+        None, "Repository of the student alone on the Hub. Default: `<hub_model_id>-student`."
     )
 
     def __post_init__(self) -> None:
@@ -140,29 +133,51 @@ class DistillationArguments:
         Raises:
             ValueError: See the class.
         """
-        self._check_choice("distillation_mode", MODES)
-        self._check_choice("soft_loss", SOFT_LOSSES)
-        mode = MODES[self.distillation_mode]
+        for name, table in (("distillation_mode", MODES), ("soft_loss", SOFT_LOSSES)):
+            if getattr(self, name) not in table:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is unknown. Valid values: {', '.join(sorted(table))}."
+                )
         for edge in EDGES:
             setattr(self, edge.weight_name, self._weight(edge))
-        for name in (f"{TEACHER}_hard_weight", f"{STUDENT}_hard_weight", *(edge.weight_name for edge in EDGES)):
-            self._check_number(name)
-        self._check_number("temperature", zero=False)
-        self._check_number("soft_warmup_ratio", maximum=1.0)
+        self._check_numbers()
+        self._check_frozen()
         if self.share is not None:
             parse_share(self.share)
-            if self.graph.frozen:
-                raise ValueError(
-                    f"`share={self.share!r}` is for two models that are trained, and `distillation_mode="
-                    f"'{self.distillation_mode}'` with its weights freezes the {self.graph.frozen[0]}. Choose another "
-                    "mode, or leave it out."
-                )
-        for name in ("student_learning_rate", "student_weight_decay", "student_max_grad_norm"):
-            if getattr(self, name) is not None:
-                self._check_number(name)
-        own = [(f"{name}_hard_weight", name, 1.0) for name in (TEACHER, STUDENT)]
-        for name, learner, default in [*own, *((edge.weight_name, edge.learner, 0.0) for edge in EDGES)]:
-            if getattr(self, name) not in (default, 0.0) and learner not in mode.trained:
+        # Each of these has an effect only together with another one.
+        if self.pretrained_cache_dir is not None and not self.graph.uses_pretrained:
+            raise ValueError(
+                f"`pretrained_cache_dir={self.pretrained_cache_dir!r}` has no effect: with `distillation_mode="
+                f"'{self.distillation_mode}'` and its weights no model learns from a frozen pre-trained teacher. "
+                "Leave it out, or set `distillation_mode='community'` or a weight `..._from_pretrained_weight`."
+            )
+        if self.student_greater_is_better is not None and self.student_metric_for_best_model is None:
+            raise ValueError(
+                f"`student_greater_is_better={self.student_greater_is_better}` has no effect without "
+                "`student_metric_for_best_model` (None). Set both, or leave it out."
+            )
+
+    def _check_numbers(self) -> None:
+        """Check the range of every number, and make floats of them: a search gives a new value the old one's type."""
+        ranges = {f"{learner}_hard_weight": "of 0 or more" for learner in LEARNERS}
+        ranges |= {edge.weight_name: "of 0 or more" for edge in EDGES}
+        ranges |= {"temperature": "above 0", "soft_warmup_ratio": "from 0 to 1.0"}
+        own = (f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER)
+        ranges |= {name: "of 0 or more" for name in own if getattr(self, name, None) is not None}
+        for name, valid in ranges.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (name == "temperature" and not value) or (valid[:4] == "from" and value > 1):
+                raise ValueError(f"`{name}={value!r}` is not valid: it must be a finite number {valid}.")
+            if isinstance(value, int):
+                setattr(self, name, float(value))
+
+    def _check_frozen(self) -> None:
+        """Refuse what would train a learner that the mode freezes, and weights that train nothing."""
+        trained = MODES[self.distillation_mode].trained
+        weights = [(f"{learner}_hard_weight", learner, 1.0) for learner in LEARNERS]
+        for name, learner, default in [*weights, *((edge.weight_name, edge.learner, 0.0) for edge in EDGES)]:
+            if getattr(self, name) not in (default, 0.0) and learner not in trained:
                 raise ValueError(
                     f"`{name}={getattr(self, name)}` has no effect: `distillation_mode='{self.distillation_mode}'` "
                     f"freezes the {learner}. Leave the weight out or choose a mode that trains the {learner}."
@@ -170,19 +185,14 @@ class DistillationArguments:
         if not self.graph.trained:
             raise ValueError(
                 f"Nothing would be trained: all weights of the models that `distillation_mode="
-                f"'{self.distillation_mode}'` trains ({', '.join(mode.trained)}) are 0. Set at least one hard or soft "
+                f"'{self.distillation_mode}'` trains ({', '.join(trained)}) are 0. Set at least one hard or soft "
                 "weight above 0."
             )
-        if self.pretrained_cache_dir is not None and not self.graph.uses_pretrained:
+        if self.share is not None and self.graph.frozen:
             raise ValueError(
-                f"`pretrained_cache_dir={self.pretrained_cache_dir!r}` has no effect: with `distillation_mode="
-                f"'{self.distillation_mode}'` and its weights nothing learns from a frozen pre-trained teacher. Leave "
-                "it out, or set `distillation_mode='community'` or one of the weights `..._from_pretrained_weight`."
-            )
-        if self.student_greater_is_better is not None and self.student_metric_for_best_model is None:
-            raise ValueError(
-                f"`student_greater_is_better={self.student_greater_is_better}` has no effect without "
-                "`student_metric_for_best_model` (None). Set both, or leave it out."
+                f"`share={self.share!r}` is for models that are all trained, and `distillation_mode="
+                f"'{self.distillation_mode}'` with its weights freezes the {self.graph.frozen[0]}. Choose another "
+                "mode, or leave it out."
             )
 
     def _weight(self, edge: Edge) -> float:
@@ -192,24 +202,12 @@ class DistillationArguments:
             return ModeDefault(MODES[self.distillation_mode].default_weight(edge.source, edge.learner))
         return weight
 
-    def _check_choice(self, name: str, valid: Collection[str]) -> None:
-        if getattr(self, name) not in valid:
-            raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Valid values: {', '.join(sorted(valid))}.")
-
-    def _check_number(self, name: str, maximum: float = math.inf, zero: bool = True) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        finite = number and math.isfinite(value)
-        if not (finite and 0 <= value <= maximum and (zero or value > 0)):
-            limits = f"from 0 to {maximum}" if maximum < math.inf else "of 0 or more" if zero else "above 0"
-            raise ValueError(f"`{name}={value!r}` is not valid: it must be a finite number {limits}.")
-
     @property
     def graph(self) -> Graph:
         """The learners, their hard weights and the edges between them that these arguments describe."""
         mode = MODES[self.distillation_mode]
         hard_weights = {
-            name: getattr(self, f"{name}_hard_weight") if name in mode.trained else 0.0 for name in (TEACHER, STUDENT)
+            name: getattr(self, f"{name}_hard_weight") if name in mode.trained else 0.0 for name in LEARNERS
         }
         edges = (Edge(edge.source, edge.learner, float(self._weight(edge))) for edge in EDGES)
         return Graph(hard_weights, tuple(edge for edge in edges if edge.weight > 0))
@@ -236,17 +234,15 @@ def learner_arguments(args: TrainingArguments, learner: str) -> TrainingArgument
         learner: Name of the learner.
 
     Returns:
-        `args` itself, or a shallow copy in which every argument `<name>` is replaced by `<learner>_<name>` where that
-        is set (`student_learning_rate`, `student_weight_decay`, `student_max_grad_norm`).
+        `args` itself, or a shallow copy in which each `<learner>_<name>` that is set (`student_learning_rate`,
+        `student_weight_decay`, `student_max_grad_norm`) replaces `<name>`.
     """
-    names = ("learning_rate", "weight_decay", "max_grad_norm")
-    own = {name: getattr(args, f"{learner}_{name}", None) for name in names}
-    own = {name: value for name, value in own.items() if value is not None}
-    if not own:
-        return args
-    view = copy.copy(args)
-    for name, value in own.items():
-        setattr(view, name, value)
+    view = args
+    for name in PER_LEARNER:
+        value = getattr(args, f"{learner}_{name}", None)
+        if value is not None:
+            view = copy.copy(args) if view is args else view
+            setattr(view, name, value)
     return view
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 TEACHER = "teacher"
 STUDENT = "student"
+#: The models that can be trained, the primary one first.
+LEARNERS = (TEACHER, STUDENT)
 #: A frozen model that is no learner: it only gives soft targets (Community KD).
 PRETRAINED = "pretrained"
 
@@ -54,10 +56,12 @@ class Mode:
     Attributes:
         trained: The learners that this mode trains; the others are frozen.
         edges: The edges of the mode with their default weights; every other edge has weight 0.
+        summary: Who learns from whom, for the help text of the argument `distillation_mode`.
     """
 
     trained: tuple[str, ...]
     edges: tuple[Edge, ...] = ()
+    summary: str = ""
 
     def default_weight(self, source: str, learner: str) -> float:
         """Default weight of the edge `source -> learner` in this mode."""
@@ -66,11 +70,11 @@ class Mode:
 
 #: The table of modes, arXiv 2311.02849 section 3 (CTCD, Community KD) with its baselines.
 MODES: Mapping[str, Mode] = {
-    "standalone": Mode(trained=(TEACHER, STUDENT)),
-    "kd": Mode(trained=(STUDENT,), edges=EDGES[:1]),
-    "reversed": Mode(trained=(TEACHER,), edges=EDGES[1:2]),
-    "ctcd": Mode(trained=(TEACHER, STUDENT), edges=EDGES[:2]),
-    "community": Mode(trained=(TEACHER, STUDENT), edges=EDGES),
+    "ctcd": Mode(LEARNERS, EDGES[:2], "teacher and student from each other"),
+    "community": Mode(LEARNERS, EDGES, "both from each other and from a frozen pre-trained teacher"),
+    "kd": Mode((STUDENT,), EDGES[:1], "the student from the frozen teacher"),
+    "reversed": Mode((TEACHER,), EDGES[1:2], "the teacher from the frozen student"),
+    "standalone": Mode(LEARNERS, (), "no model from another one"),
 }
 
 

@@ -1,41 +1,200 @@
 """Soft losses: how the predictions of one model are compared with those of another.
 
-A *prediction family* says what a head's logits mean (one of several classes, several yes/no labels, a number); a *soft
-loss* says how two predictions of a family are compared. All functions return one value per position, not reduced, in
-fp32 (or fp64 if the logits are), already multiplied by the square of the temperature (Hinton et al. 2015, section 2),
-so that the gradient keeps its scale.
+A *soft loss* compares two predictions, and knows its value and its gradient in closed form: to add one, write a
+`SoftLoss` class and put it into `SOFT_LOSSES`. A *prediction family* says what a head's logits mean (one of several
+classes, several yes/no labels, a number). A family returns one value per position, not reduced, in fp32 (or fp64 if
+the logits are), already multiplied by the square of the temperature (Hinton et al. 2015, section 2), so that the
+gradient keeps its scale.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Arguments: log-probabilities of the learner and of the source, both `(..., outcomes)`. Returns `(...)`.
-Divergence = Callable[[Tensor, Tensor], Tensor]
+
+class Prediction(NamedTuple):
+    """What the closed form of a soft loss reads of a model.
+
+    Attributes:
+        outcomes: Log-probabilities `(rows, outcomes)`, or logits if the loss is one `of_logits`.
+        probs: Their exponentials, or `None` for logits.
+    """
+
+    outcomes: Tensor
+    probs: Tensor | None = None
 
 
-def kl(learner: Tensor, source: Tensor) -> Tensor:
-    """KL(source || learner), the soft loss of arXiv 2311.02849."""
+class ClosedForm(NamedTuple):
+    """Value of a soft loss, and its gradient with respect to the learner's logits (divided by the temperature).
+
+    The gradient is `probs_factor * p + factor * term`, where `p` are the learner's probabilities. It stands in two
+    parts because whoever adds it up has `p` already.
+
+    Attributes:
+        value: One value per row, `(rows,)`.
+        term: `(rows, outcomes)`, a buffer or the probabilities of one of the predictions.
+        factor: Factor of `term`.
+        probs_factor: Factor of the learner's probabilities.
+    """
+
+    value: Tensor
+    term: Tensor
+    factor: float = 1.0
+    probs_factor: float = 0.0
+
+
+class SoftLoss(ABC):
+    """A comparison of two predictions: a sum over the outcomes, or a mean.
+
+    Predictions are log-probabilities, or the logits themselves if the loss is one `of_logits`.
+    """
+
+    #: What the loss is, for the help text of the argument `soft_loss`.
+    summary: ClassVar[str]
+    #: Whether logits are compared and not log-probabilities. The temperature has no effect then: its square, by which
+    #: soft losses are multiplied, cancels the division of the logits.
+    of_logits: ClassVar[bool] = False
+    #: Whether the sum that `value` returns is divided by the number of outcomes.
+    averaged: ClassVar[bool] = False
+
+    @abstractmethod
+    def value(self, learner: Tensor, source: Tensor) -> Tensor:
+        """The loss, a differentiable sum over the outcomes.
+
+        Args:
+            learner: Prediction `(..., outcomes)` of the model that is trained.
+            source: Prediction `(..., outcomes)` of the model it learns from.
+
+        Returns:
+            One value per position, `(...)`.
+        """
+
+    @abstractmethod
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
+        """The same value with its gradient, without autograd and with no new memory.
+
+        Args:
+            learner: The model that is trained. Its tensors must not be changed.
+            source: The model it learns from. Its tensors must not be changed.
+            buffer: Returns memory of the shape and dtype of a tensor `(rows, outcomes)`, to write results to (`out=`).
+                Its content is undefined.
+        """
+
+
+class KL(SoftLoss):
+    """The soft loss of arXiv 2311.02849.
+
+    With `q` the learner's probabilities and `r` the source's, the gradient is `q - r`.
+    """
+
+    summary = "KL(source || learner)"
+
+    def value(self, learner: Tensor, source: Tensor) -> Tensor:
+        """The divergence `(...)` of log-probabilities `(..., outcomes)`."""
+        return _kl(learner, source)
+
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
+        """The divergence and its gradient; see `SoftLoss.closed_form`."""
+        difference = torch.sub(source.outcomes, learner.outcomes, out=buffer(learner.outcomes))
+        return ClosedForm(_dot(source.probs, difference), source.probs, factor=-1.0, probs_factor=1.0)
+
+
+class ReverseKL(SoftLoss):
+    """The mode-seeking divergence of MiniLLM (arXiv 2306.08543).
+
+    The gradient is `q (log q - log r - KL(q || r))`.
+    """
+
+    summary = "KL(learner || source)"
+
+    def value(self, learner: Tensor, source: Tensor) -> Tensor:
+        """The divergence `(...)` of log-probabilities `(..., outcomes)`."""
+        return _kl(source, learner)
+
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
+        """The divergence and its gradient; see `SoftLoss.closed_form`."""
+        difference = torch.sub(learner.outcomes, source.outcomes, out=buffer(learner.outcomes))
+        value = _dot(learner.probs, difference)
+        return ClosedForm(value, difference.sub_(value.unsqueeze(-1)).mul_(learner.probs))
+
+
+class JensenShannon(SoftLoss):
+    """The mean of both KLs to the mixture `m = (q + r) / 2`; at most log 2.
+
+    The gradient is `q / 2 (log q - log m - KL(q || m))`.
+    """
+
+    summary = "Jensen-Shannon divergence"
+
+    def value(self, learner: Tensor, source: Tensor) -> Tensor:
+        """The divergence `(...)` of log-probabilities `(..., outcomes)`."""
+        mixture = torch.logaddexp(learner, source) - math.log(2.0)
+        return 0.5 * (_kl(mixture, source) + _kl(mixture, learner))
+
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
+        """The divergence and its gradient; see `SoftLoss.closed_form`."""
+        q, r = learner.outcomes, source.outcomes
+        mixture, difference = buffer(q), buffer(q)
+        torch.logaddexp(q, r, out=mixture).sub_(math.log(2.0))
+        from_source = _dot(source.probs, torch.sub(r, mixture, out=difference))
+        from_learner = _dot(learner.probs, torch.sub(q, mixture, out=difference))
+        difference.sub_(from_learner.unsqueeze(-1)).mul_(learner.probs)
+        return ClosedForm(0.5 * (from_source + from_learner), difference, factor=0.5)
+
+
+class MeanSquaredError(SoftLoss):
+    """The mean over the outcomes of the squared difference of the logits.
+
+    The gradient of the sum is twice the difference.
+    """
+
+    summary = "mean squared difference of the logits (no temperature)"
+    of_logits = True
+    averaged = True
+
+    def value(self, learner: Tensor, source: Tensor) -> Tensor:
+        """The sum of squares `(...)` of logits `(..., outcomes)`."""
+        return (learner - source).square().sum(-1)
+
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
+        """The sum of squares and its gradient; see `SoftLoss.closed_form`."""
+        difference = torch.sub(learner.outcomes, source.outcomes, out=buffer(learner.outcomes))
+        return ClosedForm(_dot(difference, difference), difference, factor=2.0)
+
+
+#: The soft losses by the name that the argument `soft_loss` takes.
+SOFT_LOSSES: dict[str, SoftLoss] = {
+    "kl": KL(),
+    "reverse_kl": ReverseKL(),
+    "js": JensenShannon(),
+    "mse": MeanSquaredError(),
+}
+
+
+def find_soft_loss(name: str) -> SoftLoss:
+    """The soft loss of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in SOFT_LOSSES:
+        raise ValueError(f"`soft_loss={name!r}` is unknown. Valid values: {', '.join(sorted(SOFT_LOSSES))}.")
+    return SOFT_LOSSES[name]
+
+
+def _kl(learner: Tensor, source: Tensor) -> Tensor:
+    """KL(source || learner) of log-probabilities."""
     return F.kl_div(learner, source, reduction="none", log_target=True).sum(-1)
 
 
-def reverse_kl(learner: Tensor, source: Tensor) -> Tensor:
-    """KL(learner || source): mode-seeking, as in MiniLLM (arXiv 2306.08543)."""
-    return kl(source, learner)
-
-
-def js(learner: Tensor, source: Tensor) -> Tensor:
-    """Jensen-Shannon divergence: the mean of both KLs to the mixture of the two, at most log 2."""
-    mixture = torch.logaddexp(learner, source) - math.log(2.0)
-    return 0.5 * (kl(mixture, source) + kl(mixture, learner))
-
-
-#: The divergences by name; `None` stands for the squared difference of the logits, which needs no probabilities.
-SOFT_LOSSES: Mapping[str, Divergence | None] = {"kl": kl, "reverse_kl": reverse_kl, "js": js, "mse": None}
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Dot product of each row, `(rows,)`."""
+    return torch.linalg.vecdot(first, second)
 
 
 def _upcast(logits: Tensor) -> Tensor:
@@ -86,15 +245,17 @@ class Categorical:
         Returns:
             One value per position, `(...)`.
         """
-        learner, source = self._masked(learner), self._masked(source)
-        divergence = SOFT_LOSSES[name]
-        if divergence is None:
-            squares = (learner - source).square()
-            if self._possible is None:
-                return squares.mean(-1)
-            return squares.sum(-1) / self._possible.expand_as(squares).sum(-1).clamp(min=1)
-        log_probs = (F.log_softmax(logits / temperature, dim=-1) for logits in (learner, source))
-        return divergence(*log_probs) * temperature**2
+        loss = find_soft_loss(name)
+        logits = self._masked(learner), self._masked(source)
+        if loss.of_logits:
+            value = loss.value(*logits)
+        else:
+            value = loss.value(*(F.log_softmax(z / temperature, dim=-1) for z in logits)) * temperature**2
+        if not loss.averaged:
+            return value
+        if self._possible is None:
+            return value / learner.shape[-1]
+        return value / self._possible.expand_as(learner).sum(-1).clamp(min=1)
 
     def same(self, first: Tensor, second: Tensor) -> Tensor:
         """Whether both choose the same class: bool `(...)` from logits `(..., classes)`."""
@@ -118,15 +279,15 @@ class Bernoulli:
         Returns:
             One value per position, `(...)`.
         """
-        learner, source = _upcast(learner), _upcast(source)
-        divergence = SOFT_LOSSES[name]
-        if divergence is None:
-            return (learner - source).square().sum(-1)
+        loss = find_soft_loss(name)
+        logits = _upcast(learner), _upcast(source)
+        if loss.of_logits:  # one outcome per label
+            return loss.value(*(z.unsqueeze(-1) for z in logits)).sum(-1)
         log_probs = (
-            torch.stack([F.logsigmoid(logits / temperature), F.logsigmoid(-logits / temperature)], dim=-1)
-            for logits in (learner, source)
+            torch.stack([F.logsigmoid(z / temperature), F.logsigmoid(-z / temperature)], dim=-1) for z in logits
         )
-        return divergence(*log_probs).sum(-1) * temperature**2
+        value = loss.value(*log_probs).sum(-1) * temperature**2
+        return value / 2 if loss.averaged else value
 
     def same(self, first: Tensor, second: Tensor) -> Tensor:
         """Whether both predict the same for each label (probability above one half): bool `(..., labels)`."""

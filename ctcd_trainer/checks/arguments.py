@@ -8,9 +8,8 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainingArguments
 
-from ..arguments import DistillationArguments
+from ..arguments import EMBEDDINGS, DistillationArguments
 from ..graph import Graph
-from ..pair.shared_layers import EMBEDDINGS
 
 
 def check_roles(mode: str, graph: Graph, has_student: bool, has_pretrained: bool) -> None:

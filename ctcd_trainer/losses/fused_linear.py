@@ -6,17 +6,10 @@ of a chunk give every hard and soft loss, their gradients in closed form, and wi
 states and of the heads; then the chunk is forgotten. So the gradients are ready when the forward pass ends, and the
 backward pass only scales them. Each matrix product is made once, as without distillation.
 
-With `z` the logits of a learner, `p = softmax(z)`, `q = softmax(z / T)`, `r` the same of a source, the gradients are
-
-    cross-entropy        p - onehot(label)
-    T^2 KL(r || q)       T (q - r)
-    T^2 KL(q || r)       T q (log q - log r - KL(q || r))
-    T^2 JS(q, r)         T/2 q (log q - log m - KL(q || m)),  m = (q + r) / 2
-    mean (z - z_s)^2     2/V (z - z_s)
+The gradient of the cross-entropy is `softmax(logits) - onehot(label)`; each soft loss brings its own (`closed_form`).
 """
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..graph import Edge
+from ..soft_losses import Prediction, SoftLoss, find_soft_loss
 from ..tasks.labels import IGNORE_INDEX
 
 #: Size of the logits of one chunk of one model. On CPUs the memory of a larger chunk only costs time; GPUs need one
@@ -95,6 +89,11 @@ class _Losses:
     soft_loss: str
     temperature: float
     chunk_size: int | None
+
+    @functools.cached_property
+    def compared_by(self) -> SoftLoss:
+        """The soft loss."""
+        return find_soft_loss(self.soft_loss)
 
     @property
     def names(self) -> list[str]:
@@ -336,88 +335,92 @@ def _differentiate(
         Sums of the losses over the rows, `(losses,)`.
     """
     shared = min(part.vocabulary for part in parts.values())
-    temperature = losses.temperature if losses.soft_loss != "mse" else 1.0
-    logits, tanh = {}, {}
-    for name, z in outputs.items():
-        head = parts[name].head
-        if head.scale != 1.0:
-            z.mul_(head.scale)
-        if head.softcap is not None:
-            tanh[name] = torch.tanh(torch.div(z, head.softcap, out=scratch.like(z)), out=scratch.like(z))
-            torch.mul(tanh[name], head.softcap, out=z)
-        logits[name] = z
-
-    def log_softmax(z: Tensor) -> Tensor:
-        return torch.log_softmax(z, -1, out=scratch.like(z))
-
-    hard = {name: log_softmax(logits[name]) for name in losses.hard_weights}
-    compared = {name for edge in losses.edges for name in (edge.learner, edge.source)}
-    soft = {}
-    if losses.soft_loss != "mse":
-        for name in sorted(compared):
-            z = logits[name][:, :shared]
-            if temperature == 1.0 and name in hard and z.shape == logits[name].shape:
-                soft[name] = hard[name]
-            else:
-                soft[name] = log_softmax(torch.div(z, temperature, out=scratch.like(z)) if temperature != 1.0 else z)
-    probabilities = {name: torch.exp(log_p, out=scratch.like(log_p)) for name, log_p in soft.items()}
+    loss = losses.compared_by
+    temperature = 1.0 if loss.of_logits else losses.temperature
+    outcomes = shared if loss.averaged else 1
+    tanh = {name: _to_logits(parts[name].head, z, scratch) for name, z in outputs.items()}
+    hard = {
+        name: torch.log_softmax(outputs[name], -1, out=scratch.like(outputs[name])) for name in losses.hard_weights
+    }
+    soft = _predictions(losses, outputs, hard, shared, scratch)
 
     values = [-hard[name].gather(1, labels.unsqueeze(1)).sum() for name in losses.hard_weights]
-    pulls: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in parts}
-    own: dict[str, float] = dict.fromkeys(parts, 0.0)
+    # The gradient of a learner's soft losses: a factor of its soft probabilities, and other terms with their factors.
+    probs_factors: dict[str, float] = dict.fromkeys(parts, 0.0)
+    terms: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in parts}
     for edge in losses.edges:
-        weight = edge.weight * temperature
-        if losses.soft_loss == "mse":
-            z, target = logits[edge.learner][:, :shared], logits[edge.source][:, :shared]
-            difference = torch.sub(z, target, out=scratch.like(z))
-            values.append(_dot(difference, difference).sum() / shared)
-            pulls[edge.learner].append((2.0 * weight / shared, difference))
-            continue
-        q, r = soft[edge.learner], soft[edge.source]
-        p_q, p_r = probabilities[edge.learner], probabilities[edge.source]
-        difference = scratch.like(q)
-        if losses.soft_loss == "kl":
-            divergence = _dot(p_r, torch.sub(r, q, out=difference))
-            own[edge.learner] += weight
-            pulls[edge.learner].append((-weight, p_r))
-        elif losses.soft_loss == "reverse_kl":
-            divergence = _dot(p_q, torch.sub(q, r, out=difference))
-            difference.sub_(divergence.unsqueeze(-1)).mul_(p_q)
-            pulls[edge.learner].append((weight, difference))
-        else:
-            mixture = torch.logaddexp(q, r, out=scratch.like(q)).sub_(math.log(2.0))
-            from_source = _dot(p_r, torch.sub(r, mixture, out=difference))
-            from_learner = _dot(p_q, torch.sub(q, mixture, out=difference))
-            divergence = 0.5 * (from_source + from_learner)
-            difference.sub_(from_learner.unsqueeze(-1)).mul_(p_q)
-            pulls[edge.learner].append((0.5 * weight, difference))
-        values.append(divergence.sum() * temperature**2)
+        weight = edge.weight * temperature / outcomes
+        value, term, factor, probs_factor = loss.closed_form(soft[edge.learner], soft[edge.source], scratch.like)
+        values.append(value.sum() / outcomes * temperature**2)
+        terms[edge.learner].append((factor * weight, term))
+        probs_factors[edge.learner] += probs_factor * weight
 
     for name, part in parts.items():
         if not part.trained:
             continue
-        grad, own_weight = outputs[name], own[name]
-        hard_weight = losses.hard_weights.get(name, 0.0)
-        is_shared = name in soft and soft[name] is hard.get(name)
-        if hard_weight:
-            factor = hard_weight + (own_weight if is_shared else 0.0)
-            torch.mul(probabilities[name] if is_shared else hard[name].exp_(), factor, out=grad)
-        else:
-            grad.zero_()
-        prefix = grad[:, :shared]
-        if own_weight and not (hard_weight and is_shared):
-            prefix.add_(probabilities[name], alpha=own_weight)
-        for alpha, tensor in pulls[name]:
-            prefix.add_(tensor, alpha=alpha)
+        grad, hard_weight = outputs[name], losses.hard_weights.get(name, 0.0)
+        log_probs = hard.get(name)
+        _add_up(grad, hard_weight, log_probs, soft.get(name), probs_factors[name], terms[name])
         if hard_weight:
             grad.scatter_add_(1, labels.unsqueeze(1), grad.new_full((len(labels), 1), -hard_weight))
-        if name in tanh:
+        if tanh[name] is not None:
             grad.mul_(tanh[name].square_().neg_().add_(1.0))
         if part.head.scale != 1.0:
             grad.mul_(part.head.scale)
     return torch.stack(values)
 
 
-def _dot(first: Tensor, second: Tensor) -> Tensor:
-    """Dot product of each row; `(rows,)`."""
-    return torch.linalg.vecdot(first, second)
+def _to_logits(head: LinearHead, outputs: Tensor, scratch: _Scratch) -> Tensor | None:
+    """Make logits of a linear layer's outputs, in place. Returns the tanh of a softcap, which its derivative needs."""
+    if head.scale != 1.0:
+        outputs.mul_(head.scale)
+    if head.softcap is None:
+        return None
+    tanh = torch.tanh(torch.div(outputs, head.softcap, out=scratch.like(outputs)), out=scratch.like(outputs))
+    torch.mul(tanh, head.softcap, out=outputs)
+    return tanh
+
+
+def _predictions(
+    losses: _Losses, logits: Mapping[str, Tensor], hard: Mapping[str, Tensor], shared: int, scratch: _Scratch
+) -> dict[str, Prediction]:
+    """Predictions over the shared ids by name of the model, for the soft losses.
+
+    They are the log-probabilities of the hard loss (`hard`) where these are the same.
+    """
+    predictions = {}
+    for name in sorted({name for edge in losses.edges for name in (edge.learner, edge.source)}):
+        z = logits[name][:, :shared]
+        if losses.compared_by.of_logits:
+            predictions[name] = Prediction(z)
+            continue
+        if losses.temperature == 1.0 and name in hard and z.shape == logits[name].shape:
+            log_probs = hard[name]
+        else:
+            if losses.temperature != 1.0:
+                z = torch.div(z, losses.temperature, out=scratch.like(z))
+            log_probs = torch.log_softmax(z, -1, out=scratch.like(z))
+        predictions[name] = Prediction(log_probs, torch.exp(log_probs, out=scratch.like(log_probs)))
+    return predictions
+
+
+def _add_up(
+    grad: Tensor,
+    hard_weight: float,
+    hard: Tensor | None,
+    soft: Prediction | None,
+    probs_factor: float,
+    terms: Sequence[tuple[float, Tensor]],
+) -> None:
+    """Write the gradient of a learner with respect to its logits to `grad`, but for the one-hot part of the labels."""
+    same = soft is not None and soft.outcomes is hard
+    prefix = grad if soft is None else grad[:, : soft.outcomes.shape[-1]]
+    if hard_weight:
+        factor = hard_weight + (probs_factor if same else 0.0)
+        torch.mul(soft.probs if same else hard.exp_(), factor, out=grad)
+    else:
+        grad.zero_()
+    if probs_factor and not (hard_weight and same):
+        prefix.add_(soft.probs, alpha=probs_factor)
+    for factor, term in terms:
+        prefix.add_(term, alpha=factor)

@@ -9,30 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..arguments import parse_share
 from ..model_structure import in_evaluation_mode, is_peft_model, layer_stacks, memory_of
 
-#: Values of the argument `share`, but for `layers:K`.
-EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
 #: Modules beside the layers that come before them in some families, although they are registered after them.
 _BELOW = ("rel_embeddings", "LayerNorm", "layernorm_embedding")
-
-
-def parse_share(share: str) -> int | None:
-    """How many layers are shared: 0 with the embeddings alone, `None` for all of the student's.
-
-    Raises:
-        ValueError: The value is not known.
-    """
-    if share == EMBEDDINGS:
-        return 0
-    if share == PREFIX:
-        return None
-    number = share.removeprefix(LAYERS)
-    if share.startswith(LAYERS) and number.isdecimal() and int(number) > 0:
-        return int(number)
-    raise ValueError(
-        f"`share={share!r}` is unknown. Valid values: {EMBEDDINGS}, {LAYERS}K with K of 1 or more, {PREFIX}."
-    )
 
 
 def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str) -> list[nn.Module]:

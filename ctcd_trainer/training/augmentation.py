@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arguments import DistillationArguments
+from ..arguments import EMBEDDINGS, DistillationArguments
 from ..model_structure import base_model
-from ..pair.shared_layers import EMBEDDINGS
 from ..tasks.base import Task
 from ..tasks.two_tokenizers import PREFIX
 

@@ -10,6 +10,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ctcd_trainer import CoDistillationTrainingArguments
 from ctcd_trainer.arguments import learner_arguments
+from ctcd_trainer.graph import MODES
+from ctcd_trainer.soft_losses import SOFT_LOSSES
 
 EDGE_WEIGHTS = (
     "student_from_teacher_weight",
@@ -78,6 +80,25 @@ def test_it_parses_from_the_command_line(tmp_path):
     (args,) = parser.parse_args_into_dataclasses(line)
     assert (args.distillation_mode, args.temperature, args.soft_loss) == ("kd", 2.5, "js")
     assert (args.student_learning_rate, args.student_from_teacher_weight) == (1e-4, 1.0)
+
+
+def test_the_help_of_the_command_line_names_every_mode_and_soft_loss():
+    text = HfArgumentParser(CoDistillationTrainingArguments).format_help()
+    assert f"{{{','.join(MODES)}}}" in text
+    assert f"{{{','.join(SOFT_LOSSES)}}}" in text
+    text = " ".join(text.split())
+    for entry in (*MODES.values(), *SOFT_LOSSES.values()):
+        assert entry.summary in text
+    with pytest.raises(SystemExit):
+        HfArgumentParser(CoDistillationTrainingArguments).parse_args(["--distillation_mode", "mutual"])
+
+
+@pytest.mark.parametrize("name", ["temperature", "soft_warmup_ratio", "student_hard_weight", "student_learning_rate"])
+def test_whole_numbers_become_floats_as_a_search_gives_new_values_the_type_of_the_old(name, tmp_path):
+    """Trainer casts the value of a trial with `type(old)`: 2.7 became 2 where the temperature was given as 2."""
+    args = make(tmp_path, **{name: 1})
+    assert type(getattr(args, name)) is float
+    assert isinstance(make(tmp_path, student_from_teacher_weight=2).student_from_teacher_weight, float)
 
 
 def test_every_own_argument_has_a_help_text():

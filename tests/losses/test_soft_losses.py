@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit, rel_entr, softmax
+from transformers import HfArgumentParser
 
-from ctcd_trainer.soft_losses import SOFT_LOSSES, Bernoulli, Categorical, Point
+from ctcd_trainer import CoDistillationTrainingArguments
+from ctcd_trainer.graph import EDGES
+from ctcd_trainer.losses.fused_linear import LinearHead, linear_losses
+from ctcd_trainer.soft_losses import (
+    SOFT_LOSSES,
+    Bernoulli,
+    Categorical,
+    ClosedForm,
+    Point,
+    Prediction,
+    SoftLoss,
+    find_soft_loss,
+)
 
 
 def divergence(name, p, q):
@@ -116,3 +129,134 @@ def test_half_precision_logits_are_compared_in_single_precision(logits):
     actual = Categorical().soft_loss(learner, source, "kl", 2.0)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected)
+
+
+class Hellinger(SoftLoss):
+    """`sum (sqrt(q) - sqrt(r))^2`, a loss that the package does not have.
+
+    With the sum `b` of `sqrt(q r)` its gradient is `q b - sqrt(q r)`.
+    """
+
+    summary = "squared Hellinger distance"
+
+    def value(self, learner, source):
+        return ((learner / 2).exp() - (source / 2).exp()).square().sum(-1)
+
+    def closed_form(self, learner, source, buffer):
+        q, r = learner.outcomes, source.outcomes
+        root = torch.add(q, r, out=buffer(q)).mul_(0.5).exp_()  # sqrt(q r)
+        overlap = root.sum(-1)
+        term = torch.sub(root, learner.probs * overlap.unsqueeze(-1), out=buffer(q))
+        return ClosedForm(2 - 2 * overlap, term, factor=-1.0)
+
+
+class MeanCube(SoftLoss):
+    """The mean of `|z - s|^3` of the logits."""
+
+    summary = "mean cube of the difference of the logits"
+    of_logits = averaged = True
+
+    def value(self, learner, source):
+        return (learner - source).abs().pow(3).sum(-1)
+
+    def closed_form(self, learner, source, buffer):
+        difference = torch.sub(learner.outcomes, source.outcomes, out=buffer(learner.outcomes))
+        value = difference.abs().pow(3).sum(-1)
+        return ClosedForm(value, difference.mul_(difference.abs()), factor=3.0)
+
+
+@pytest.fixture(params=[Hellinger, MeanCube])
+def new_loss(request, monkeypatch):
+    """A loss that is added to the table, and nowhere else."""
+    monkeypatch.setitem(SOFT_LOSSES, "new", request.param())
+    return request.param()
+
+
+def closed_gradient(loss, learner, source):
+    """Value and gradient `(rows, outcomes)` at temperature 1, as the fused pass adds them up."""
+    predictions = []
+    for z in (learner, source):
+        outcomes = z if loss.of_logits else z.log_softmax(-1)
+        predictions.append(Prediction(outcomes, None if loss.of_logits else outcomes.exp()))
+    before = [prediction.outcomes.clone() for prediction in predictions]
+    value, term, factor, probs_factor = loss.closed_form(*predictions, torch.empty_like)
+    for prediction, outcomes in zip(predictions, before, strict=True):
+        assert torch.equal(prediction.outcomes, outcomes), "the predictions serve other losses as well"
+    gradient = factor * term
+    return value, gradient if loss.of_logits else gradient + probs_factor * predictions[0].probs
+
+
+def check_closed_form(loss, logits):
+    learner, source = (z.double() for z in logits)
+    learner.requires_grad_()
+    expected = loss.value(*((z if loss.of_logits else z.log_softmax(-1)) for z in (learner, source)))
+    value, gradient = closed_gradient(loss, learner.detach(), source)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected.sum(), learner))
+
+
+@pytest.mark.parametrize("name", list(SOFT_LOSSES))
+def test_the_closed_form_of_every_loss_is_its_value_and_the_gradient_of_autograd(name, logits):
+    check_closed_form(SOFT_LOSSES[name], logits)
+
+
+def test_a_loss_that_is_added_to_the_table_is_the_one_of_all_heads(new_loss, logits):
+    check_closed_form(new_loss, logits)
+    learner, source = logits
+    for tau in (1.0, 3.0):
+        if new_loss.of_logits:
+            expected = (learner - source).abs().pow(3).mean(-1)
+        else:
+            q, r = torch.softmax(learner / tau, -1), torch.softmax(source / tau, -1)
+            expected = tau**2 * (q.sqrt() - r.sqrt()).square().sum(-1)
+        torch.testing.assert_close(Categorical().soft_loss(learner, source, "new", tau), expected)
+    assert Bernoulli().soft_loss(learner, source, "new", 1.0).shape == (5,)
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_a_loss_that_is_added_to_the_table_is_the_one_of_the_fused_pass(new_loss, tau):
+    """All other losses would have been taken for Jensen-Shannon."""
+    generator = torch.Generator().manual_seed(1)
+
+    def new(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    heads = {name: LinearHead(new(9, 4), new(size, 4)) for name, size in (("teacher", 13), ("student", 15))}
+    labels = torch.arange(9)
+    tensors = [tensor for head in heads.values() for tensor in (head.hidden, head.weight)]
+    hard = {"teacher": 1.0, "student": 0.5}
+    loss, values = linear_losses(heads, labels, hard, EDGES[:2], "new", tau)
+    logits = {name: head.logits() for name, head in heads.items()}
+    expected = sum(
+        weight * torch.nn.functional.cross_entropy(logits[name], labels, reduction="sum")
+        for name, weight in hard.items()
+    )
+    for edge in EDGES[:2]:
+        learner, source = logits[edge.learner][:, :13], logits[edge.source][:, :13].detach()
+        soft = Categorical().soft_loss(learner, source, "new", tau).sum()
+        torch.testing.assert_close(values[edge.loss_name], soft.detach())
+        expected = expected + soft
+    torch.testing.assert_close(loss, expected)
+    for own, other in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_loss_that_is_added_to_the_table_is_a_choice_of_the_arguments(new_loss, tmp_path, capsys):
+    parser = HfArgumentParser(CoDistillationTrainingArguments)
+    line = ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true", "--soft_loss"]
+    assert parser.parse_args_into_dataclasses([*line, "new"])[0].soft_loss == "new"
+    with pytest.raises(SystemExit):
+        parser.parse_args([*line, "old"])
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_in_the_table_is_refused(logits):
+    message = r"`soft_loss='old'` is unknown. Valid values: js, kl, mse, reverse_kl"
+    heads = {"teacher": LinearHead(torch.ones(2, 3), torch.ones(5, 3))}
+    for compare in (
+        lambda: find_soft_loss("old"),
+        lambda: Categorical().soft_loss(*logits, "old", 1.0),
+        lambda: linear_losses(heads, torch.tensor([0, 1]), {"teacher": 1.0}, (), "old"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare()
