@@ -1,0 +1,1 @@
+"""Example scripts, the studies of this project, and what they share."""

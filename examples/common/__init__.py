@@ -1,0 +1,1 @@
+"""What the example scripts and the studies share."""

@@ -1,0 +1,1 @@
+"""Data sets of the tasks: rows to tokens, and metrics."""

@@ -1,0 +1,1 @@
+"""The data of `make demo`, and the comparison of finished runs."""

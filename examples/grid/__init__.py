@@ -1,0 +1,1 @@
+"""Runs many trainings, each once, and keeps their results."""
