@@ -47,10 +47,10 @@ DEMO_RUN = HF_HUB_OFFLINE=1 $(BIN)/python examples/run_glue_ctcd.py \
 	--save_strategy no --dataloader_pin_memory False --report_to none
 
 demo: $(STAMP)  ## Co-train two models on synthetic sentences, and compare with training them alone (about 5 minutes)
-	$(BIN)/python examples/make_negation_data.py $(DEMO)/data --seed 0 --train 2500 --validation 600 --test 600
+	$(BIN)/python examples/demo/make_negation_data.py $(DEMO)/data --seed 0 --train 2500 --validation 600 --test 600
 	$(DEMO_RUN) --distillation_mode ctcd --output_dir $(DEMO)/co-trained
 	$(DEMO_RUN) --distillation_mode standalone --output_dir $(DEMO)/alone
-	$(BIN)/python examples/compare_runs.py $(DEMO)/co-trained $(DEMO)/alone --labels co-trained alone \
+	$(BIN)/python examples/demo/compare_runs.py $(DEMO)/co-trained $(DEMO)/alone --labels co-trained alone \
 		--sequence_length 32 --json $(DEMO)/comparison.json --output $(DEMO)/comparison.png
 
 # The scale is a YAML file in examples/paper. Where the Hub cannot be reached, say where text, tasks and model are:

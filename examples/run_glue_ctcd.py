@@ -17,6 +17,12 @@ Your own files (columns `label` and one or two of text), a student of its own, a
 The teacher is saved in the output folder and the student in its folder `student`; both load without this project.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
+
+
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,33 +30,6 @@ from functools import partial
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
-from glue_data import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_columns
-from glue_metric import metrics_for
-from script_common import (
-    DataArguments,
-    check_arguments,
-    checkpoint_to_resume,
-    evaluate,
-    file_reader,
-    finish,
-    in_order,
-    load_files,
-    load_raw_data,
-    parse_arguments,
-    set_up_logging,
-    train,
-    wanted_splits,
-)
-from script_models import (
-    LabelledModelArguments,
-    allowed_length,
-    load_config,
-    load_labelled_model,
-    load_models,
-    load_student_tokenizer,
-    load_tokenizer,
-    logger,
-)
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -66,6 +45,33 @@ from ctcd_trainer import (
     TokenMasking,
     WordDropout,
 )
+from examples.common.models import (
+    LabelledModelArguments,
+    allowed_length,
+    load_config,
+    load_labelled_model,
+    load_models,
+    load_student_tokenizer,
+    load_tokenizer,
+    logger,
+)
+from examples.common.run import (
+    DataArguments,
+    check_arguments,
+    checkpoint_to_resume,
+    evaluate,
+    file_reader,
+    finish,
+    in_order,
+    load_files,
+    load_raw_data,
+    parse_arguments,
+    set_up_logging,
+    train,
+    wanted_splits,
+)
+from examples.data.glue import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_columns
+from examples.data.metrics import metrics_for
 
 # ---- Arguments ----
 

@@ -17,21 +17,21 @@ Both from scratch, on your own text; the student's config is the teacher's but f
 The teacher is saved in the output folder and the student in its folder `student`; both load without this project.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
+
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from language_model_data import (
-    Blocks,
-    Lines,
-    TextArguments,
-    best_tokens,
-    masked_accuracy,
-    perplexities,
-    select_splits,
-    tokenize,
-)
-from language_models import LanguageModelArguments, check_model_arguments, language_models
-from script_common import (
+from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
+
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.common.language_models import LanguageModelArguments, check_model_arguments, language_models
+from examples.common.models import allowed_length, load_tokenizer
+from examples.common.run import (
     card_of,
     checkpoint_to_resume,
     evaluate,
@@ -41,10 +41,16 @@ from script_common import (
     set_up_logging,
     train,
 )
-from script_models import allowed_length, load_tokenizer
-from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
-
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.data.text import (
+    Blocks,
+    Lines,
+    TextArguments,
+    best_tokens,
+    masked_accuracy,
+    perplexities,
+    select_splits,
+    tokenize,
+)
 
 
 @dataclass

@@ -18,6 +18,12 @@ The teacher is saved in the output folder and the student in its folder `student
 each row and a label for each word, `_` for words beyond `--max_seq_length`.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
+
+
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +31,20 @@ from functools import partial
 
 import numpy as np
 from datasets import Dataset
-from ner_data import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, find_column, metrics_for
-from script_common import (
+from torch import Tensor
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.common.models import (
+    LabelledModelArguments,
+    allowed_length,
+    load_config,
+    load_labelled_model,
+    load_models,
+    load_tokenizer,
+    logger,
+)
+from examples.common.run import (
     DataArguments,
     card_of,
     check_arguments,
@@ -42,19 +60,7 @@ from script_common import (
     train,
     wanted_splits,
 )
-from script_models import (
-    LabelledModelArguments,
-    allowed_length,
-    load_config,
-    load_labelled_model,
-    load_models,
-    load_tokenizer,
-    logger,
-)
-from torch import Tensor
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
-
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.data.ner import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, find_column, metrics_for
 
 TASKS = ("ner", "pos", "chunk")
 

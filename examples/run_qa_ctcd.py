@@ -19,6 +19,12 @@ Answers are written as `eval_predictions.json` and, with `--do_predict`, `predic
 `..._null_odds.json`. The names of the student's files end in `_student`.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
+
+
 import json
 import os
 import time
@@ -27,8 +33,19 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
-from qa_answers import WINDOW_COLUMNS, Answer, AnswerFinder, WindowTokenizer, squad_scores
-from script_common import (
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForQuestionAnswering,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    default_data_collator,
+)
+from transformers.trainer_utils import speed_metrics
+
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.common.models import ModelArguments, allowed_length, load_model, load_models, load_tokenizer
+from examples.common.run import (
     DataArguments,
     card_of,
     check_arguments,
@@ -45,18 +62,7 @@ from script_common import (
     train,
     wanted_splits,
 )
-from script_models import ModelArguments, allowed_length, load_model, load_models, load_tokenizer
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForQuestionAnswering,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedModel,
-    default_data_collator,
-)
-from transformers.trainer_utils import speed_metrics
-
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.data.qa import WINDOW_COLUMNS, Answer, AnswerFinder, WindowTokenizer, squad_scores
 
 # ---- Arguments ----
 

@@ -11,21 +11,25 @@ Example:
     python examples/benchmarks/bench_checkpoints.py --markdown
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
+
+
 import argparse
 import datetime
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from unittest.mock import patch
 
 import transformers
-from bench_common import COMPARISON_HEADER, comparison_row, describe_machine, format_table, in_turns
-from bench_sequence_classification import CO_TRAINING, STUDENT, TEACHER, VARIANTS, Workload
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer.saving import atomic_folders as whole_folders
+from examples.benchmarks.bench_sequence_classification import CO_TRAINING, STUDENT, TEACHER, VARIANTS, Workload
+from examples.benchmarks.measuring import COMPARISON_HEADER, comparison_row, describe_machine, format_table, in_turns
 
 TARGET = 1.10
 

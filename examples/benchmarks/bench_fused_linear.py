@@ -19,17 +19,26 @@ Examples:
     python examples/benchmarks/bench_fused_linear.py --markdown --growth --device cuda --dtype bfloat16
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
+
+
 import argparse
 import datetime
 import math
 import os
 import statistics
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from bench_common import (
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctcd_trainer.graph import MODES, STUDENT, TEACHER
+from ctcd_trainer.losses.fused_linear import LinearHead, linear_losses
+from examples.benchmarks.measuring import (
     COMPARISON_HEADER,
     comparison_row,
     describe_machine,
@@ -37,11 +46,6 @@ from bench_common import (
     in_turns,
     peak_memory_of,
 )
-from torch import Tensor
-from torch.nn import functional as F
-
-from ctcd_trainer.graph import MODES, STUDENT, TEACHER
-from ctcd_trainer.losses.fused_linear import LinearHead, linear_losses
 
 NAMES = (TEACHER, STUDENT)
 OURS, NAIVE, PLAIN = COMPARED = ("ours", "naive", "plain")

@@ -17,25 +17,21 @@ Examples:
     python examples/benchmarks/bench_language_models.py --markdown --device cuda --bf16 --works bert-base masked causal
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
+
+
 import argparse
 import datetime
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
-from bench_common import (
-    COMPARISON_HEADER,
-    comparison_row,
-    describe_machine,
-    format_table,
-    in_turns,
-    optimizer_step,
-    peak_memory_of,
-)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -51,6 +47,15 @@ from transformers import (
 )
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.benchmarks.measuring import (
+    COMPARISON_HEADER,
+    comparison_row,
+    describe_machine,
+    format_table,
+    in_turns,
+    optimizer_step,
+    peak_memory_of,
+)
 
 OURS, UNFUSED, TEACHER, STUDENT, NAIVE = VARIANTS = ("ours", "unfused", "teacher alone", "student alone", "naive")
 SCORED_SHARE = 0.15  # of the tokens, in masked language modelling

@@ -12,26 +12,31 @@ Example:
     python examples/benchmarks/bench_scaling.py --markdown
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
+
+
 import argparse
 import datetime
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
-from bench_common import describe_machine, format_ratio, format_table, in_turns, optimizer_step
-from bench_sequence_classification import CO_TRAINING, TEACHER, Workload
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import Trainer
+
+from examples.benchmarks.bench_sequence_classification import CO_TRAINING, TEACHER, Workload
+from examples.benchmarks.measuring import describe_machine, format_ratio, format_table, in_turns, optimizer_step
 
 TARGET = 1.7
 #: The teacher alone, and the pair.

@@ -15,24 +15,20 @@ Example:
     python examples/benchmarks/bench_sequence_classification.py --markdown
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
+
+
 import argparse
 import copy
 import datetime
 import statistics
-import sys
 import tempfile
 
 import torch
 import transformers
-from bench_common import (
-    describe_machine,
-    format_ratio,
-    format_table,
-    in_turns,
-    optimizer_step,
-    peak_memory_of,
-    verdict,
-)
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -43,6 +39,15 @@ from transformers import (
 )
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.benchmarks.measuring import (
+    describe_machine,
+    format_ratio,
+    format_table,
+    in_turns,
+    optimizer_step,
+    peak_memory_of,
+    verdict,
+)
 
 CO_TRAINING, TEACHER, STUDENT = VARIANTS = ("co-training", "teacher alone", "student alone")
 STEP_TARGET, TRAIN_TARGET = 1.03, 1.0

@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ctcd_trainer.graph import TEACHER
-
-from .grouping import plain_method
-from .statistics import Summary
+from examples.common.statistics import Summary
+from examples.paper.grouping import plain_method
 
 #: Colour (apart in grey from those that it meets), marker, and dashes of each method.
 STYLES: Mapping[str, tuple[str, str, Any]] = {

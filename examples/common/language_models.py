@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-from script_common import check_arguments
-from script_models import MODEL_OPTIONS, ModelArguments, load_config, load_model, load_models, logger
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ctcd_trainer import CoDistillationTrainingArguments
+from examples.common.models import MODEL_OPTIONS, ModelArguments, load_config, load_model, load_models, logger
+from examples.common.run import check_arguments
 
 # ---- Arguments ----
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import datasets
 import transformers
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from script_models import ModelArguments, logger
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from ctcd_trainer.model_structure import count_parameters
+from examples.common.models import ModelArguments, logger
 
 #: How files with columns are read, by the end of their name.
 TABLE_READERS: Mapping[str, str] = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from script_common import first_rows, split_of
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ctcd_trainer.tasks.labels import IGNORE_INDEX
+from examples.common.run import first_rows, split_of
 
 #: The GLUE tasks and their columns of text.
 TASK_TO_TEXT: Mapping[str, tuple[str, ...]] = {

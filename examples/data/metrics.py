@@ -7,10 +7,11 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from glue_data import Labels
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
+
+from examples.data.glue import Labels
 
 _ACCURACY = ("mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "sst2", "wnli")
 _ACCURACY_AND_F1 = ("mrpc", "qqp")

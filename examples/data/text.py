@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDatasetDict
-from script_common import TABLE_READERS, DataArguments, Rows, first_rows, split_of, wanted_splits
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, default_data_collator
 
 from ctcd_trainer.training import meters as metrics
+from examples.common.run import TABLE_READERS, DataArguments, Rows, first_rows, split_of, wanted_splits
 
 
 @dataclass

@@ -4,15 +4,19 @@ A run is an output folder of `run_glue_ctcd.py` (or of Hugging Face's `run_glue.
 student, if there is one, in `student/`. The models are read with plain transformers.
 
 Example:
-    python examples/compare_runs.py outputs/ctcd outputs/alone --labels co-trained alone --output comparison.png
+    python examples/demo/compare_runs.py outputs/ctcd outputs/alone --labels co-trained alone --output comparison.png
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
+
 
 import argparse
 import json
 import re
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch

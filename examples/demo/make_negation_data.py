@@ -18,7 +18,7 @@ says little: a logistic regression on the words of a sentence stays below 65 % o
 whole sentence can always tell the label.
 
 Example:
-    python examples/make_negation_data.py data --seed 0 --train 3000 --validation 600 --test 600
+    python examples/demo/make_negation_data.py data --seed 0 --train 3000 --validation 600 --test 600
 """
 
 import argparse

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from examples.common.statistics import paired_differences
+
 from .grouping import (
     LOSS,
     ONE_DIRECTION,
@@ -18,7 +20,6 @@ from .grouping import (
     scores_of,
     setting_of,
 )
-from .statistics import paired_differences
 
 CTCD = "ctcd"
 #: Name of the axis whose values are methods.

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ctcd_trainer.graph import STUDENT, TEACHER
+from examples.common.statistics import Comparison, compare
 
 from .ablations import reference_cells
 from .cells import METHODS
@@ -24,7 +25,6 @@ from .grouping import (
     scores_of,
     setting_of,
 )
-from .statistics import Comparison, compare
 from .tables import differing, table
 
 #: Said of every setting on a GLUE task.

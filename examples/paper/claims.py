@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ctcd_trainer.graph import STUDENT, TEACHER
+from examples.common.statistics import Comparison, compare
 
 from .ablations import CTCD
 from .grouping import (
@@ -20,7 +21,6 @@ from .grouping import (
     plain_method,
     scores_of,
 )
-from .statistics import Comparison, compare
 from .tables import between, labels_used, table
 
 #: What is claimed of co-training: the better model and the one that it is compared with.

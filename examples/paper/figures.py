@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
-
-from .ablations import DIRECTIONS, Variant, curve_differences, differences
-from .figure_parts import (
+from examples.common.figures import (
     draw_legend,
     draw_line,
     draw_points,
@@ -21,6 +19,9 @@ from .figure_parts import (
     style_of,
     value_style,
 )
+from examples.common.statistics import summarise
+
+from .ablations import DIRECTIONS, Variant, curve_differences, differences
 from .grouping import (
     AVERAGE,
     CALIBRATION,
@@ -38,7 +39,6 @@ from .grouping import (
     parameters_of,
     scores_of,
 )
-from .statistics import summarise
 from .tables import labels_used
 
 LEARNERS = (TEACHER, STUDENT)

@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from ctcd_trainer.students.measuring import cpu_name
-
-from ..compare_runs import measure_latencies
+from examples.demo.compare_runs import measure_latencies
 
 #: Heads and poolers change the number of parameters by less than this share.
 TOLERANCE = 0.1

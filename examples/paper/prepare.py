@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,14 +32,12 @@ from transformers import (
 from transformers.utils import logging
 
 from ctcd_trainer import create_student
+from examples.data.glue import TASK_TO_TEXT
+from examples.data.text import Blocks
 
 from .cells import MLM
 from .data import MANIFEST, PARTS, Masking
 from .settings import Scale, load_scale
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where the scripts find each other by their bare names
-from glue_data import TASK_TO_TEXT
-from language_model_data import Blocks
 
 SEED = 0
 #: The split that is scored, of tasks that have several.

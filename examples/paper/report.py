@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_trainer.graph import TEACHER
+from examples.grid.results import load_results
 
 from . import tables
 from .ablations import Variant, variants
@@ -37,7 +38,6 @@ from .grouping import (
     scores_of,
 )
 from .latency import latency_of
-from .results import load_results
 
 #: The axes along which the difference to "alone" is drawn over the steps.
 AXES_OVER_STEPS = ("hard : soft weight", "length of training", "rows (passes)", "soft warm-up (share of the steps)")

@@ -22,9 +22,10 @@ import torch
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from examples.grid.results import append_result, load_results
+
 from .cells import METHODS, MLM, Cell, expand
 from .data import Prepared
-from .results import append_result, load_results
 from .settings import Scale, load_scale
 from .train import RUN, train_cell
 

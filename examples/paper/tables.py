@@ -5,8 +5,9 @@ from statistics import median
 from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
+from examples.common.statistics import Interval, paired_differences, summarise
+from examples.demo.compare_runs import format_table
 
-from ..compare_runs import format_table
 from .ablations import differences, left_out, variants
 from .grouping import (
     CALIBRATION,
@@ -30,7 +31,6 @@ from .grouping import (
     scores_of,
     setting_of,
 )
-from .statistics import Interval, paired_differences, summarise
 
 #: How the fields of a setting are said, in this order.
 SAID = {

@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ctcd_trainer.graph import TEACHER
-from examples.paper.figure_parts import draw_legend, figure_of, handles_of
-from examples.paper.statistics import summarise
+from examples.common.figures import draw_legend, figure_of, handles_of
+from examples.common.statistics import summarise
 
 from .pareto import front
 from .report import COSTS, Scores, points_of

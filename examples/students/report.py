@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
-from examples.compare_runs import format_table
-from examples.paper.statistics import compare, summarise
+from examples.common.statistics import compare, summarise
+from examples.demo.compare_runs import format_table
 from examples.paper.tables import between, with_std
 
 from .pareto import TOLERANCE, Point, front

@@ -16,11 +16,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples import run_glue_ctcd
+
 from .study import ARGUMENTS, Cell, load_study, write_records
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts import each other by their names
-
-import run_glue_ctcd
 
 
 def run(cell: Cell, output: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ctcd_trainer.graph import STUDENT, TEACHER
-from examples.compare_runs import metrics_of
+from examples.demo.compare_runs import metrics_of
 
 #: Arguments of every run, unless the study says otherwise.
 DEFAULTS: Mapping[str, Any] = {

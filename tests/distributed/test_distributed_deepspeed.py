@@ -6,7 +6,7 @@ import pytest
 import torch
 from distributed_training import UNCLIPPED, train
 from processes import run_program
-from test_distributed import TOLERANCE, assert_same_weights
+from same_training import TOLERANCE, assert_same_weights
 from transformers import AutoModelForMaskedLM
 
 pytest.importorskip("deepspeed")

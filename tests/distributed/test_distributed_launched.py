@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from places import EXAMPLES, PROGRAMS
-from test_run_glue import save_files as save_rows
-from test_run_glue import save_model as save_classifier
-from test_run_language_models import save_files as save_texts
-from test_run_language_models import save_model as save_language_model
+from script_glue import save_files as save_rows
+from script_glue import save_model as save_classifier
+from script_texts import save_files as save_texts
+from script_texts import save_model as save_language_model
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 ON_CPUS = PROGRAMS / "on_cpus.py"

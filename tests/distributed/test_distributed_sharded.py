@@ -6,7 +6,7 @@ import pytest
 import torch
 from distributed_training import BEST, train
 from processes import run_program
-from test_distributed import assert_same, assert_same_weights
+from same_training import assert_same, assert_same_weights
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 SHARDED = ("classification", "masked_lm", "causal_lm", "community", "one_way", "adapters")

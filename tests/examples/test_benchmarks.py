@@ -5,13 +5,14 @@ import platform
 import re
 import sys
 
-import bench_checkpoints as checkpoints
-import bench_common as common
-import bench_fused_linear as fused
-import bench_language_models as language_models
-import bench_scaling as scaling
 import pytest
 import torch
+
+from examples.benchmarks import bench_checkpoints as checkpoints
+from examples.benchmarks import bench_fused_linear as fused
+from examples.benchmarks import bench_language_models as language_models
+from examples.benchmarks import bench_scaling as scaling
+from examples.benchmarks import measuring as common
 
 
 def report(module, monkeypatch, capsys, *arguments: object) -> str:

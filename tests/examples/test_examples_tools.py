@@ -8,14 +8,15 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-import bench_sequence_classification as benchmark
-import compare_runs as comparison
-import make_negation_data as generator
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from tiny import tiny_bert
+
+from examples.benchmarks import bench_sequence_classification as benchmark
+from examples.demo import compare_runs as comparison
+from examples.demo import make_negation_data as generator
 
 
 def call(monkeypatch, module: ModuleType, *arguments: object) -> None:

@@ -7,164 +7,43 @@ import subprocess
 import sys
 from pathlib import Path
 
-import glue_data
 import numpy as np
 import pytest
-import run_glue_ctcd
-import script_common
-import script_models
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from glue_metric import GLUE_METRICS, GlueMetric, metrics_for
 from places import ROOT
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from script_glue import (
+    GLUE_LABELS,
+    WORDS,
+    glue_rows,
+    save_files,
+    save_glue,
+    save_model,
+    save_rows,
+    sentences,
+)
+from script_runs import printed_table, results, save_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertForSequenceClassification,
     BertModel,
     EvalPrediction,
-    PreTrainedTokenizerFast,
 )
 
 from ctcd_trainer import CoDistillationTrainingArguments, Mixup, TokenMasking, WordDropout
-
-TEXT = "the a film was good bad not very dull bright and but story plot actor scene it felt long short"
-WORDS = TEXT.split()
-GLUE_LABELS = {
-    "cola": ["unacceptable", "acceptable"],
-    "mnli": ["entailment", "neutral", "contradiction"],
-    "mrpc": ["not_equivalent", "equivalent"],
-}
-
-
-# ---- Models and data ----
-
-
-def save_tokenizer(folder: Path, words: list[str] = WORDS, **options: object) -> None:
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=names, **{"model_max_length": 32, **tokens, **options}
-    ).save_pretrained(folder)
-
-
-def save_model(folder: Path, layers: int = 3, seed: int = 0, head: bool = True, **config: object) -> str:
-    torch.manual_seed(seed)
-    settings = BertConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        **config,
-    )
-    (BertForSequenceClassification if head else BertModel)(settings).save_pretrained(folder)
-    save_tokenizer(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A pre-trained model without a head."""
-    return save_model(tmp_path_factory.mktemp("teacher"), head=False)
+from examples import run_glue_ctcd
+from examples.common import models as script_models
+from examples.common import run as script_common
+from examples.data import glue as glue_data
+from examples.data.metrics import GLUE_METRICS, GlueMetric, metrics_for
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("student"), layers=1, seed=1, head=False)
-
-
-def sentences(count: int, seed: int, low: int = 2, high: int = 12) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, generator.integers(low, high))) for _ in range(count)]
-
-
-def glue_rows(task: str, count: int, seed: int, labelled: bool = True) -> Dataset:
-    rows = {name: sentences(count, seed + i) for i, name in enumerate(glue_data.TASK_TO_TEXT[task])}
-    generator = np.random.default_rng(seed)
-    if task == "stsb":
-        labels, feature = generator.uniform(0, 5, count).tolist(), Value("float32")
-    else:
-        names = GLUE_LABELS[task]
-        labels, feature = generator.integers(0, len(names), count).tolist(), ClassLabel(names=names)
-    rows |= {"label": labels if labelled else [-1] * count, "idx": list(range(count))}
-    text = {name: Value("string") for name in glue_data.TASK_TO_TEXT[task]}
-    return Dataset.from_dict(rows, Features({**text, "label": feature, "idx": Value("int32")}))
-
-
-def save_glue(folder: Path, task: str) -> str:
-    """A folder in the layout of the Hub's `nyu-mll/glue` with one task."""
-    parts = ["validation", "test"]
-    if task == "mnli":
-        parts = [f"{part}_{kind}" for part in parts for kind in ("matched", "mismatched")]
-    files = []
-    for seed, split in enumerate(["train", *parts]):
-        path = folder / task / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        glue_rows(task, 12 + seed, 10 * seed, labelled="test" not in split).to_parquet(path)
-        files.append(f"  - split: {split}\n    path: {task}/{split}-*\n")
-    header = f"---\nconfigs:\n- config_name: {task}\n  data_files:\n{''.join(files)}---\n"
-    (folder / "README.md").write_text(header)
-    return str(folder)
-
-
-def save_rows(path: Path, rows: list[dict]) -> str:
-    if path.suffix == ".csv":
-        Dataset.from_list(rows).to_csv(path)
-    else:
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)
-
-
-def save_files(folder: Path, labels: list, suffix: str = "csv") -> dict[str, str]:
-    """Training and validation files with these labels in turn."""
-    return {
-        f"{split}_file": save_rows(
-            folder / f"{split}.{suffix}",
-            [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(sentences(12, seed))],
-        )
-        for seed, split in enumerate(["train", "validation"])
-    }
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the script in this process, for two steps unless told otherwise; returns the output folder."""
-
-    def run(*arguments: str, **options: object) -> Path:
-        settings = {
-            "output_dir": tmp_path / "out",
-            "max_seq_length": 32,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "save_strategy": "no",
-            "report_to": "none",
-            **options,
-        }
-        argv = [x for name, value in settings.items() for x in (f"--{name}", str(value))]
-        monkeypatch.setattr(
-            sys, "argv", ["run_glue_ctcd.py", "--use_cpu", "--disable_tqdm", "True", *argv, *arguments]
-        )
-        run_glue_ctcd.main()
-        return Path(settings["output_dir"])
-
-    return run
-
-
-def results(folder: Path, name: str = "eval") -> dict[str, float]:
-    return json.loads((folder / f"{name}_results.json").read_text())
 
 
 def predicted(path: Path) -> list[str]:
@@ -215,7 +94,7 @@ def test_glue_task_writes_the_results_of_both_models(script, tmp_path, teacher, 
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         assert model.config.num_hidden_layers == layers
         assert list(model.config.id2label.values()) == GLUE_LABELS.get(task, ["LABEL_0"])
-    lines = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+    lines = printed_table(capsys.readouterr().out)
     assert lines[0] == ["teacher", "student"]
     assert {line[0] for line in lines[2:]} == {*keys, "loss"} | {key.removeprefix("eval_") for key in agreement}
     loss = next(line for line in lines if line[0] == "loss")
@@ -350,7 +229,7 @@ def test_numbers_and_empty_cells(tmp_path):
     labels = glue_data.Labels.of(rows)
     assert labels.names == ("9", "10")  # by number, not as text
     assert glue_data.text_columns(rows, None) == ("review",)
-    save_tokenizer(tmp_path)
+    save_tokenizer(tmp_path, WORDS)
     preprocess = glue_data.Preprocessor(AutoTokenizer.from_pretrained(tmp_path), ("review",), labels, 8, pad=False)
     tokens = preprocess(rows[:])
     assert [len(ids) for ids in tokens["input_ids"]] == [4, 2, 3]
@@ -431,7 +310,7 @@ def test_texts_without_labels_are_trained_on_as_well(script, tmp_path, teacher, 
 
 
 def test_training_batches_are_augmented(script, tmp_path, teacher, monkeypatch):
-    save_tokenizer(tmp_path / "tokens", mask_token="long")
+    save_tokenizer(tmp_path / "tokens", WORDS, mask_token="long")
     trainers = []
     monkeypatch.setattr(run_glue_ctcd, "train", lambda trainer, _: trainers.append(trainer) or trainer.train())
     options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "max_steps": 2, "learning_rate": 1e-3}
@@ -574,7 +453,7 @@ def test_limits_of_samples_and_length(script, tmp_path, teacher, caplog):
 
 
 def test_the_table_of_positions_limits_the_length(tmp_path):
-    save_tokenizer(tmp_path, model_max_length=10**30)
+    save_tokenizer(tmp_path, WORDS, model_max_length=10**30)
     model = BertModel(BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
     limits = script_models.limits_of_length(AutoTokenizer.from_pretrained(tmp_path), {"student_model": model})
     assert min(limits) == (512, "`student_model`")

@@ -7,30 +7,23 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
-import language_model_data
 import numpy as np
 import pytest
-import run_clm_ctcd
-import run_mlm_ctcd
-import script_common
-import script_models
 import torch
 from datasets import Dataset, DatasetDict
-from language_model_data import Blocks, Lines, TextArguments
-from language_models import LanguageModelArguments, student_blueprint, teacher_blueprint
 from places import ROOT
 from safetensors.torch import load_file
-from tiny_tokenizer import TRANSLATIONS, tiny_tokenizer
+from script_runs import printed_table, results, run_script
+from script_texts import save_files, save_model, save_texts, texts
+from tiny_tokenizer import tiny_tokenizer
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     DataCollatorForLanguageModeling,
     EvalPrediction,
     GPT2Config,
@@ -40,27 +33,18 @@ from transformers import (
     Qwen3Config,
 )
 
-WORDS = list(TRANSLATIONS)
+from examples import run_clm_ctcd, run_mlm_ctcd
+from examples.common import models as script_models
+from examples.common import run as script_common
+from examples.common.language_models import LanguageModelArguments, student_blueprint, teacher_blueprint
+from examples.data import text as language_model_data
+from examples.data.text import Blocks, Lines, TextArguments
+
 BERT = "hidden_size=16,num_hidden_layers=3,num_attention_heads=2,intermediate_size=32,max_position_embeddings=32"
 LLAMA = "hidden_size=16,num_hidden_layers=3,num_attention_heads=2,num_key_value_heads=2,intermediate_size=32"
 
 
 # ---- Models and data ----
-
-
-def save_model(folder: Path, model_type: str = "gpt2", layers: int = 3, seed: int = 0, **config: object) -> str:
-    tokenizer = tiny_tokenizer(model_type)
-    torch.manual_seed(seed)
-    settings = {"vocab_size": len(tokenizer), "initializer_range": 0.3, **config}
-    if model_type == "gpt2":
-        settings |= {"bos_token_id": 0, "eos_token_id": 0}
-        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, n_positions=32, **settings))
-    else:
-        shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
-        model = BertForMaskedLM(BertConfig(num_hidden_layers=layers, **shape, **settings))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -73,56 +57,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("bert"), "bert")
 
 
-def texts(count: int, seed: int = 0) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, generator.integers(4, 14))) for _ in range(count)]
-
-
-def save_texts(path: Path, rows: list[str], column: str = "text") -> str:
-    data = Dataset.from_dict({column: rows, "source": ["x"] * len(rows)})
-    if path.suffix == ".txt":
-        path.write_text("\n".join(rows))
-    elif path.suffix == ".csv":
-        data.to_csv(path)
-    elif path.suffix == ".parquet":
-        data.to_parquet(path)
-    else:
-        data.to_json(path)
-    return str(path)
-
-
-def save_files(folder: Path, suffix: str = "txt") -> dict[str, str]:
-    return {
-        "train_file": save_texts(folder / f"train.{suffix}", texts(60)),
-        "validation_file": save_texts(folder / f"validation.{suffix}", texts(20, seed=1)),
-    }
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs a script in this process, for two steps unless told otherwise; returns the output folder."""
+def run(tmp_path: Path):
+    """Runs a script on examples of 16 tokens."""
 
-    def run_script(script, *arguments: str, **options: object) -> Path:
-        settings = {
-            "output_dir": tmp_path / "out",
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "save_strategy": "no",
-            "report_to": "none",
-            "max_seq_length" if script is run_mlm_ctcd else "block_size": 16,
-            **options,
-        }
-        argv = [x for name, value in settings.items() if value is not None for x in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["script.py", "--use_cpu", "--disable_tqdm", "True", *argv, *arguments])
-        script.main()
-        return Path(settings["output_dir"])
+    def start(script: ModuleType, *arguments: str, **options: object) -> Path:
+        length = {"max_seq_length" if script is run_mlm_ctcd else "block_size": 16}
+        return run_script(script, *arguments, **{"output_dir": tmp_path / "out", **length, **options})
 
-    return run_script
-
-
-def results(folder: Path, name: str = "eval") -> dict[str, float]:
-    return json.loads((folder / f"{name}_results.json").read_text())
+    return start
 
 
 def config_of(folder: Path) -> dict:
@@ -167,7 +110,7 @@ def test_causal_models_reload_to_the_metrics_that_were_written(run, tmp_path, gp
     assert results(out, "all") == results(out, "train") | found
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
 
-    lines = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+    lines = printed_table(capsys.readouterr().out)
     assert lines[0] == ["teacher", "student"]
     assert {line[0] for line in lines[1:]} == {"parameters", "loss", "accuracy", "perplexity", "agreement"}
     perplexity = next(line for line in lines if line[0] == "perplexity")

@@ -1,16 +1,15 @@
 """`examples/run_ner_ctcd.py` and what it is made of, on tiny models and data, without a network."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import run_ner_ctcd
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from ner_data import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, entities, entity_scores, metrics_for
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from script_runs import printed_table, results, run_script, save_bert, save_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -21,42 +20,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from examples import run_ner_ctcd
+from examples.data.ner import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, entities, entity_scores, metrics_for
+
 #: Every entity is of two pieces: it becomes two tokens.
 PIECES = ["ann", "##abel", "bert", "##ie", "rome", "##ville", "oslo", "##town"]
 ENTITIES = {"annabel": "PER", "bertie": "PER", "romeville": "LOC", "oslotown": "LOC"}
 OTHERS = ["the", "man", "saw", "a", "house", "near", "and", "went", "to", "see", "it"]
+WORDS = [*PIECES, *OTHERS]
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 
 
 # ---- Models and data ----
 
 
-def save_tokenizer(folder: Path, max_length: int = 32) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *PIECES, *OTHERS]
-    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **tokens).save_pretrained(folder)
-
-
 def save_model(folder: Path, layers: int = 3, seed: int = 0, head: bool = False, **config: object) -> str:
-    torch.manual_seed(seed)
-    settings = BertConfig(
-        vocab_size=4 + len(PIECES) + len(OTHERS),
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        hidden_dropout_prob=0.0,
-        **config,
-    )
-    (BertForTokenClassification if head else BertModel)(settings).save_pretrained(folder)
-    save_tokenizer(folder)
-    return str(folder)
+    model_class = BertForTokenClassification if head else BertModel
+    return save_bert(folder, WORDS, layers, seed, model_class, hidden_dropout_prob=0.0, **config)
 
 
 @pytest.fixture(scope="module")
@@ -107,30 +87,9 @@ def save_files(folder: Path, suffix: str = "json") -> dict[str, str]:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the script in this process, for two steps unless told otherwise; returns the output folder."""
-
-    def run(*arguments: str, **options: object) -> Path:
-        settings = {
-            "output_dir": tmp_path / "out",
-            "max_seq_length": 32,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "save_strategy": "no",
-            "report_to": "none",
-            **options,
-        }
-        argv = [x for name, value in settings.items() for x in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["run_ner_ctcd.py", "--use_cpu", "--disable_tqdm", "True", *argv, *arguments])
-        run_ner_ctcd.main()
-        return Path(settings["output_dir"])
-
-    return run
-
-
-def results(folder: Path, name: str = "eval") -> dict[str, float]:
-    return json.loads((folder / f"{name}_results.json").read_text())
+def script(tmp_path: Path):
+    """Runs the script."""
+    return partial(run_script, run_ner_ctcd, output_dir=tmp_path / "out", max_seq_length=32)
 
 
 def labels_of(folder: Path, rows: list[dict]) -> list[list[str]]:
@@ -185,7 +144,7 @@ def test_both_models_label_words(script, tmp_path, teacher, student, capsys, suf
     assert results(out)["eval_agreement"] == pytest.approx((choices[0] == choices[1]).mean())
     assert results(out)["eval_samples"] == 13
     assert results(out, "train")["train_samples"] == 12
-    table = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+    table = printed_table(capsys.readouterr().out)
     assert table[0] == ["teacher", "student"]
     assert {line[0]: len(line) for line in table[2:]} == {
         "loss": 3, "precision": 3, "recall": 3, "f1": 3, "accuracy": 3, "agreement": 2
@@ -314,7 +273,7 @@ def test_best_checkpoint_by_the_student_and_resume(script, tmp_path, teacher):
 
 @pytest.mark.parametrize("label_all_tokens", [False, True])
 def test_labels_of_sub_words(tmp_path, label_all_tokens):
-    save_tokenizer(tmp_path)
+    save_tokenizer(tmp_path, WORDS)
     labels = WordLabels(TAGS)
     tokenize = WordTokenizer(
         AutoTokenizer.from_pretrained(tmp_path),
@@ -337,7 +296,7 @@ def test_labels_of_sub_words(tmp_path, label_all_tokens):
 
 
 def test_unknown_words_and_labels_that_are_missing(tmp_path):
-    save_tokenizer(tmp_path)
+    save_tokenizer(tmp_path, WORDS)
     labels = WordLabels(("b", "a"), data_names=("a", "b"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenize = WordTokenizer(tokenizer, labels, "words", "tags", 5, pad=False, label_all_tokens=False)
@@ -459,7 +418,7 @@ def test_missing_test_data(script, tmp_path, student):
 
 
 def test_words_without_labels(tmp_path):
-    save_tokenizer(tmp_path)
+    save_tokenizer(tmp_path, WORDS)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenize = WordTokenizer(tokenizer, WordLabels(TAGS), "w", "t", 8, pad=False, label_all_tokens=False)
     with pytest.raises(ValueError, match=r"2 words in the column 'w' and 1 labels in 't': .* begins with \['the', 'm"):

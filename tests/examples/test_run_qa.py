@@ -1,15 +1,24 @@
 """`examples/run_qa_ctcd.py` and what it is made of, on tiny models and data, without a network."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import run_qa_ctcd
 import torch
 from datasets import Dataset
-from qa_answers import (
+from script_runs import printed_table, read, run_script, save_bert
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from examples import run_qa_ctcd
+from examples.data.qa import (
     ENDS,
     NOT_CONTEXT,
     NULL,
@@ -22,15 +31,6 @@ from qa_answers import (
     normalized,
     squad_scores,
 )
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 TEXT = "the man who saw a big old red house near river and went up to see it where is what does he of you"
 WORDS = TEXT.split()
@@ -40,34 +40,8 @@ MAX_LENGTH, STRIDE = 20, 4
 # ---- Models and data ----
 
 
-def save_tokenizer(folder: Path) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
-    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=names, model_max_length=32, **tokens
-    ).save_pretrained(folder)
-
-
 def save_model(folder: Path, layers: int = 3, seed: int = 0) -> str:
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        hidden_dropout_prob=0.0,
-    )
-    BertModel(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return str(folder)
+    return save_bert(folder, WORDS, layers, seed, hidden_dropout_prob=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -120,31 +94,9 @@ def save_files(folder: Path, suffix: str = "jsonl", with_negative: bool = False)
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the script in this process, for two steps unless told otherwise; returns the output folder."""
-
-    def run(*arguments: str, **options: object) -> Path:
-        settings = {
-            "output_dir": tmp_path / "out",
-            "max_seq_length": MAX_LENGTH,
-            "doc_stride": STRIDE,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "save_strategy": "no",
-            "report_to": "none",
-            **options,
-        }
-        argv = [x for name, value in settings.items() for x in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["run_qa_ctcd.py", "--use_cpu", "--disable_tqdm", "True", *argv, *arguments])
-        run_qa_ctcd.main()
-        return Path(settings["output_dir"])
-
-    return run
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
+def script(tmp_path: Path):
+    """Runs the script."""
+    return partial(run_script, run_qa_ctcd, output_dir=tmp_path / "out", max_seq_length=MAX_LENGTH, doc_stride=STRIDE)
 
 
 def naive_answers(
@@ -212,7 +164,7 @@ def test_both_models_answer_questions(script, tmp_path, teacher, student, capsys
             assert candidates[0]["text"] == answers[key]
             assert sum(candidate["probability"] for candidate in candidates) == pytest.approx(1)
     assert 0 <= read(out / "eval_results.json")["eval_agreement"] <= 1
-    table = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+    table = printed_table(capsys.readouterr().out)
     assert table[0] == ["teacher", "student"]
     assert {"exact_match", "f1", "loss", "agreement"} <= {line[0] for line in table}
 

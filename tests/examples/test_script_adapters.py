@@ -5,7 +5,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_run_glue import glue_rows, results, save_glue, script, teacher  # noqa: F401
+from script_glue import glue_rows, save_glue
+from script_runs import results
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from ctcd_trainer import create_student
@@ -27,7 +28,7 @@ def base_of(folder: str) -> AutoModelForSequenceClassification:
         (SHARED, (2, 3)),
     ],
 )
-def test_adapters_load_on_the_cut_base_and_score_as_was_reported(script, tmp_path, teacher, options, ranks):  # noqa: F811
+def test_adapters_load_on_the_cut_base_and_score_as_was_reported(script, tmp_path, teacher, options, ranks):
     data = save_glue(tmp_path / "glue", "mrpc")
     cut = {f"student_{name}": value for name, value in CUT.items()}
     out = script(
@@ -69,7 +70,7 @@ def test_adapters_load_on_the_cut_base_and_score_as_was_reported(script, tmp_pat
         ({"lora_target_modules": "query"}, "`--lora_target_modules query` is for adapters"),
     ],
 )
-def test_bad_arguments(script, options, message):  # noqa: F811
+def test_bad_arguments(script, options, message):
     options = {"model_name_or_path": "no/model", "student_num_hidden_layers": 1, "task_name": "mrpc", **options}
     with pytest.raises(ValueError, match=message):
         script("--do_train", **{name: value for name, value in options.items() if value is not None})

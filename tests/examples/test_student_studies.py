@@ -10,7 +10,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from matplotlib import image
-from test_run_glue import save_glue, save_model
+from script_glue import save_glue, save_model
 from transformers import AutoModelForSequenceClassification
 
 from examples.students import costs, figure, report, run, split_labels, study

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from test_heads import assert_equals_naive, pair_of, trainer_of
+from head_pairs import assert_equals_naive, pair_of, trainer_of
 from tiny_models import VOCAB_SIZE, rows_of, tiny_batch
 from torch import nn
 from transformers import BartConfig, BartForCausalLM, BertForMaskedLM

@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
+from head_pairs import LANGUAGE_MODELS, OTHERS, assert_same_gradients
 from naive_losses import naive_loss
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_heads import LANGUAGE_MODELS, OTHERS, assert_same_gradients
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import IGNORED, rows_of, tiny_batch, tiny_model
 from torch import nn

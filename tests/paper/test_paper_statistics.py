@@ -6,7 +6,7 @@ import statistics as naive
 
 import pytest
 
-from examples.paper.statistics import bootstrap_interval, compare, paired_differences, summarise, t_interval
+from examples.common.statistics import bootstrap_interval, compare, paired_differences, summarise, t_interval
 
 VALUES = [0.31, -0.12, 0.44, 0.05, 0.27]
 
