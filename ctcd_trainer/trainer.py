@@ -23,10 +23,10 @@ from .checks.arguments import check_arguments, check_optimizer, check_pretrained
 from .checks.data import check_dataset, check_labels, check_tokenizer, check_vocabularies
 from .checks.models import check_prompts
 from .graph import STUDENT, TEACHER
-from .losses.head_tap import HeadTap
 from .losses.objective import SoftLossFunction
 from .losses.teacher_cache import PretrainedCache
 from .model_structure import base_model, hidden_quantisation, is_quantised
+from .pair.fused_heads import FusedHeads
 from .pair.loading import load_model
 from .pair.model import CoDistillationModel
 from .pair.shared_layers import SharedRun
@@ -123,8 +123,6 @@ class CoDistillationTrainer(PairSearchTrainer):
         self._predicting = False
         self._student_predictions: Any = None
         self.soft_loss_func = soft_loss_func
-        self._fused: bool | None = None
-        self._pretrained_tap: HeadTap | None = None
         self._pretrained_cache: PretrainedCache | None = None
 
         seed = args.seed if args is not None else TrainingArguments.seed
@@ -240,18 +238,25 @@ class CoDistillationTrainer(PairSearchTrainer):
         self.pair = CoDistillationModel(
             learners,
             self.task,
-            frozen=self.graph.frozen,
-            bystanders=others[1:],
+            self.distillation,
+            self.pretrained_teacher,
+            self.soft_loss_func,
             two_tokenizers=self.student_processing_class is not None,
         )
+        self.pair.teacher_cache = self._pretrained_cache
+        self._give_hard_loss()
         if self._sources.shared_layers:
-            self.pair.shared = SharedRun(self._sources.shared_layers, self.pair.own_parameters(STUDENT))
+            self.pair.shared_run = SharedRun(self._sources.shared_layers, self.pair.own_parameters(STUDENT))
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
         # Every term of the loss is divided by the item count of the whole accumulated batch (`compute_loss`).
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False  # the task counts
-        self._fused = None
+
+    def _give_hard_loss(self) -> None:
+        """Give the pair the loss functions that the user has set, also after the trainer was made."""
+        self.pair.objective.compute_loss_func = self.compute_loss_func
+        self.pair.objective.label_smoother = self.label_smoother
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new teacher from `model_init`, paired with a new student from `student_model_init`."""
@@ -281,7 +286,8 @@ class CoDistillationTrainer(PairSearchTrainer):
         if self.pair is None:
             return super()._inner_training_loop(*args, **kwargs)
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
-        self._fused = None  # heads, adapters and loss functions may have changed since the last training
+        self.pair.fused_heads = FusedHeads()  # heads, adapters and loss functions may have changed
+        self._give_hard_loss()
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
             align_special_tokens(self.student_model, self.student_processing_class or self.processing_class)
         with ExitStack() as afterwards:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.export
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -64,10 +63,6 @@ class LinearHead:
         if self.scale != 1.0:
             outputs = outputs * self.scale
         return outputs if self.softcap is None else self.softcap * torch.tanh(outputs / self.softcap)
-
-
-# DDP passes every tensor that a forward returns through a node of its own, and looks for them as a pytree.
-torch.export.register_dataclass(LinearHead)
 
 
 @dataclass(frozen=True)

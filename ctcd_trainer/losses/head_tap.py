@@ -79,10 +79,7 @@ class HeadTap:
 
     def head(self, hidden: Tensor) -> LinearHead:
         """The head with the hidden states `(positions, width)` that go into the layer."""
-        # A view: DDP looks for the parameters that a forward has used behind its outputs, and overlooks bare ones.
-        weight, bias = self.layer.weight.view_as(self.layer.weight), self.layer.bias
-        if bias is not None:
-            bias = bias.view_as(bias)
+        weight, bias = self.layer.weight, self.layer.bias
         if self.extra_bias is not None:
             bias = self.extra_bias.reshape(-1) if bias is None else bias + self.extra_bias.reshape(-1)
         return LinearHead(hidden, weight, bias, self.scale, self.softcap)

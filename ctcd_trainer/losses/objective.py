@@ -1,89 +1,167 @@
-"""The loss of a co-training: a weighted sum of terms, one hard loss per learner and one soft loss per edge."""
+"""The objective of a co-training: one hard loss per learner, one soft loss per edge, and their weighted sum."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_detach
 
 from ..arguments import DistillationArguments
 from ..graph import Edge
-from ..tasks.base import Task
+from ..tasks import Task
+from ..tasks.labels import IGNORE_INDEX
 from .fused_linear import LinearHead, linear_losses
 
-#: The user's own soft loss: arguments are the outputs of the model that teaches (detached), those of the model that
-#: learns, and the batch; returns the mean over the batch, 0-dimensional.
+#: The user's own soft loss. Arguments: the outputs of the model that teaches (detached), the outputs of the model that
+#: learns, and the batch. Returns the mean over the batch, 0-dimensional.
 SoftLossFunction = Callable[[Any, Any, Mapping[str, Any]], Tensor]
 
 
-def separate_losses(
-    task: Task,
-    arguments: DistillationArguments,
-    outputs: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    hard_loss: Callable[[Any], Tensor],
-    share: Tensor | float = 1.0,
-    warmup: float = 1.0,
-    soft_loss_func: SoftLossFunction | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The co-training loss of arXiv 2311.02849, from the outputs of all models, for any head.
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
 
-    It is `h_m hard_m` for each learner m, and `w soft` for each edge. The target of a soft loss is detached, so a term
-    trains its own learner only.
-
-    Args:
-        task: What the logits mean.
-        arguments: The weights, the soft loss and the temperature.
-        outputs: Outputs of all models by name, the frozen pre-trained teacher among them if there is one.
-        inputs: The batch.
-        hard_loss: The task loss of one model's output, already multiplied by its share of the batch.
-        share: Share of this micro-batch in the accumulated batch, by which the soft losses are multiplied.
-        warmup: Factor of the soft weights.
-        soft_loss_func: Computes the soft losses in place of the task.
-
-    Returns:
-        The weighted sum, and each term without its weight under the name by which it is logged; all 0-dimensional.
+    Attributes:
+        step: Optimizer steps that are complete.
+        max_steps: Optimizer steps of the whole training; 0 if unknown, which means no warm-up.
+        epoch: Epochs that are complete, with a fraction.
     """
-    graph = arguments.graph
 
-    def soft_loss(edge: Edge) -> Tensor:
+    step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+
+
+@dataclass
+class Objective:
+    """The loss of arXiv 2311.02849, section 3: `h_m hard_m` for each learner m and `w soft` for each edge.
+
+    The target of a soft loss is detached, so a term trains its own learner only. Every term is the mean over the
+    scored items of this micro-batch, times the share of the micro-batch in the items of the whole accumulated batch.
+
+    Attributes:
+        task: The meaning of the logits and labels.
+        arguments: The weights, the soft loss and the temperature.
+        soft_loss_func: The user's function that replaces the task's soft loss.
+        compute_loss_func: The user's function that replaces the hard loss of each model, as Trainer takes it.
+        label_smoother: Trainer's label smoother, or `None`.
+        progress: How far the training is, for the warm-up of the soft weights.
+    """
+
+    task: Task
+    arguments: DistillationArguments
+    soft_loss_func: SoftLossFunction | None = None
+    compute_loss_func: Callable[..., Tensor] | None = None
+    label_smoother: Callable[..., Tensor] | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def is_labelled(self, batch: Mapping[str, Any]) -> bool:
+        """Tell whether a batch has labels."""
+        return any(name in batch for name in self.task.label_names)
+
+    def models_compute_loss(self, batch: Mapping[str, Any]) -> bool:
+        """Tell whether each model gets the labels and computes its hard loss itself."""
+        return "labels" not in batch or (self.label_smoother is None and self.compute_loss_func is None)
+
+    def __call__(
+        self, outputs: Mapping[str, Any], batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Compute the loss from whole outputs, for any head.
+
+        Args:
+            outputs: Outputs of all models by name, frozen sources included.
+            batch: The batch.
+            num_items_in_batch: Items in the accumulated batch: a number, or `(2,)` with the number of labelled rows
+                and of compared rows. `None` takes the mean over this batch.
+
+        Returns:
+            The weighted sum, and each term without its weight by the name under which it is logged, all 0-dimensional.
+            `None` and no terms if a model has computed no loss.
+        """
+        graph = self.arguments.graph
+        trained = {learner: weight for learner, weight in graph.hard_weights.items() if weight > 0}
+        hard = {learner: self.hard_loss(outputs[learner], batch, num_items_in_batch) for learner in trained}
+        if any(value is None for value in hard.values()):
+            return None, {}
+        terms = {f"{learner}_hard_loss": value for learner, value in hard.items()}
+        weights = list(trained.values())
+        share = _share(self.task.distilled(batch), num_items_in_batch, -1)
+        for edge in self._edges():
+            terms[edge.loss_name] = self._soft_loss(edge, outputs, batch) * share
+            weights.append(edge.weight)
+        return sum(weight * value for weight, value in zip(weights, terms.values(), strict=True)), terms
+
+    def hard_loss(
+        self, outputs: Any, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor | None:
+        """Compute the task loss of one learner: the user's, the smoothed one, or the model's own.
+
+        Args:
+            outputs: Outputs of the learner.
+            batch: The batch.
+            num_items_in_batch: As in `__call__`.
+
+        Returns:
+            0-dimensional; `None` if the model has computed no loss.
+        """
+        if self.compute_loss_func is not None:
+            number = num_items_in_batch
+            number = number.reshape(-1)[0] if isinstance(number, Tensor) else number
+            return self.compute_loss_func(outputs, batch.get("labels"), num_items_in_batch=number)
+        if "labels" in batch and self.label_smoother is not None:
+            labels = self.task.trainable_labels(batch)["labels"]
+            loss = self.label_smoother(outputs, labels, shift_labels=self.task.shifts_labels)
+        else:
+            loss = self.task.hard_loss(outputs, batch)
+        if loss is None:
+            return None
+        return loss * _share(self.task.counted(batch).ne(IGNORE_INDEX), num_items_in_batch, 0)
+
+    def fused(
+        self, heads: Mapping[str, LinearHead], labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the same loss for language models, from the inputs of their output layers.
+
+        Args:
+            heads: The output layers of all models by name, at the scored positions.
+            labels: Token ids of these positions, `(positions,)`.
+            num_items_in_batch: As in `__call__`.
+
+        Returns:
+            As `__call__`.
+        """
+        hard_weights = {learner: weight for learner, weight in self.arguments.graph.hard_weights.items() if weight > 0}
+        loss, terms = linear_losses(
+            heads, labels, hard_weights, self._edges(), self.arguments.soft_loss, self.arguments.temperature
+        )
+        if num_items_in_batch is None:
+            scale = 1.0 / max(len(labels), 1)
+        else:
+            scale = 1.0 / torch.as_tensor(num_items_in_batch, device=loss.device).reshape(-1)[-1].clamp(min=1)
+        return loss * scale, {name: value * scale for name, value in terms.items()}
+
+    def _edges(self) -> list[Edge]:
+        """The edges with their weights at this step."""
+        warmup = self.arguments.soft_weight_factor(self.progress.step, self.progress.max_steps)
+        return [Edge(edge.source, edge.learner, edge.weight * warmup) for edge in self.arguments.graph.edges]
+
+    def _soft_loss(self, edge: Edge, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Tensor:
         learner, source = outputs[edge.learner], outputs[edge.source]
-        if soft_loss_func is not None:
-            return soft_loss_func(nested_detach(source), learner, inputs)
-        return task.soft_loss(learner, source, inputs, arguments.soft_loss, arguments.temperature)
-
-    values = {
-        f"{learner}_hard_loss": hard_loss(outputs[learner])
-        for learner, weight in graph.hard_weights.items()
-        if weight > 0
-    }
-    weights = [weight for weight in graph.hard_weights.values() if weight > 0]
-    for edge in graph.edges:
-        values[edge.loss_name] = soft_loss(edge) * share
-        weights.append(edge.weight * warmup)
-    return sum(weight * value for weight, value in zip(weights, values.values(), strict=True)), values
+        if self.soft_loss_func is not None:
+            return self.soft_loss_func(nested_detach(source), learner, batch)
+        return self.task.soft_loss(learner, source, batch, self.arguments.soft_loss, self.arguments.temperature)
 
 
-def fused_losses(
-    arguments: DistillationArguments, heads: Mapping[str, LinearHead], labels: Tensor, warmup: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same for language models, summed over the positions, from the inputs of their output layers.
+def _share(counted: Tensor, num_items_in_batch: Tensor | int | None, which: int) -> Tensor:
+    """Share of this micro-batch in the accumulated batch.
 
     Args:
-        arguments: The weights, the soft loss and the temperature.
-        heads: The output layers of all models by name, at the scored positions.
-        labels: Token ids of these positions, `(positions,)`.
-        warmup: Factor of the soft weights.
-
-    Returns:
-        As `separate_losses`, but sums.
+        counted: The items that count in this micro-batch, bool.
+        num_items_in_batch: The number of items of the whole batch; see `Objective.__call__`.
+        which: Which of the numbers, 0 for labelled items and -1 for compared ones.
     """
-    graph = arguments.graph
-    return linear_losses(
-        heads,
-        labels,
-        {learner: weight for learner, weight in graph.hard_weights.items() if weight > 0},
-        [Edge(edge.source, edge.learner, edge.weight * warmup) for edge in graph.edges],
-        arguments.soft_loss,
-        arguments.temperature,
-    )
+    if num_items_in_batch is None:
+        return counted.sum().clamp(max=1)
+    return counted.sum() / torch.as_tensor(num_items_in_batch).reshape(-1)[which].clamp(min=1)

@@ -1,69 +1,113 @@
-"""The pair as one module, so that one wrap, one backward, one scaler and one checkpoint call serve all learners."""
+"""The pair: several models as one module that returns its loss.
+
+One wrap (DDP, FSDP, DeepSpeed), one backward pass, one scaler and one checkpoint call serve all learners, and any
+training loop can train them.
+"""
 
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..graph import STUDENT, TEACHER
+from ..arguments import DistillationArguments
+from ..graph import PRETRAINED, STUDENT, TEACHER
 from ..losses.fused_linear import LinearHead, ScoredPositions
 from ..losses.head_tap import HeadTap
+from ..losses.objective import Objective, SoftLossFunction
+from ..losses.teacher_cache import PretrainedCache
 from ..model_structure import base_model, forward_parameters, layer_classes
-from ..tasks.base import Task
+from ..tasks import Task
 from ..tasks.two_tokenizers import inputs_of_learner
+from .fused_heads import FusedHeads
+from .output import CoDistillationOutput
 from .shared_layers import SharedRun
 
 
-class CoDistillationModel(PreTrainedModel):
-    """Learners that train together, by name; the first one is the primary, whose place is the root of every folder.
+def _of_primary(name: str) -> property:
+    """Give the primary learner's attribute in place of the one that `PreTrainedModel` has."""
 
-    Its `config` is the primary learner's. It is made by the trainer and has no checkpoint format of its own:
-    `save_pretrained` writes each learner as the ordinary model that it is.
+    def get(self: "CoDistillationModel") -> Any:
+        learners = self.__dict__.get("_modules", {}).get("learners")
+        return getattr(PreTrainedModel if learners is None else learners[self.primary], name)
+
+    return property(get)
+
+
+#: Facts about the way in which a model was loaded. The pair was not loaded: no one may take it for such a model.
+_LOADING = {"hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"}
+_LOADING |= {"quantization_method", "is_parallelizable", "model_parallel"}
+
+
+class CoDistillationModel(PreTrainedModel):
+    """Learners that train together, by name; the first is the primary, whose place is the root of every folder.
+
+    `forward` runs all learners and returns their loss. The pair can be used as its primary learner: it has that
+    learner's config, an attribute or method that the pair does not define itself is looked up in it, and `forward`
+    returns its fields at the top level.
+
+    The pair has no checkpoint format of its own: `save_pretrained` writes each learner as the ordinary model that it
+    is. Make it with `make_pair`, which checks that the models fit together.
 
     Args:
         learners: The models by name, the primary (the teacher) first.
-        task: What they are for.
-        frozen: Names of the learners that are not trained. They stay in evaluation mode (no dropout, no update of
-            running statistics), run without gradients, and their parameters have `requires_grad=False`.
-        bystanders: Models that are run on the same batches outside of the pair. No learner is given an input that only
-            they name.
+        task: The task of the models.
+        arguments: The weights, the soft loss and the temperature. Learners that no loss trains are frozen: they stay in
+            evaluation mode, run without gradients, and their parameters have `requires_grad=False`.
+        pretrained: A frozen teacher outside of the pair (Community KD).
+        soft_loss_func: The user's own soft loss.
         two_tokenizers: Whether the student has a tokenizer, and so inputs, of its own.
     """
 
     config_class = PreTrainedConfig
     supports_gradient_checkpointing = True
+    can_generate = _of_primary("can_generate")
+    active_adapters = _of_primary("active_adapters")
+    base_model = _of_primary("base_model")
+    disable_adapters = _of_primary("disable_adapters")
+    enable_adapters = _of_primary("enable_adapters")
+    get_decoder = _of_primary("get_decoder")
+    get_encoder = _of_primary("get_encoder")
+    set_adapter = _of_primary("set_adapter")
 
     def __init__(
         self,
         learners: Mapping[str, nn.Module],
         task: Task,
-        frozen: Collection[str] = (),
-        bystanders: Collection[nn.Module] = (),
+        arguments: DistillationArguments,
+        pretrained: nn.Module | None = None,
+        soft_loss_func: SoftLossFunction | None = None,
         two_tokenizers: bool = False,
     ) -> None:
         super().__init__(PreTrainedConfig())
+        self.__dict__.pop("generation_config", None)  # the primary's
         self.learners = nn.ModuleDict(learners)
-        self.task = task
-        self.two_tokenizers = two_tokenizers
-        #: The output layers of the learners, where they are run without them (`head_at`).
-        self.taps: dict[str, HeadTap] = {}
-        #: Runs the layers that both learners have in common.
-        self.shared: SharedRun | None = None
         self.primary = next(iter(learners))
+        self.task = task
+        self.objective = Objective(task, arguments, soft_loss_func)
+        self.fused_heads = FusedHeads()
+        #: Frozen models outside of the pair by name: in no state dict, not wrapped, only learnt from.
+        self.sources: dict[str, nn.Module] = {} if pretrained is None else {PRETRAINED: pretrained}
+        #: Keeps the predictions of the frozen teacher.
+        self.teacher_cache: PretrainedCache | None = None
+        #: Runs the layers that both learners have in common.
+        self.shared_run: SharedRun | None = None
+        self.two_tokenizers = two_tokenizers
         self.config = self.learners[self.primary].config
         self.main_input_name = base_model(self.learners[self.primary]).main_input_name
-        self.frozen = frozenset(frozen)
+        self.frozen = frozenset(arguments.graph.frozen)
         for name in self.frozen:
             self.learners[name].requires_grad_(False)
-        #: The inputs that any of the models names.
-        self._accepted = {type(base_model(m)): forward_parameters(m) for m in [*learners.values(), *bystanders]}
+        #: The inputs that each class of models names.
+        self._accepted = {type(base_model(m)): forward_parameters(m) for m in self.models.values()}
         self.known_inputs = frozenset().union(*self._accepted.values())
         self.train(self.training)
+
+    # ---- The models ----
 
     @property
     def teacher(self) -> nn.Module:
@@ -76,24 +120,29 @@ class CoDistillationModel(PreTrainedModel):
         return self.learners[STUDENT]
 
     @property
+    def models(self) -> dict[str, nn.Module]:
+        """All models by name: the learners, and the frozen sources outside of the pair."""
+        return {**self.learners, **self.sources}
+
+    @property
     def trained(self) -> dict[str, nn.Module]:
         """The learners that are trained, by name."""
         return {name: model for name, model in self.learners.items() if name not in self.frozen}
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Names of the layers, of all learners, that FSDP shards one by one unless the user names others."""
+        """Class names of the layers that FSDP shards one by one unless the user names others."""
         return layer_classes(self.learners.values())
 
     def own_parameters(self, learner: str) -> dict[str, nn.Parameter]:
-        """Parameters of a learner that none before it has, by their name in the learner."""
+        """Return the parameters of a learner that no learner before it has, by their name in the learner."""
         before = list(self.learners)[: list(self.learners).index(learner)]
         others = {id(parameter) for name in before for parameter in self.learners[name].parameters()}
-        own = self.learners[learner].named_parameters()
-        return {name: parameter for name, parameter in own if id(parameter) not in others}
+        named = self.learners[learner].named_parameters()
+        return {name: parameter for name, parameter in named if id(parameter) not in others}
 
     def folder_of(self, learner: str, root: str) -> str:
-        """Folder of a learner in an output or checkpoint folder: the root for the primary, its name for the others."""
+        """Return the folder of a learner in an output folder: the root for the primary, its name for the others."""
         return root if learner == self.primary else os.path.join(root, learner)
 
     def train(self, mode: bool = True) -> "CoDistillationModel":
@@ -103,44 +152,174 @@ class CoDistillationModel(PreTrainedModel):
             self.learners[name].eval()
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Input embeddings of the primary learner."""
-        return base_model(self.learners[self.primary]).get_input_embeddings()
+    # ---- The pair as its primary learner ----
 
+    def __getattr__(self, name: str) -> Any:
+        """Look an attribute up in the primary learner that neither the pair nor its class has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in _LOADING or "learners" not in self.__dict__.get("_modules", {}):
+                raise
+        primary = self.learners[self.primary]
+        try:
+            return getattr(primary, name)
+        except AttributeError:
+            raise AttributeError(
+                f"Neither the pair nor its {self.primary}, a {type(primary).__name__}, has {name!r}. The plain models "
+                f"are `trainer.teacher_model` and `trainer.student_model`, or `pair.learners[...]` for one of "
+                f"{list(self.learners)}."
+            ) from None
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the input embeddings of the primary learner."""
+        return self.learners[self.primary].get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the input embeddings of the primary learner."""
+        self.learners[self.primary].set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output layer of the primary learner; `None` if it is no language model."""
+        return self.learners[self.primary].get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer of the primary learner."""
+        self.learners[self.primary].set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the embeddings of every learner, which read the same token ids; see `PreTrainedModel`.
+
+        Returns:
+            The input embeddings of the primary learner.
+
+        Raises:
+            ValueError: The learners have two tokenizers or share parts, or a frozen teacher outside of the pair reads
+                the same ids; nothing is changed.
+        """
+        obstacles = {
+            "the models have two tokenizers": self.two_tokenizers,
+            "the models share their embeddings (`share`)": self.shared_run is not None
+            or any(
+                len(self.own_parameters(name)) < len([*model.parameters()]) for name, model in self.learners.items()
+            ),
+            "`pretrained_teacher` reads the same token ids and is frozen": bool(self.sources),
+        }
+        for obstacle, holds in obstacles.items():
+            if holds and new_num_tokens is not None:
+                raise ValueError(
+                    f"`resize_token_embeddings({new_num_tokens})` of the pair: {obstacle}. Resize the plain models "
+                    "before you make the trainer."
+                )
+        resized = [model.resize_token_embeddings(new_num_tokens, *args, **kwargs) for model in self.learners.values()]
+        return resized[0]
+
+    # ---- The loss ----
+
+    @torch.compiler.disable(recursive=False)  # the models are compiled, the bookkeeping between them is not
     def forward(
         self,
         learner: str | None = None,
-        labelled: bool = True,
-        head_at: ScoredPositions | None = None,
-        **inputs: Any,
-    ) -> Any:
-        """Run every learner on the same inputs, or one of them.
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        **batch: Any,
+    ) -> CoDistillationOutput | Any:
+        """Run the learners and compute all hard and soft losses.
 
-        Each receives the inputs that its `forward` names: a DistilBERT student gets no `token_type_ids`.
+        Each model receives the inputs that its `forward` names: a DistilBERT student gets no `token_type_ids`.
 
         Args:
-            learner: Name of the only learner to run; all of them by default.
-            labelled: Whether the learners get the labels of the batch, and compute their loss.
-            head_at: The positions that matter, to run the heads at these alone and to stop before the output layers
-                (`taps`).
-            **inputs: Tensors of the batch, `(rows, ...)`.
+            learner: Name of a learner. Only this learner runs, and its own output is returned, with its hard loss as
+                the `loss`.
+            num_items_in_batch: Scored items in the whole accumulated batch, by which every term is divided: a number,
+                or `(2,)` with the number of labelled rows and of compared rows. `None` takes the mean over this batch.
+            return_logits: Whether the models return their logits. By default they do, except language models in
+                training mode where the losses can be computed without them (`fused_lm_head`).
+            **batch: Tensors `(rows, ...)`, with labels. Without labels there is no loss.
 
         Returns:
-            The outputs by name of the learner, or the output of the one that was asked for; `LinearHead`s with
-            `head_at`.
+            The loss, its terms, the primary learner's fields and the outputs of all learners; see
+            `CoDistillationOutput`.
         """
+        labelled = self.objective.is_labelled(batch)
         if learner is not None:
-            return self._run(learner, inputs, labelled, head_at)
-        run = partial(self._run, inputs=inputs, labelled=labelled, head_at=head_at)
-        if self.shared is not None:
-            return self.shared.run(self.learners, run)
-        return {name: run(name) for name in self.learners}
+            output = self._run(learner, batch, labelled)
+            if labelled:
+                output["loss"] = self.objective.hard_loss(output, batch, num_items_in_batch)
+            return output
+        if return_logits is None:
+            return_logits = not (self.training and torch.is_grad_enabled())
+        if not return_logits and self._is_fused(batch):
+            scored = ScoredPositions(self.task.targets(batch))
+            heads = self._run_all(batch, head_at=scored) | self._run_sources(batch, scored)
+            loss, losses = self.objective.fused(heads, scored.labels, num_items_in_batch)
+            return CoDistillationOutput(loss=loss, losses=losses)
+        outputs = self._run_all(batch, labelled)
+        loss, losses = None, {}
+        if labelled or self.training:
+            loss, losses = self.objective({**outputs, **self._run_sources(batch)}, batch, num_items_in_batch)
+        first = outputs[self.primary]
+        fields = dict(first) if isinstance(first, Mapping) else {}
+        return CoDistillationOutput({"loss": None, **fields} | {"loss": loss, "losses": losses, "outputs": outputs})
 
-    def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, head_at: ScoredPositions | None) -> Any:
-        inputs = inputs_of_learner(name, inputs, self.task.label_names, self.two_tokenizers)
+    def _is_fused(self, batch: Mapping[str, Any]) -> bool:
+        """Tell whether the learners run without logits."""
+        if not self.task.language_model:
+            return False
+        if self.fused_heads.used is None:
+            inputs = {name: self.inputs_of(model, batch) for name, model in self.models.items()}
+            return self.fused_heads.decide(self.objective, self.models, inputs, batch)
+        return self.fused_heads.used
+
+    def _run_all(
+        self, batch: Mapping[str, Any], labelled: bool = False, head_at: ScoredPositions | None = None
+    ) -> dict[str, Any]:
+        """Run every learner on a batch, layers that they share only once."""
+        run = partial(self._run, batch=batch, labelled=labelled, head_at=head_at)
+        return (
+            {name: run(name) for name in self.learners}
+            if self.shared_run is None
+            else self.shared_run.run(self.learners, run)
+        )
+
+    def _run(
+        self, name: str, batch: Mapping[str, Any], labelled: bool = False, head_at: ScoredPositions | None = None
+    ) -> Any:
+        """Run one learner on its part of a batch."""
+        compute = labelled and self.objective.models_compute_loss(batch)
+        if compute:
+            batch = {**batch, **self.task.trainable_labels(batch)}
+        batch = inputs_of_learner(name, batch, self.task.label_names, self.two_tokenizers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-            tap = None if head_at is None else self.taps[name]
-            return self.run(self.learners[name], inputs, labelled, tap, head_at)
+            output = self.run(self.learners[name], batch, compute, head_at and self.fused_heads.taps[name], head_at)
+        # As accelerate does with the outputs of a model under autocast: the loss functions expect fp32.
+        autocast = head_at is None and torch.is_autocast_enabled(self.device.type)
+        return convert_to_fp32(output) if autocast else output
+
+    def _run_sources(self, batch: Mapping[str, Any], head_at: ScoredPositions | None = None) -> dict[str, Any]:
+        """Run the frozen models outside of the pair, or look their predictions up."""
+        outputs = {}
+        for name, model in self.sources.items():
+            inputs = inputs_of_learner(name, batch, self.task.label_names)
+            tap = head_at and self.fused_heads.taps[name]
+            labelled = self.task.needs_labels(base_model(model), inputs)
+            run = partial(self._run_frozen, model, labelled, tap)
+            if self.teacher_cache is None or (
+                self.task.language_model and tap is None
+            ):  # whole logits would fill the disk
+                outputs[name] = run(inputs, head_at)
+            else:
+                taken = self.inputs_of(model, self.task.unlabelled(base_model(model), inputs))
+                outputs[name] = self.teacher_cache.outputs(
+                    run, inputs, taken, tap, head_at, self.objective.progress.epoch
+                )
+        return outputs
+
+    def _run_frozen(
+        self, model: nn.Module, labelled: bool, tap: HeadTap | None, inputs: Mapping[str, Any], head_at: Any
+    ) -> Any:
+        with torch.no_grad():
+            return self.run(model, inputs, labelled, tap, head_at)
 
     def run(
         self,
@@ -150,39 +329,45 @@ class CoDistillationModel(PreTrainedModel):
         tap: HeadTap | None = None,
         head_at: ScoredPositions | None = None,
     ) -> Any | LinearHead:
-        """Run a learner or a bystander on a batch; see `forward`.
+        """Run one model on its part of a batch.
 
         Args:
-            model: The model.
+            model: A learner or a source.
             inputs: The batch.
-            labelled: Whether it gets the labels.
+            labelled: Whether the model gets the labels.
             tap: Its output layer, to stop before it.
-            head_at: The positions that matter, with a `tap`.
+            head_at: The scored positions, with a `tap`.
         """
         if not labelled or tap is not None:
             inputs = self.task.unlabelled(base_model(model), inputs)
-        own = self.inputs_of(model, inputs)
-        return model(**own) if tap is None else tap.run(model, own, head_at)
+        inputs = self.inputs_of(model, inputs)
+        return model(**inputs) if tap is None else tap.run(model, inputs, head_at)
 
     def inputs_of(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a batch that a model takes (`named_inputs`), with `use_cache`.
+        """Select the part of a batch that a model takes (`named_inputs`), with the primary learner's `use_cache`.
 
-        Caches for generation are as Trainer sets them for the primary learner (`use_cache`), without a change to the
-        config of the others.
+        Trainer sets `use_cache` in the config of the primary learner; the configs of the others are not changed.
         """
-        own = self.named_inputs(model, inputs)
+        named = self.named_inputs(model, inputs)
         if "use_cache" in self._accepted_by(model):
-            own.setdefault("use_cache", getattr(self.config, "use_cache", False))
-        return own
+            named.setdefault("use_cache", getattr(self.config, "use_cache", False))
+        return named
 
     def named_inputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a batch that a model takes: what its `forward` names, and what nobody names."""
+        """Select the part of a batch that a model takes: inputs that its `forward` names or that no model names."""
         accepted = self._accepted_by(model)
         return {key: value for key, value in inputs.items() if key in accepted or key not in self.known_inputs}
 
     def _accepted_by(self, model: nn.Module) -> frozenset[str]:
         """Names of the inputs of a model, also where FSDP2 has made its class a subclass."""
         return next(self._accepted[cls] for cls in type(base_model(model)).__mro__ if cls in self._accepted)
+
+    # ---- Saving ----
+
+    def weights_of(self, learner: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Select the weights of a learner, under its own names, from a state dict of the pair."""
+        prefix = f"learners.{learner}."
+        return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
     def save_pretrained(
         self,
@@ -202,29 +387,25 @@ class CoDistillationModel(PreTrainedModel):
             **kwargs: Passed to each learner's `save_pretrained`.
         """
         for name, model in self.learners.items():
-            prefix = f"learners.{name}."
-            own = state_dict and {
-                key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
-            }
             folder = self.folder_of(name, os.fspath(save_directory))
-            model.save_pretrained(folder, is_main_process=is_main_process, state_dict=own, **kwargs)
+            weights = state_dict and self.weights_of(name, state_dict)
+            model.save_pretrained(folder, is_main_process=is_main_process, state_dict=weights, **kwargs)
 
 
-@dataclass
 class LearnerView:
-    """One learner of a pair, called through whatever wraps the pair (DDP and the like need their own forward).
+    """One learner of a pair, called through whatever wraps the pair (DDP and FSDP need their own forward).
 
-    Attributes:
+    Args:
         model: The pair, wrapped or not.
         learner: Name of the learner that a call runs.
-        outputs: What the last call returned.
     """
 
-    model: nn.Module
-    learner: str
-    outputs: Any = None
+    def __init__(self, model: nn.Module, learner: str) -> None:
+        self.model, self.learner = model, learner
+        #: The last output.
+        self.outputs: Any = None
 
     def __call__(self, **inputs: Any) -> Any:
-        """Output of the learner on the inputs."""
+        """Return the output of the learner on the inputs, with its hard loss as the `loss`."""
         self.outputs = self.model(learner=self.learner, **inputs)
         return self.outputs

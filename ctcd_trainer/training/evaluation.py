@@ -58,6 +58,7 @@ class PairEvaluationTrainer(PairCheckpointTrainer):
         if self.is_in_train:
             self._loss_meter.check(self.accelerator.gather)  # before metrics fail on predictions of broken weights
         self._evaluation_meter = meter = EvaluationMeter()
+        self._give_hard_loss()
         users = self.compute_metrics, self.preprocess_logits_for_metrics
         try:
             if self.compute_metrics is not None:

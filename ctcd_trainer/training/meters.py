@@ -22,15 +22,16 @@ class LossMeter:
         self._bad_steps: Tensor | None = None
         self._steps: set[int] = set()
 
-    def add(self, components: Mapping[str, Tensor], step: int) -> None:
+    def add(self, components: Mapping[str, Tensor], step: int, scale: float = 1.0) -> None:
         """Add the components of one micro-batch.
 
         Args:
             components: 0-dimensional tensors by name, each already divided by the item count of the whole accumulated
                 batch, so that the sum over its micro-batches is the mean. The names never change.
             step: Number of the optimizer step, from 1.
+            scale: Factor of the components.
         """
-        values = torch.stack([value.detach().float() for value in components.values()])
+        values = torch.stack([value.detach().float() for value in components.values()]) * scale
         if self._sums is None or self._bad_steps is None:
             self._names = tuple(components)
             self._sums = torch.zeros_like(values)
