@@ -46,10 +46,10 @@ class FusedHeads:
             batch: The batch.
         """
         if self.used is None:
-            targets = objective.task.targets(batch) if objective.is_labelled(batch) else None
-            if _all_agree(targets is not None and bool(objective.task.scored(batch).any()), next(_tensors(batch))):
+            like = next(value for value in batch.values() if isinstance(value, Tensor))
+            if _all_agree(objective.is_labelled(batch) and bool(objective.task.scored(batch).any()), like):
                 reason = self._why_logits(objective, models, inputs)
-                self.used = _all_agree(reason is None, targets)
+                self.used = _all_agree(reason is None, like)
                 self._log(objective, reason if reason is not None or self.used else "another process needs them")
         return bool(self.used)
 
@@ -76,19 +76,13 @@ class FusedHeads:
         return None
 
     def _log(self, objective: Objective, reason: str | None) -> None:
-        if dist.is_initialized() and dist.get_rank() > 0:
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return
         path = "one fused pass over the scored positions" if reason is None else f"whole logits, because {reason}"
         unwanted = reason is not None and objective.arguments.fused_lm_head
         logger.log(WARNING if unwanted else INFO, "Losses of the language-model heads: %s.", path)
         if reason is not None and objective.arguments.pretrained_cache_dir is not None:
-            logger.warning(
-                "`pretrained_cache_dir` keeps no whole logits, so the frozen teacher runs on every batch of this training."
-            )
-
-
-def _tensors(batch: Mapping[str, Any]) -> Any:
-    return (value for value in batch.values() if isinstance(value, Tensor))
+            logger.warning("`pretrained_cache_dir` keeps no whole logits, so the frozen teacher runs on every batch.")
 
 
 def _all_agree(value: bool, like: Tensor) -> bool:

@@ -56,8 +56,8 @@ class CoDistillationModel(PreTrainedModel):
     Args:
         learners: The models by name, the primary (the teacher) first.
         task: The task of the models.
-        arguments: The weights, the soft loss and the temperature. Learners that no loss trains are frozen: they stay in
-            evaluation mode, run without gradients, and their parameters have `requires_grad=False`.
+        arguments: The weights, the soft loss and the temperature. Learners that no loss trains are frozen: they stay
+            in evaluation mode, run without gradients, and their parameters have `requires_grad=False`.
         pretrained: A frozen teacher outside of the pair (Community KD).
         soft_loss_func: The user's own soft loss.
         two_tokenizers: Whether the student has a tokenizer, and so inputs, of its own.
@@ -199,9 +199,8 @@ class CoDistillationModel(PreTrainedModel):
         """
         obstacles = {
             "the models have two tokenizers": self.two_tokenizers,
-            "the models share their embeddings (`share`)": self.shared_run is not None
-            or any(
-                len(self.own_parameters(name)) < len([*model.parameters()]) for name, model in self.learners.items()
+            "the models share parameters": any(
+                len(self.own_parameters(name)) < len(list(model.parameters())) for name, model in self.learners.items()
             ),
             "`pretrained_teacher` reads the same token ids and is frozen": bool(self.sources),
         }
@@ -276,11 +275,9 @@ class CoDistillationModel(PreTrainedModel):
     ) -> dict[str, Any]:
         """Run every learner on a batch, layers that they share only once."""
         run = partial(self._run, batch=batch, labelled=labelled, head_at=head_at)
-        return (
-            {name: run(name) for name in self.learners}
-            if self.shared_run is None
-            else self.shared_run.run(self.learners, run)
-        )
+        if self.shared_run is not None:
+            return self.shared_run.run(self.learners, run)
+        return {name: run(name) for name in self.learners}
 
     def _run(
         self, name: str, batch: Mapping[str, Any], labelled: bool = False, head_at: ScoredPositions | None = None
@@ -304,15 +301,12 @@ class CoDistillationModel(PreTrainedModel):
             tap = head_at and self.fused_heads.taps[name]
             labelled = self.task.needs_labels(base_model(model), inputs)
             run = partial(self._run_frozen, model, labelled, tap)
-            if self.teacher_cache is None or (
-                self.task.language_model and tap is None
-            ):  # whole logits would fill the disk
+            cache = self.teacher_cache
+            if cache is None or (self.task.language_model and tap is None):  # whole logits would fill the disk
                 outputs[name] = run(inputs, head_at)
             else:
                 taken = self.inputs_of(model, self.task.unlabelled(base_model(model), inputs))
-                outputs[name] = self.teacher_cache.outputs(
-                    run, inputs, taken, tap, head_at, self.objective.progress.epoch
-                )
+                outputs[name] = cache.outputs(run, inputs, taken, tap, head_at, self.objective.progress.epoch)
         return outputs
 
     def _run_frozen(

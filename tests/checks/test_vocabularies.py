@@ -40,7 +40,7 @@ def test_embeddings_padded_to_two_sizes_train_and_evaluate(sizes, tmp_path):
     teacher, student = (make(tokenizer, rounded + extra if extra else None) for extra in sizes)
     trainer = make_trainer(tmp_path, teacher, student, tokenizer)
     trainer.train()
-    assert trainer._fused
+    assert trainer.pair.fused_heads.used
     assert 0 <= trainer.evaluate()["eval_agreement"] <= 1
 
 

@@ -146,7 +146,7 @@ def test_language_models_report(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["masked", "causal"])
 def test_variants_compute_the_same_loss_and_gradients_by_different_paths(name, tmp_path, caplog):
     """Otherwise the comparison would be between different things, or between equal ones."""
-    caplog.set_level("INFO", logger="ctcd_trainer.training.computing_losses")
+    caplog.set_level("INFO", logger="ctcd_trainer.pair.fused_heads")
     work = language_models.WORKS[name].quick()
     batch = language_models.batch_of(work)
     losses, gradients = {}, {}

@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForCausalLM, BertForMaskedLM
 
 @pytest.fixture
 def messages(caplog):
-    caplog.set_level(logging.INFO, logger="ctcd_trainer.training.computing_losses")
+    caplog.set_level(logging.INFO, logger="ctcd_trainer.pair.fused_heads")
     return lambda: [record.getMessage() for record in caplog.records if "language-model heads" in record.getMessage()]
 
 
@@ -65,8 +65,8 @@ def test_a_head_that_mixes_positions_gets_them_all_and_is_stopped_at_its_last_la
         models.append(model)
     trainer = trainer_of(tmp_path, *models)
     assert_equals_naive(trainer, "masked-lm", *models, tiny_batch("masked-lm"))
-    assert trainer._fused
-    assert trainer.pair.taps["teacher"].entry is None
+    assert trainer.pair.fused_heads.used
+    assert trainer.pair.fused_heads.taps["teacher"].entry is None
 
 
 def test_the_log_says_once_that_the_fast_path_is_taken(tmp_path, messages):
@@ -111,7 +111,7 @@ def test_a_causal_model_that_does_not_shift_labels_is_named_and_trains_fused_as_
     assert "its labels are not shifted by the model (if so is meant, pass `task='masked-lm'`)" in messages()[0]
     trainer = trainer_of(tmp_path, *models, task="masked-lm")
     step(trainer, "causal-lm")
-    assert trainer._fused
+    assert trainer.pair.fused_heads.used
 
 
 def test_the_models_are_left_without_hooks_and_in_their_mode(tmp_path):

@@ -200,7 +200,7 @@ def train(scenario: str, folder: Path, resume_from: Path | None = None, **argume
         "metrics": {name: value for name, value in metrics.items() if not name.endswith(timed)},
         "train_loss": output.training_loss,
         "weights": whole_weights(trainer),
-        "fused": trainer._fused,
+        "fused": trainer.pair.fused_heads.used,
         "held": {name: share_of(model) for name, model in sharded_models(trainer).items()},
         "units": {
             name: Counter(type(part).__name__ for part in model.modules() if isinstance(part, FSDPModule))

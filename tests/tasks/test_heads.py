@@ -32,7 +32,7 @@ def test_language_models_equal_the_naive_loss_and_gradients(head, teacher, stude
     models = pair_of(head, teacher, student)
     trainer = trainer_of(tmp_path, *models, fused_lm_head=fused)
     assert_equals_naive(trainer, head, *models, tiny_batch(head))
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
 
 
 @pytest.mark.parametrize(("head", "teacher", "student"), pairs_of(OTHERS))
@@ -58,7 +58,7 @@ def test_decoder_inputs_of_the_batch_are_used_in_place_of_shifted_labels(family,
     batch["decoder_input_ids"] = batch["labels"].clamp(min=0).flip(1)
     trainer = trainer_of(tmp_path, *models, fused_lm_head=fused)
     assert_equals_naive(trainer, "seq2seq-lm", *models, batch)
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
 
 
 @both_paths
@@ -78,7 +78,7 @@ def test_modernbert_with_sparse_prediction_has_the_loss_of_the_whole_prediction(
     assert all(model.sparse_prediction for model in sparse)
     trainer = trainer_of(tmp_path, *sparse, fused_lm_head=fused)
     assert_equals_naive(trainer, "masked-lm", *models, tiny_batch("masked-lm"))
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
 
 
 @both_paths
@@ -89,7 +89,7 @@ def test_under_bf16_autocast_the_loss_differs_by_half_a_percent_and_gradients_by
     trainer = trainer_of(tmp_path, *models, fused_lm_head=fused, bf16=True)
     loss = trainer.compute_loss(trainer.accelerator.prepare_model(trainer.model), dict(batch))
     loss.backward()
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
     expected = naive_loss(head, *models, batch, WEIGHTS, TAU)
     expected.backward()
     assert loss != expected
@@ -110,7 +110,7 @@ def test_vocabularies_padded_to_two_sizes_are_compared_on_the_ids_that_both_have
     models = [tiny_model(family, head, 1, seed, vocab_size=size) for seed, size in enumerate(sizes.values())]
     trainer = trainer_of(tmp_path, *models, fused_lm_head=fused, processing_class=tokenizer)
     assert_equals_naive(trainer, head, *models, tiny_batch(head))
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
 
 
 MODES = {
@@ -139,7 +139,7 @@ def test_modes_train_what_they_say_and_leave_frozen_models_without_gradients(hea
     loss.backward()
     expected = naive_loss(head, **models, batch=batch, weights=MODES[mode], tau=TAU)
     expected.backward()
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
     trained = {weight.split("_")[0] for weight in MODES[mode]}
     for name, model in own.items():
@@ -159,7 +159,7 @@ def test_a_part_of_a_model_that_is_frozen_gets_no_gradients_and_the_rest_its_own
     models[1].model.layers.requires_grad_(False)
     trainer = trainer_of(tmp_path, *models, fused_lm_head=fused)
     assert_equals_naive(trainer, "causal-lm", *models, tiny_batch("causal-lm"))
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
     for model in (trainer.teacher_model, trainer.student_model):
         assert {True, False} == {p.grad is None for p in model.parameters()}
 
@@ -185,7 +185,7 @@ def test_the_balance_of_experts_stays_in_the_hard_loss(tmp_path):
     for model, weight in zip(models, (WEIGHTS["teacher_hard"], WEIGHTS["student_hard"]), strict=True):
         naive = naive + weight * model.config.router_aux_loss_coef * run_model(model, batch).aux_loss
     assert_equals(trainer, naive, models, batch)
-    assert trainer._fused is False
+    assert trainer.pair.fused_heads.used is False
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_label_smoothing_is_that_of_the_scored_positions(head, family, tmp_path)
         scored = distributions(head, run_model(model, batch), batch)
         naive = naive + weight * F.cross_entropy(*scored, label_smoothing=0.2)
     assert_equals(trainer, naive, models, batch)
-    assert not trainer._fused
+    assert not trainer.pair.fused_heads.used
 
 
 def test_compute_loss_func_gets_the_logits_of_each_model_and_the_number_of_scored_positions(tmp_path):
@@ -220,7 +220,7 @@ def test_compute_loss_func_gets_the_logits_of_each_model_and_the_number_of_score
     weights = {name: weight * (3.0 if "hard" in name else 1.0) for name, weight in WEIGHTS.items()}
     naive = naive_loss("causal-lm", *models, batch, weights, TAU)
     assert_equals(trainer, naive, models, batch, num_items_in_batch=scored)
-    assert trainer._fused is False
+    assert trainer.pair.fused_heads.used is False
 
 
 ADAPTERS = {
@@ -243,7 +243,7 @@ def test_adapters_equal_the_naive_loss_and_fall_back_where_the_head_is_no_linear
     batch = tiny_batch("causal-lm")
     batch["labels"][:, 0] = -100  # the last virtual token of a prompt predicts the first token
     assert_equals_naive(trainer, "causal-lm", *models, batch)
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
     assert any(p.grad is None for p in trainer.student_model.parameters())
 
 
@@ -279,7 +279,7 @@ def test_a_subclass_with_logits_or_a_loss_of_its_own_keeps_them(head, family, su
         naive = naive + weight * run_model(model, batch, labelled=True).loss
     trainer = trainer_of(tmp_path, *models)
     assert_equals(trainer, naive, models, batch)
-    assert trainer._fused is False
+    assert trainer.pair.fused_heads.used is False
 
 
 # ---- Heads that are not known ----
@@ -308,7 +308,7 @@ def test_a_task_given_by_name_makes_a_model_of_an_unknown_class_a_masked_languag
         trainer_of(tmp_path, *models)
     trainer = trainer_of(tmp_path, *models, task="masked-lm")
     assert_equals_naive(trainer, "masked-lm", *models, tiny_batch("masked-lm"))
-    assert trainer._fused
+    assert trainer.pair.fused_heads.used
 
 
 class Tracker(PreTrainedModel):
@@ -351,7 +351,7 @@ def test_soft_loss_func_takes_the_place_of_the_comparison_of_any_head(head, tmp_
     ):
         naive = naive + WEIGHTS[weight] * distance({"logits": source.logits.detach()}, learner, batch)
     assert_equals(trainer, naive, models, batch)
-    assert trainer._fused is (False if head == "causal-lm" else None)
+    assert trainer.pair.fused_heads.used is (False if head == "causal-lm" else None)
 
 
 def test_soft_losses_alone_train_on_batches_without_labels(tmp_path):

@@ -82,7 +82,7 @@ def test_accumulation_of_micro_batches_that_score_unequal_numbers_of_positions_e
     for other in trainers[1:]:
         assert_same_pair(trainers[0], other, tolerance=1e-6)
     if head != "token-classification":
-        assert [trainer._fused for trainer in trainers] == [True, True, False, False, True]
+        assert [trainer.pair.fused_heads.used for trainer in trainers] == [True, True, False, False, True]
 
 
 @both_paths
@@ -119,7 +119,7 @@ def test_one_soft_weight_alone_trains_every_weight_of_its_learner_and_none_of_th
     )
     before = {name: weights_of(model) for name, model in trainer.pair.learners.items()}
     trainer.train()
-    assert trainer._fused is fused
+    assert trainer.pair.fused_heads.used is fused
     assert not changed(trainer.pair.learners[source], before[source])
     same = set(before[learner]) - changed(trainer.pair.learners[learner], before[learner])
     assert same == set()
@@ -162,8 +162,8 @@ def test_resuming_a_fused_causal_model_equals_never_having_stopped(stop_at, tmp_
     resumed = tiny_trainer(tmp_path, "causal-lm", "gpt2", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop_at}"))
     assert resumed.state.global_step == 6
-    assert resumed._fused
-    assert whole._fused
+    assert resumed.pair.fused_heads.used
+    assert whole.pair.fused_heads.used
     assert_same_pair(resumed, whole)
 
 
@@ -172,7 +172,7 @@ def test_torch_compile_changes_no_loss(backend, tmp_path):
     options = {"train_dataset": tiny_data("masked-lm", 12, unscored=(4,)), "max_steps": 3, "logging_steps": 1}
     eager = train(tmp_path, "masked-lm", "bert", **options)
     compiled = train(tmp_path, "masked-lm", "bert", torch_compile=True, torch_compile_backend=backend, **options)
-    assert compiled._fused
+    assert compiled.pair.fused_heads.used
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     for log, expected in zip(compiled.state.log_history, eager.state.log_history, strict=True):
         losses = {name: value for name, value in expected.items() if name.endswith("loss")}

@@ -267,7 +267,7 @@ def test_masked_language_models_may_see_different_views(tmp_path):
     options = {"train_dataset": rows, "data_collator": default_data_collator, "max_steps": 2}
     trainer = tiny_trainer(tmp_path, **pair, **options, augmentation=shift, augmented="student")
     trainer.train()
-    assert trainer._fused
+    assert trainer.pair.fused_heads.used
 
 
 @pytest.mark.parametrize("views", ["teacher", "student"])
