@@ -1,4 +1,4 @@
-"""The same for `Seq2SeqTrainer`: evaluation by generated texts (`predict_with_generate`), for both models."""
+"""The trainer for sequence-to-sequence models: evaluation by generated texts (`predict_with_generate`)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +19,15 @@ class CoDistillationSeq2SeqTrainingArguments(DistillationArguments, Seq2SeqTrain
 class CoDistillationSeq2SeqTrainer(CoDistillationTrainer, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` for a teacher and a student that are trained together.
 
-    With `predict_with_generate` both models generate, and `compute_metrics` is called once per model with what it has
-    generated. `eval_agreement` is that of teacher forcing: texts of two models are rarely equal as a whole. An
-    `args.generation_config` holds for both.
+    With `predict_with_generate` both models generate, and `compute_metrics` is called once per model with the texts
+    that it has generated. `eval_agreement` is measured with teacher forcing, since two models rarely generate equal
+    texts. An `args.generation_config` holds for both.
 
     It takes the arguments of `CoDistillationTrainer` but for `optimizer_cls_and_kwargs`, which `Seq2SeqTrainer` lacks.
     """
 
     def _install_pair(self, learners: dict[str, nn.Module]) -> None:
-        """Give both models the generation config of the arguments."""
+        """Give all learners the generation config of the arguments."""
         super()._install_pair(learners)
         if self.args.generation_config is not None:
             for learner in learners.values():
@@ -36,7 +36,7 @@ class CoDistillationSeq2SeqTrainer(CoDistillationTrainer, Seq2SeqTrainer):
     def _prediction_step_of(
         self, view: LearnerView, inputs: dict[str, Tensor | Any], *args: Any, **gen_kwargs: Any
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Seq2SeqTrainer's prediction step for one learner: it generates with `self.model`."""
+        """Do Seq2SeqTrainer's prediction step for one learner: it generates with `self.model`."""
         pair, self.model = self.model, self.pair.learners[view.learner]
         try:
             inputs = self.pair.named_inputs(self.model, inputs)

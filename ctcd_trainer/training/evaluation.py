@@ -1,15 +1,16 @@
-"""Evaluation and prediction of both models in one pass over the data."""
+"""Evaluation of all learners in one pass over the data: metrics, losses, agreement and predictions."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from ..graph import STUDENT, TEACHER
-from ..pair.model import LearnerView
-from ..saving.checkpoints import PairCheckpointTrainer
-from ..tasks.base import Task
+from ..graph import LEARNERS, STUDENT
+from ..pair.model import CoDistillationModel, LearnerView
 from .meters import EvaluationMeter, MetricsOfEach, copy_of_metrics, perplexities, predictions_of
 
 
@@ -23,143 +24,117 @@ class CoDistillationPredictionOutput(NamedTuple):
 
 
 class CoDistillationEvalLoopOutput(EvalLoopOutput):
-    """Trainer's `EvalLoopOutput`, with the student's predictions as an attribute: it unpacks as Trainer's does."""
+    """Trainer's `EvalLoopOutput` with the student's predictions as an attribute; it unpacks as Trainer's does."""
 
     student_predictions: Any = None
 
 
-class PairEvaluationTrainer(PairCheckpointTrainer):
-    """What Trainer does for evaluation and prediction, for two models."""
+class PairEvaluation:
+    """Gathers what Trainer's evaluation loop does not know: the numbers of the learners beside the primary.
 
-    task: Task | None
-    _evaluation_meter: EvaluationMeter | None
-    _student_metrics: Any
-    _predicting: bool
-    _student_predictions: Any
+    Args:
+        args: The training arguments; `None` until Trainer has made its defaults.
+        compute_metrics: The user's function.
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate both models in one pass over the data; see `Trainer.evaluation_loop`.
+    Raises:
+        ValueError: `batch_eval_metrics` is set, and `compute_metrics` keeps a state that cannot be copied.
+    """
 
-        Returns:
-            The teacher's predictions, and the metrics of both: the teacher's without prefix, `student_*`, `agreement`
-            and, for language models, perplexities. The student's predictions are the attribute `student_predictions`.
-        """
-        if self.pair is None:
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        if self.is_in_train:
-            self._loss_meter.check(self.accelerator.gather)  # before metrics fail on predictions of broken weights
-        self._evaluation_meter = meter = EvaluationMeter()
-        self._give_hard_loss()
-        users = self.compute_metrics, self.preprocess_logits_for_metrics
-        try:
-            if self.compute_metrics is not None:
-                functions = {TEACHER: self.compute_metrics, STUDENT: self.compute_metrics}
-                if self.args.batch_eval_metrics:
-                    if self._student_metrics is None:
-                        self._student_metrics = copy_of_metrics(self.compute_metrics)
-                    functions[STUDENT] = self._student_metrics
-                self.compute_metrics = MetricsOfEach(
-                    functions, TEACHER, meter, self.args.batch_eval_metrics, metric_key_prefix
-                )
-            if self.preprocess_logits_for_metrics is not None:
-                self.preprocess_logits_for_metrics = lambda logits, labels: {
-                    name: users[1](own, labels) for name, own in logits.items()
-                }
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        finally:
-            self.compute_metrics, self.preprocess_logits_for_metrics = users
-            self._evaluation_meter = None
-        output.metrics.update(meter.metrics(metric_key_prefix, self.args.logging_nan_inf_filter))
-        if self.task.language_model:
-            output.metrics.update(perplexities(output.metrics, metric_key_prefix))
-        students = predictions_of(STUDENT, output.predictions)
-        if self._predicting:  # `Trainer.predict` makes an output of its own of this one
-            self._student_predictions = students
-        output = output._replace(predictions=predictions_of(TEACHER, output.predictions))
-        output = CoDistillationEvalLoopOutput(*output)
-        output.student_predictions = students
-        return output
+    def __init__(self, args: TrainingArguments | None, compute_metrics: Callable | None = None) -> None:
+        self.args = args
+        self._meter = EvaluationMeter()
+        self._kept: dict[str, Any] | None = None
+        #: With `batch_eval_metrics`, the function and its copies: it keeps a state between its calls.
+        self._stateful: dict[str, Callable] = {}
+        if args is not None and args.batch_eval_metrics and compute_metrics is not None:
+            self._functions(compute_metrics, LEARNERS)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
-    ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Trainer's prediction step for each learner in turn.
-
-        Returns:
-            The teacher's loss, the logits by name of the learner (`None` if only losses are wanted), and the labels.
-        """
-        if self.pair is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
-        inputs = self._prepare_inputs(inputs)
-        losses, logits, labels = {}, {}, None
-        views = {name: LearnerView(model, name) for name in self.pair.learners}
-        for name, view in views.items():
-            learner = self.pair.learners[name]
-            keys = ignore_keys
-            if keys is None:
-                keys = getattr(learner.config, "keys_to_ignore_at_inference", ["past_key_values"])
-            losses[name], logits[name], labels = self._prediction_step_of(
-                view, inputs, prediction_loss_only, keys, **gen_kwargs
-            )
-        if losses[TEACHER] is not None:
-            # The loss of nothing on any process is NaN, which Trainer does not count (`logging_nan_inf_filter`).
-            items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).reshape(-1)[0]
-            losses = {name: loss.where(items.to(loss.device) > 0, torch.nan) for name, loss in losses.items()}
-        if self._evaluation_meter is not None:
-            if losses[STUDENT] is not None:
-                repeated = losses[STUDENT].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own
-                self._evaluation_meter.add_losses(self.gather_function(repeated))
-            outputs = [views[name].outputs for name in (TEACHER, STUDENT)]
-            with torch.no_grad():
-                agreement = self.task.agreement(*outputs, inputs) if None not in outputs else None
-            if agreement is not None:
-                self._evaluation_meter.add_agreement(*(self.gather_function(count) for count in agreement))
-        return losses[TEACHER], None if prediction_loss_only else logits, None if prediction_loss_only else labels
-
-    def _prediction_step_of(
-        self, view: LearnerView, *args: Any, **gen_kwargs: Any
-    ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Trainer's prediction step for one learner."""
-        return super().prediction_step(view, *args, **gen_kwargs)
-
-    def predict(
-        self,
-        test_dataset: Any,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "test",
-        *,
-        student_predictions: bool = False,
-        **gen_kwargs: Any,
-    ) -> PredictionOutput | CoDistillationPredictionOutput:
-        """The teacher's predictions and both models' metrics; see `Trainer.predict`.
+    def start(
+        self, pair: CoDistillationModel, compute_metrics: Callable | None, preprocess: Callable | None, prefix: str
+    ) -> tuple[Callable | None, Callable | None]:
+        """Begin an evaluation.
 
         Args:
-            test_dataset: The data set.
-            ignore_keys: Keys of the outputs that are no predictions.
-            metric_key_prefix: Prefix of the metrics.
-            student_predictions: Whether to return the student's predictions too, as a fourth field.
-            **gen_kwargs: For generation, as `Seq2SeqTrainer.predict` takes them.
+            pair: The pair.
+            compute_metrics: The user's function, or `None`.
+            preprocess: The user's `preprocess_logits_for_metrics`, or `None`.
+            prefix: Prefix of the metrics.
+
+        Returns:
+            Both functions as the evaluation loop has to call them, which holds the logits of all learners by name.
         """
-        self._predicting = student_predictions
+        self._meter = EvaluationMeter()
+        names = list(pair.learners)
+        each_metrics = each_preprocess = None
+        if compute_metrics is not None:
+            functions = self._functions(compute_metrics, names)
+            each_metrics = MetricsOfEach(functions, names[0], self._meter, self.args.batch_eval_metrics, prefix)
+        if preprocess is not None:
+
+            def each_preprocess(logits: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+                return {name: preprocess(own, labels) for name, own in logits.items()}
+
+        return each_metrics, each_preprocess
+
+    def _functions(self, compute_metrics: Callable, learners: Sequence[str]) -> dict[str, Callable]:
+        """The user's function for each learner; copies of it if it keeps a state."""
+        if not self.args.batch_eval_metrics:
+            return dict.fromkeys(learners, compute_metrics)
+        first, *others = learners
+        if self._stateful.get(first) is not compute_metrics:
+            self._stateful = {first: compute_metrics, **{name: copy_of_metrics(compute_metrics) for name in others}}
+        return self._stateful
+
+    def add(
+        self,
+        pair: CoDistillationModel,
+        views: Mapping[str, LearnerView],
+        losses: Mapping[str, Tensor | None],
+        inputs: Mapping[str, Any],
+        gather: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Add the losses and the agreement of one batch.
+
+        Args:
+            pair: The pair.
+            views: The learners by name, after they have run on the batch.
+            losses: Their losses, 0-dimensional, or `None` without labels.
+            inputs: The batch.
+            gather: Joins a tensor of all processes.
+        """
+        for name in list(views)[1:]:
+            if losses[name] is not None:
+                repeated = losses[name].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own
+                self._meter.add_losses(gather(repeated))
+            outputs = [views[each].outputs for each in (pair.primary, name)]
+            with torch.no_grad():
+                agreement = pair.task.agreement(*outputs, inputs) if None not in outputs else None
+            if agreement is not None:
+                self._meter.add_agreement(*(gather(count) for count in agreement))
+
+    def finish(self, pair: CoDistillationModel, output: EvalLoopOutput, prefix: str) -> CoDistillationEvalLoopOutput:
+        """Add the metrics of the learners beside the primary, and part the predictions.
+
+        Args:
+            pair: The pair.
+            output: Trainer's output, with the predictions of all learners by name.
+            prefix: Prefix of the metrics.
+        """
+        output.metrics.update(self._meter.metrics(prefix, self.args.logging_nan_inf_filter))
+        if pair.task.language_model:
+            output.metrics.update(perplexities(output.metrics, prefix))
+        predictions = {name: predictions_of(name, output.predictions) for name in pair.learners}
+        if self._kept is not None:
+            self._kept.update(predictions)
+        parted = CoDistillationEvalLoopOutput(*output._replace(predictions=predictions[pair.primary]))
+        parted.student_predictions = predictions.get(STUDENT)
+        return parted
+
+    @contextmanager
+    def keeping_predictions(self) -> Iterator[dict[str, Any]]:
+        """Keep the predictions of each learner, by name, of the evaluation that is made in this context."""
+        self._kept = {}
         try:
-            output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+            yield self._kept
         finally:
-            self._predicting = False
-            students, self._student_predictions = self._student_predictions, None
-        return CoDistillationPredictionOutput(*output, students) if student_predictions else output
+            self._kept = None
