@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput, align_special_tokens
 from transformers.utils import logging
 
 from .arguments import DistillationArguments
+from .cards.facts import CardFacts
 from .checks.arguments import check_arguments, check_optimizer, check_pretrained_cache, check_strategy
 from .checks.data import check_dataset, check_labels, check_tokenizer, check_vocabularies
 from .checks.models import check_prompts
@@ -326,6 +327,28 @@ class CoDistillationTrainer(PairSearchTrainer):
         within = self.augmentation.within(models) if isinstance(self.augmentation, Mixup) else nullcontext()
         with within:
             return super().training_step(model, inputs, *args, **kwargs)
+
+    # ---- Model cards ----
+
+    def _card_facts(self) -> CardFacts:
+        """What the model cards state."""
+        name = self.hub_model_id or self.args.hub_model_id
+        repositories = {
+            learner: getattr(self.args, f"{learner}_hub_model_id", None) or (name and f"{name}-{learner}")
+            for learner in self.pair.learners
+        }
+        return CardFacts(
+            learners=dict(self.pair.learners),
+            task=self.task,
+            distillation=self.distillation,
+            args=self.args,
+            state=self.state,
+            repositories={**repositories, self.pair.primary: name},
+            processing_classes={learner: self.processing_class_of(learner) for learner in self.pair.learners},
+            train_dataset=self.train_dataset,
+            own_soft_loss=self.soft_loss_func is not None,
+            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
 
     # ---- Logs ----
 

@@ -1,6 +1,5 @@
 """Both models on the Hub: the pair in one repository, the student alone at the root of its own."""
 
-import inspect
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..cards.card import write_model_cards
+from ..cards.card import CardOptions, write_model_cards
 from ..graph import STUDENT
 from ..pair.model import CoDistillationModel
 from .errors import is_refusal, without_token
@@ -41,12 +40,12 @@ class PairHubTrainer(Trainer):
     _uploads: UploadQueue | None = None
 
     def create_model_card(self, *args: Any, baseline: Any = None, revision: str | None = None, **kwargs: Any) -> None:
-        """A model card for each model, beside it; see `Trainer` and, for the others, `write_model_cards`."""
+        """Write a model card for each model beside it; see `Trainer` and, for the other arguments, `CardOptions`."""
         if self.pair is None:
             return super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            bound = inspect.signature(super().create_model_card).bind(*args, **kwargs)
-            write_model_cards(self, baseline, revision=revision, **bound.arguments)
+            options = CardOptions(*args, baseline=baseline, revision=revision, **kwargs)
+            write_model_cards(self._card_facts(), self.args.output_dir, options, complete=not self.is_in_train)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None, **kwargs: Any) -> None:
         """Make both repositories; see `Trainer`. If the Hub cannot be reached, that is done later.

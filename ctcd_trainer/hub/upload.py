@@ -6,11 +6,10 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from ..cards.card import MARKER
 from ..graph import STUDENT
 
 _CARD = "README.md"
-#: In each card that this package writes, until somebody has completed it.
-_OWN_CARD = "ctcd_trainer has written this"
 #: Weights of an earlier push are removed unless they are pushed anew: those in one file would be loaded in place of
 #: newer ones in several files, and an adapter in place of a whole model.
 _WEIGHTS = tuple(f"{folder}{name}" for folder in ("", f"{STUDENT}/") for name in ("model*.safetensors*", "adapter_*"))
@@ -92,4 +91,4 @@ def _has_card_of_others(repo_id: str, revision: str | None, token: str | None) -
     if response.status_code == 404:
         return False
     hf_raise_for_status(response)
-    return _OWN_CARD not in response.text
+    return MARKER not in response.text

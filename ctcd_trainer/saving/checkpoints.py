@@ -47,7 +47,7 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
             return
         folder = output_dir if output_dir is not None else self.args.output_dir
         self._save_processing_class(self.pair.folder_of(STUDENT, folder))
-        save_model_cards(self, folder)
+        save_model_cards(self._card_facts(), folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save both models; see `Trainer.save_model`.
@@ -180,7 +180,7 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
                 if self.args.should_save:
                     self.student_model.save_pretrained(written, state_dict=state)
                     self._save_processing_class(str(written))
-                    save_model_cards(self, written, only=STUDENT)
+                    save_model_cards(self._card_facts(), written, only=STUDENT)
         return super()._determine_best_metric(metrics, trial)
 
     def _whole_weights(self, learner: str) -> dict[str, Tensor] | None:
