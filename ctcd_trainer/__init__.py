@@ -4,17 +4,23 @@ Change the class name of your `Trainer`, add a `student_model`, and get two mode
 """
 
 from .arguments import CoDistillationTrainingArguments
+from .pair.assembly import make_pair
+from .pair.model import CoDistillationModel
+from .pair.output import CoDistillationOutput
 from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
 from .students.cutting import create_student
 from .students.estimating import Estimate, estimate
 from .students.memory import estimate_memory
 from .tasks.two_tokenizers import PairDataCollator
-from .trainer import CoDistillationTrainer
+from .trainer import CoDistillationMixin, CoDistillationTrainer
 from .training.augmentation import Mixup, TokenMasking, WordDropout
 from .training.evaluation import CoDistillationPredictionOutput
 from .version import __version__
 
 __all__ = [
+    "CoDistillationMixin",
+    "CoDistillationModel",
+    "CoDistillationOutput",
     "CoDistillationPredictionOutput",
     "CoDistillationSeq2SeqTrainer",
     "CoDistillationSeq2SeqTrainingArguments",
@@ -29,4 +35,5 @@ __all__ = [
     "create_student",
     "estimate",
     "estimate_memory",
+    "make_pair",
 ]

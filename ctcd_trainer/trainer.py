@@ -1,108 +1,104 @@
-"""The trainer: Trainer's hooks, overridden for a pair of models that teach each other."""
+"""The trainer: every hook of Trainer that is changed for models that teach each other.
 
+Each hook hands over to a part: the pair (losses), `PairEvaluation`, `PairCheckpoints`, `PairUploads`, the functions of
+`training/optimizer.py` and `training/search.py`. No part is given the trainer.
+"""
+
+import functools
+import inspect
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Trainer,
     TrainingArguments,
-    set_seed,
 )
+from transformers.hyperparameter_search import default_hp_search_backend
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
-from transformers.trainer_utils import TrainOutput, align_special_tokens
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    BestRun,
+    HPSearchBackend,
+    HubStrategy,
+    PredictionOutput,
+    TrainOutput,
+    align_special_tokens,
+)
 from transformers.utils import logging
 
 from .arguments import DistillationArguments
-from .checks.arguments import check_arguments, check_optimizer, check_pretrained_cache, check_strategy
-from .checks.data import check_dataset, check_labels, check_tokenizer, check_vocabularies
-from .checks.models import check_prompts
-from .graph import STUDENT, TEACHER
-from .losses.objective import SoftLossFunction
-from .losses.teacher_cache import PretrainedCache
+from .cards.card import CardOptions, save_model_cards, write_model_cards
+from .cards.facts import CardFacts
+from .checks.arguments import check_strategy
+from .graph import LEARNERS, STUDENT, TEACHER, Graph
+from .hub.repositories import PairUploads
+from .losses.objective import Progress, SoftLossFunction
 from .model_structure import base_model, hidden_quantisation, is_quantised
+from .pair.assembly import PairSources
 from .pair.fused_heads import FusedHeads
-from .pair.loading import load_model
-from .pair.model import CoDistillationModel
-from .pair.shared_layers import SharedRun
-from .pair.sources import NAME_OR_PATH, ModelSources
+from .pair.model import CoDistillationModel, LearnerView
 from .saving.best_student import BestStudent
-from .tasks.base import Task
-from .tasks.two_tokenizers import PREFIX, PairDataCollator, check_student_inputs
+from .saving.checkpoints import PairCheckpoints
+from .saving.weights import check_written_with_fsdp
+from .tasks import Task
+from .tasks.two_tokenizers import PREFIX
+from .training import search
 from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
-from .training.meters import EvaluationMeter, LossMeter, copy_of_metrics
-from .training.search import PairSearchTrainer
+from .training.evaluation import CoDistillationEvalLoopOutput, CoDistillationPredictionOutput, PairEvaluation
+from .training.meters import LossMeter
+from .training.optimizer import (
+    check_frozen_unchanged,
+    clip_each,
+    create_optimizer,
+    learning_rates,
+    loading,
+)
 from .training.sharding import heads_in_root, shard_frozen
 
 logger = logging.get_logger(__name__)
 
 
-class CoDistillationTrainer(PairSearchTrainer):
-    """`transformers.Trainer` for a teacher and a student that are trained together (CTCD, arXiv 2311.02849).
+def for_pairs(hook: Callable) -> Callable:
+    """Call Trainer's own method in place of a hook where there is no student."""
 
-    Takes Trainer's own arguments in Trainer's own order; `model` is the teacher. Without a student it is a plain
-    Trainer, provided that the mode is `standalone` or that the arguments are a plain `TrainingArguments`. Every
-    argument, hook and callback of Trainer holds for both models. `trainer.model` is the pair, one module;
-    `trainer.teacher_model` and `trainer.student_model` are the two plain models.
+    @functools.wraps(hook)
+    def choose(self: "CoDistillationMixin", *args: Any, **kwargs: Any) -> Any:
+        if self.pair is None:
+            return getattr(super(CoDistillationMixin, self), hook.__name__)(*args, **kwargs)
+        return hook(self, *args, **kwargs)
 
-    Args:
-        model: The teacher: a model, or a name or path as `from_pretrained` takes them.
-        args: `CoDistillationTrainingArguments`; a plain `TrainingArguments` stands for its defaults.
-        data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
-            callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in Trainer.
-            `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are called once per model.
-            An optimizer that is passed in must hold the parameters of both models.
-        student_model: The student: a model, or a name or path.
-        student_processing_class: The student's tokenizer, if it is not the teacher's `processing_class`. Examples then
-            have its inputs with `student_` before their names; see `two_tokenizers.py`. For tasks of whole rows.
-        student_model_init: Makes the student, like `model_init` the teacher (which it belongs with).
-        pretrained_teacher: A model from which both learn (Community KD): a model, or a name or path. It is set to
-            evaluation mode and `requires_grad=False`.
-        augmentation: Changes each batch of a training: `TokenMasking`, `WordDropout`, `Mixup`, or any function that
-            takes a batch and returns the changed one.
-        augmented: Which models get the changed batch: `"both"`, or the `"teacher"` or the `"student"` alone while the
-            other one has it as it was.
-        task: The task, or its name, where it is not to be recognised by the class of the models; see `tasks.py`.
-        soft_loss_func: Compares the outputs of two models in place of the task, for a head that is not known or a loss
-            of your own: `soft_loss_func(teacher_outputs, student_outputs, inputs)` is called for each edge with the
-            outputs of the model that teaches (detached), of the one that learns, and the batch. So for
-            `teacher_from_student` the "teacher" is the student. It returns the mean over the batch.
+    return choose
 
-    Raises:
-        ValueError: The models, the arguments and the data do not fit together; see the modules `checking_*.py`.
-        FloatingPointError: During training, when a loss of either model is not finite.
 
-    Example:
-        ```python
-        trainer = CoDistillationTrainer(
-            model=teacher, args=args, train_dataset=train, eval_dataset=dev, student_model=student
-        )
-        trainer.train()
-        trainer.save_model("out")  # the teacher in out/, the student in out/student/
-        ```
+class CoDistillationMixin:
+    """Makes any Trainer class train a teacher and a student together: `class Mine(CoDistillationMixin, TheirTrainer)`.
+
+    The other class must be a `transformers.Trainer` whose `__init__` takes the model and the arguments by name. See
+    `CoDistillationTrainer` for the arguments.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let the signature of the class name the arguments of its Trainer class and of the mixin."""
+        super().__init_subclass__(**kwargs)
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if "__init__" not in cls.__dict__:
+            own = [each for each in parameters if each.kind == each.KEYWORD_ONLY]
+            parameters = [*_trainer_arguments(cls), *own]
+        cls.__signature__ = inspect.Signature(parameters)
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str | os.PathLike | None = None,
-        args: TrainingArguments | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Callable[..., PreTrainedModel] | None = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable | None = None,
-        callbacks: list | None = None,
-        optimizers: tuple = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        *,
+        *args: Any,
         student_model: PreTrainedModel | str | os.PathLike | None = None,
         student_model_init: Callable[..., PreTrainedModel] | None = None,
         student_processing_class: PreTrainedTokenizerBase | None = None,
@@ -111,101 +107,54 @@ class CoDistillationTrainer(PairSearchTrainer):
         augmented: Views = "both",
         task: Task | str | None = None,
         soft_loss_func: SoftLossFunction | None = None,
+        **kwargs: Any,
     ) -> None:
+        names = [each.name for each in _trainer_arguments(type(self))]
+        if len(args) > len(names):
+            raise TypeError(f"{type(self).__name__} takes the {len(names)} arguments {names}, not {len(args)}.")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        arguments: TrainingArguments | None = given.get("args")
         self.pair: CoDistillationModel | None = None
-        self.task: Task | None = None
-        self.distillation = args if isinstance(args, DistillationArguments) else DistillationArguments()
+        self.distillation = arguments if isinstance(arguments, DistillationArguments) else DistillationArguments()
+        self.student_processing_class = student_processing_class
+        self.augmentation, self.augmented = augmentation, augmented
+        self.uploads: PairUploads | None = None
         self._loss_meter = LossMeter()
-        self._evaluation_meter: EvaluationMeter | None = None
         self._grad_norms: dict[str, Tensor] = {}
-        self._student_rates: list[float] = []
-        self._student_metrics: Any = None
-        self._predicting = False
-        self._student_predictions: Any = None
-        self.soft_loss_func = soft_loss_func
-        self._pretrained_cache: PretrainedCache | None = None
-
-        seed = args.seed if args is not None else TrainingArguments.seed
-        self._sources = ModelSources(
+        self._learning_rates: dict[str, float] = {}
+        self._sources = PairSources(
             self.distillation,
             student_model,
             student_model_init,
             pretrained_teacher,
-            seed,
-            task=task,
-            has_soft_loss=soft_loss_func is not None,
+            task,
+            soft_loss_func,
+            student_processing_class,
+            seed=TrainingArguments.seed if arguments is None else arguments.seed,
         )
-        plain = not isinstance(args, DistillationArguments) or args.distillation_mode == "standalone"
-        self._paired = paired = self._sources.given or not plain
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        if paired:
-            self._sources.check_roles(has_model_init=model_init is not None)
-            check_arguments(args)
-            check_pretrained_cache(self.distillation, soft_loss_func is not None)
-            if args is not None and args.batch_eval_metrics and compute_metrics is not None:
-                self._student_metrics = copy_of_metrics(compute_metrics)
-            for argument, dataset in datasets.items():
-                check_dataset(dataset, argument)
-        if isinstance(model, NAME_OR_PATH):
-            set_seed(seed)  # the head may be new
-            model = load_model(model, "model", frozen=paired and TEACHER in self.graph.frozen)
-
-        tokenizer = processing_class or getattr(data_collator, "tokenizer", None)
-        self.student_processing_class = student_processing_class
-        self.augmentation, self.augmented = augmentation, augmented
-        if student_processing_class is not None and data_collator is None and tokenizer is not None:
-            data_collator = PairDataCollator.of(tokenizer, student_processing_class)
-
-        def make_learners(teacher: PreTrainedModel) -> dict[str, nn.Module]:
-            self.task, learners = self._sources.learners(teacher)
-            two_tokenizers = student_processing_class is not None
-            check_augmentation(augmentation, augmented, self.task, teacher, self.distillation, two_tokenizers)
-            others = {"student_model": learners[STUDENT], "pretrained_teacher": self._sources.pretrained}
-            for argument, other in others.items():
-                if argument == "student_model" and two_tokenizers:
-                    check_student_inputs(self.task, datasets, self.distillation.share)
-                    own = getattr(student_processing_class, "tokenizer", student_processing_class)
-                    remedy = "Pass the tokenizer that the student was trained with."
-                    check_tokenizer(other, argument, own, "`student_processing_class`", remedy)
-                else:
-                    check_vocabularies(teacher, other, argument, tokenizer)
-            check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
-            for argument, dataset in datasets.items():
-                check_labels(self.task, dataset, argument, sorted({e.learner for e in self.graph.edges}))
-            if args is not None and args.load_best_model_at_end:
-                check_prompts(learners, "`load_best_model_at_end=True`")
-            if self.distillation.pretrained_cache_dir is not None:
-                self._pretrained_cache = PretrainedCache(
-                    self.distillation.pretrained_cache_dir, self.pretrained_teacher, self.task, args.mixed_precision
-                )
-            return learners
-
-        # Seq2SeqTrainer does not know this argument.
-        kwargs = {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs} if optimizer_cls_and_kwargs else {}
-        learners = make_learners(model) if paired and model is not None else None
-        only_read = learners is not None and TEACHER in self.graph.frozen and is_quantised(model)
-        with hidden_quantisation(model) if only_read else nullcontext():
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                model_init=model_init,
-                compute_loss_func=compute_loss_func,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                **kwargs,
-            )
-        if paired:
+        plain = not isinstance(arguments, DistillationArguments) or arguments.distillation_mode == "standalone"
+        #: Whether there is, or will be, a pair.
+        self._paired = self._sources.given or not plain
+        if self._paired:
+            self._sources.check_before_loading(given)
+            self.evaluation = PairEvaluation(arguments, given.get("compute_metrics"))
+        if isinstance(given.get("model"), (str, os.PathLike)):
+            given["model"] = self._sources.load_teacher(given["model"], alone=not self._paired)
+        teacher, learners = given.get("model"), None
+        if self._paired:
+            given["data_collator"] = self._sources.data_collator(given)
+            learners = None if teacher is None else self._checked_learners(teacher, given)
+        frozen = learners is not None and TEACHER in self.graph.frozen and is_quantised(teacher)
+        with hidden_quantisation(teacher) if frozen else nullcontext():
+            super().__init__(**given)
+        if self._paired:
             check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
-            # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
-            # model is the pair.
-            self._install_pair(learners or make_learners(self.model))
+            self.evaluation.args = self.args
+            learners = learners or self._checked_learners(self.model, given)
+            # Trainer has learnt what it needs (label names, device placement, ...) from the teacher, and may have
+            # wrapped it; from here on its model is the pair.
+            self._install_pair(learners | {TEACHER: self.model})
             metric = getattr(self.args, "student_metric_for_best_model", None)
             if metric is not None:
                 self.add_callback(BestStudent(metric, self.args.student_greater_is_better))
@@ -227,132 +176,621 @@ class CoDistillationTrainer(PairSearchTrainer):
         """The frozen teacher from which both learn (Community KD), outside of the pair; `None` without one."""
         return self._sources.pretrained
 
+    @property
+    def graph(self) -> Graph:
+        """Who learns from whom, with which weights."""
+        return self.distillation.graph
+
+    @property
+    def task(self) -> Task | None:
+        """The task of the models; `None` without a student."""
+        return None if self.pair is None else self.pair.task
+
+    def _checked_learners(self, teacher: PreTrainedModel, given: dict[str, Any]) -> dict[str, nn.Module]:
+        """Make the other models, and refuse what does not fit them."""
+        learners = self._sources.learners(teacher)
+        check_augmentation(
+            self.augmentation,
+            self.augmented,
+            self._sources.task,
+            teacher,
+            self.distillation,
+            self.student_processing_class is not None,
+        )
+        self._sources.check_data(learners, given)
+        return learners
+
     def _install_pair(self, learners: dict[str, nn.Module]) -> None:
         """Make the pair the trainer's model, and do for the other models what Trainer did for the teacher."""
-        others = [learners[STUDENT]]
-        if self.pretrained_teacher is not None:
-            others.append(self.pretrained_teacher.eval().requires_grad_(False))
-        for model in others:
-            if self.place_model_on_device and not is_quantised(model):
+        self.pair = self._sources.pair_of(learners)
+        for name, model in self.pair.models.items():
+            if name != self.pair.primary and self.place_model_on_device and not is_quantised(model):
                 self._move_model_to_device(model, self.args.device)
-        self.pair = CoDistillationModel(
-            learners,
-            self.task,
-            self.distillation,
-            self.pretrained_teacher,
-            self.soft_loss_func,
-            two_tokenizers=self.student_processing_class is not None,
-        )
-        self.pair.teacher_cache = self._pretrained_cache
         self._give_hard_loss()
-        if self._sources.shared_layers:
-            self.pair.shared_run = SharedRun(self._sources.shared_layers, self.pair.own_parameters(STUDENT))
+        self.checkpoints = PairCheckpoints(self.pair, self.args, self.processing_class_of, self._save_cards)
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
-        # Every term of the loss is divided by the item count of the whole accumulated batch (`compute_loss`).
+        # The pair divides every term of the loss by the item count of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False  # the task counts
 
     def _give_hard_loss(self) -> None:
-        """Give the pair the loss functions that the user has set, also after the trainer was made."""
+        """Give the pair the loss functions of the trainer, which may have changed since it was made."""
         self.pair.objective.compute_loss_func = self.compute_loss_func
         self.pair.objective.label_smoother = self.label_smoother
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new teacher from `model_init`, paired with a new student from `student_model_init`."""
-        if self.pair is not None:
-            self._hp_search_setup(trial)  # Trainer would do it later, and the mode of the trial makes the pair
-        teacher = super().call_model_init(trial)
-        if self.pair is not None:  # otherwise Trainer is still being set up, or there is no student
-            self._install_pair(self._sources.learners(teacher, trial)[1])
-        return self.model if self.pair is not None else teacher
+    def processing_class_of(self, learner: str) -> Any:
+        """Return the tokenizer or processor of a learner; `None` if none is known."""
+        own = self.student_processing_class if learner == STUDENT else None
+        return own or self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
+    @for_pairs
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a pair of a new teacher from `model_init` and a new student from `student_model_init`."""
+        self._hp_search_setup(trial)  # Trainer would do it later, and the mode of the trial makes the pair
+        self._install_pair(self._sources.learners(super().call_model_init(trial), trial))
+        return self.model
+
+    @for_pairs
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that any model's `forward` names."""
-        if self.pair is not None and self._signature_columns is None:
+        if self._signature_columns is None:
             known = self.pair.known_inputs
-            own = {f"{PREFIX}{name}" for name in known} if self.student_processing_class is not None else ()
+            own = {f"{PREFIX}{name}" for name in known} if self.pair.two_tokenizers else ()
             self._signature_columns = sorted({*known, *own, "label", "label_ids", *self.label_names})
         super()._set_signature_columns_if_needed()
 
     # ---- Training ----
 
+    @for_pairs
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; see `Trainer.train`. What a killed training has left of a checkpoint is removed first."""
+        self.checkpoints.clean_up(Path(self.args.output_dir))
+        return super().train(*args, **kwargs)
+
+    @for_pairs
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Do for the student what `Trainer.train` has done for the teacher, and train.
+        """Do for the other learners what `Trainer.train` has done for the teacher, and train.
 
         Raises:
-            FloatingPointError: A loss of either model is not finite; names the model, the component and the step.
+            FloatingPointError: A loss of any model is not finite; names the model, the component and the step.
         """
-        if self.pair is None:
-            return super()._inner_training_loop(*args, **kwargs)
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
         self.pair.fused_heads = FusedHeads()  # heads, adapters and loss functions may have changed
         self._give_hard_loss()
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
-            align_special_tokens(self.student_model, self.student_processing_class or self.processing_class)
+            for name in list(self.pair.learners)[1:]:
+                align_special_tokens(self.pair.learners[name], self.processing_class_of(name))
         with ExitStack() as afterwards:
-            if self._pretrained_cache is not None:
-                afterwards.callback(self._pretrained_cache.finish)
-            if self.neftune_noise_alpha is not None:
-                student = base_model(self.student_model)
-                handle = activate_neftune(student, self.neftune_noise_alpha)
-                afterwards.callback(deactivate_neftune, student, handle)
+            if self.pair.teacher_cache is not None:
+                afterwards.callback(self.pair.teacher_cache.finish)
+            self._noise_embeddings(afterwards)
             return super()._inner_training_loop(*args, **kwargs)
 
+    def _noise_embeddings(self, afterwards: ExitStack) -> None:
+        """Add NEFTune's noise to the embeddings of the learners beside the teacher, which Trainer has noised."""
+        noised: set[nn.Module] = set()
+        for model in map(base_model, self.pair.learners.values()) if self.neftune_noise_alpha is not None else ():
+            if noised and model.get_input_embeddings() not in noised:
+                handle = activate_neftune(model, self.neftune_noise_alpha)
+                afterwards.callback(deactivate_neftune, model, handle)
+            noised.add(model.get_input_embeddings())
+
+    @for_pairs
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
         """Wrap the pair and make its optimizer, as Trainer does; place the frozen teacher, too."""
-        if self.pair is None:
-            return super()._prepare_for_training(*args, **kwargs)
-        if self.pretrained_teacher is not None:
-            self._place_pretrained()
-        with heads_in_root(self.pair):
+        for model in self.pair.sources.values():
+            if is_quantised(model):
+                continue  # it is where it was loaded to
+            if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self.pair.teacher_cache is None:
+                shard_frozen(model, self.accelerator)
+            elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                # With a cache, a process runs it only for rows that are new to it: sharded, it would wait for others.
+                self._move_model_to_device(model, self.args.device)
+        with heads_in_root(self.pair, all_heads=self.task.language_model and self.distillation.fused_lm_head):
             return super()._prepare_for_training(*args, **kwargs)
 
-    def _place_pretrained(self) -> None:
-        """Place the frozen teacher where Trainer leaves that to the strategy, sharded if the strategy shards."""
-        model = self.pretrained_teacher
-        if is_quantised(model):
-            return  # it is where it was loaded to
-        if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self._pretrained_cache is None:
-            shard_frozen(model, self.accelerator)
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # With a cache a process runs it only for rows that it has not seen: sharded, it would wait for the others.
-            self._move_model_to_device(model, self.args.device)
+    @for_pairs
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch, but not if the resumed training was at its end: Trainer would do one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
+    @for_pairs
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """A training step, on the batch as `augmentation` changes it; see `Trainer.training_step`."""
-        if self.pair is None or self.augmentation is None:
+        """Do a training step on the batch as `augmentation` changes it; see `Trainer.training_step`."""
+        if self.augmentation is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        per_token = bool(self.task.per_token)
-        inputs = augmented_batch(self._prepare_inputs(inputs), self.augmentation, self.augmented, per_token)
-        models = [
-            *self.pair.learners.values(),
-            *([] if self.pretrained_teacher is None else [self.pretrained_teacher]),
-        ]
+        inputs = self._prepare_inputs(inputs)
+        inputs = augmented_batch(inputs, self.augmentation, self.augmented, bool(self.task.per_token))
+        models = list(self.pair.models.values())
         within = self.augmentation.within(models) if isinstance(self.augmentation, Mixup) else nullcontext()
         with within:
             return super().training_step(model, inputs, *args, **kwargs)
 
+    @for_pairs
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """Count the scored items of the accumulated batch on all processes.
+
+        Returns:
+            The number; for tasks of whole rows `(2,)` with the number of labelled rows and of compared rows.
+        """
+        counted = [{"labels": self.task.counted(batch)} for batch in batch_samples]
+        number = super()._get_num_items_in_batch(counted, device)
+        if number is None or not self.task.per_row:
+            return number
+        rows = [{"labels": self.task.distilled(batch).long()} for batch in batch_samples]
+        return torch.stack([number, super()._get_num_items_in_batch(rows, device)])
+
+    @for_pairs
+    def compute_loss(
+        self,
+        model: nn.Module | LearnerView,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Return the loss that the pair computes in its forward; see `CoDistillationModel.forward`.
+
+        Args:
+            model: The pair, wrapped or not; or a `LearnerView`, for the hard loss of one learner.
+            inputs: The batch.
+            return_outputs: Whether to return the outputs as well.
+            num_items_in_batch: Scored items in the accumulated batch of all processes.
+        """
+        self.pair.objective.progress = Progress(self.state.global_step, self.state.max_steps, self.state.epoch or 0.0)
+        logits = {"return_logits": True} if return_outputs and not isinstance(model, LearnerView) else {}
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **logits)
+        if outputs.get("loss") is None:
+            raise ValueError(
+                f"The models have computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "
+                "'labels', or pass a `data_collator` that makes them."
+            )
+        # DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them.
+        average = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        scale = self.accelerator.num_processes if average else 1
+        if not isinstance(model, LearnerView):
+            self._loss_meter.add(outputs["losses"], self.state.global_step + 1, scale)
+        loss = outputs["loss"] * scale if scale > 1 else outputs["loss"]
+        return (loss, outputs) if return_outputs else loss
+
+    @for_pairs
+    def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
+        """End the training; see `Trainer`. `train_loss` is the mean of all processes."""
+        self._loss_meter.check(self.accelerator.gather)
+        self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()  # Trainer adds that of one process
+        self.checkpoints.remove_all_but_best(self._get_output_dir(trial), self.state.best_model_checkpoint)
+        return super()._finalize_training(trial, *args)
+
+    # ---- Optimizer ----
+
+    @for_pairs
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make one optimizer for all trained learners; see `training/optimizer.py`."""
+        check_frozen_unchanged(self.pair, self.distillation)
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        self.optimizer = create_optimizer(self.pair, self.args, self._optimizer_of)
+        return self.optimizer
+
+    def _optimizer_of(self, model: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
+        """Let Trainer make the optimizer of one learner, with the arguments that hold for it."""
+        everyones, self.args, self.optimizer = self.args, args, None
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.args = everyones
+
+    @for_pairs
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of the optimizer, and refuse that of other learners; see `Trainer`."""
+        if checkpoint is None or self.optimizer is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        fsdp1 = self.model if self.is_fsdp_enabled and not self.accelerator.is_fsdp2 else None
+        with loading(self.optimizer, checkpoint, self.distillation.distillation_mode, fsdp1):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @for_pairs
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
+        """Clip each learner by its own norm, and return the norm over all. DeepSpeed clips all by one norm."""
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        self._grad_norms = clip_each(self.pair, self.args, self.model)
+        # Trainer logs the learning rate of the step that is about to be made.
+        self._learning_rates = learning_rates(self.optimizer, self.args)
+        return torch.stack(list(self._grad_norms.values())).norm()
+
+    @for_pairs
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """Return the norm over all learners; clips here if only another learner than the teacher is to be clipped."""
+        if grad_norm is None and not self.is_deepspeed_enabled:
+            return self._clip_grad_norm(model)
+        return super()._get_grad_norm(model, grad_norm)
+
     # ---- Logs ----
 
+    @for_pairs
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss components and both gradient norms to the training logs; see `Trainer.log`.
+        """Add the loss components, the gradient norms and the learning rates to the training logs; see `Trainer.log`.
 
         Raises:
             FloatingPointError: A component was not finite since the last log.
         """
-        if self.pair is not None:
-            if "loss" in logs or "train_loss" in logs:
-                self._loss_meter.check(self.accelerator.gather)
-            if "loss" in logs:
-                logs |= self._loss_meter.drain(self.accelerator.gather)
-                logs |= {f"{name}_grad_norm": float(norm) for name, norm in self._grad_norms.items()}
-                if self._student_rates and getattr(self.args, "student_learning_rate", None) is not None:
-                    logs["student_learning_rate"] = self._student_rates[0]
+        # Trainer passes the time in its training logs, which every process makes: gathering in the log of a user's
+        # callback on one process would wait for the others.
+        if "loss" in logs and start_time is not None:
+            self._loss_meter.check(self.accelerator.gather)
+            logs |= self._loss_meter.drain(self.accelerator.gather)
+            logs |= {f"{name}_grad_norm": float(norm) for name, norm in self._grad_norms.items()}
+            logs |= self._learning_rates
         super().log(logs, start_time)
 
-    def _finalize_training(self, *args: Any) -> TrainOutput:
-        """End the training; see `Trainer`. `train_loss` is of all processes, also of the steps since the last log."""
-        if self.pair is not None:
-            self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()  # Trainer adds that of one process
-        return super()._finalize_training(*args)
+    # ---- Evaluation ----
+
+    @for_pairs
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> CoDistillationEvalLoopOutput:
+        """Evaluate all learners in one pass over the data; see `Trainer.evaluation_loop`.
+
+        Returns:
+            The teacher's predictions, and the metrics of all: the teacher's without prefix, `student_*`, `agreement`
+            and, for language models, perplexities. The student's predictions are the attribute `student_predictions`.
+        """
+        if self.is_in_train:
+            self._loss_meter.check(self.accelerator.gather)  # before metrics fail on predictions of broken weights
+        self._give_hard_loss()
+        users = self.compute_metrics, self.preprocess_logits_for_metrics
+        try:
+            self.compute_metrics, self.preprocess_logits_for_metrics = self.evaluation.start(
+                self.pair, *users, metric_key_prefix
+            )
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = users
+        return self.evaluation.finish(self.pair, output, metric_key_prefix)
+
+    @for_pairs
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Do Trainer's prediction step for each learner in turn.
+
+        Returns:
+            The teacher's loss, the logits by name of the learner (`None` if only losses are wanted), and the labels.
+        """
+        inputs = self._prepare_inputs(inputs)
+        losses, logits, labels = {}, {}, None
+        views = {name: LearnerView(model, name) for name in self.pair.learners}
+        for name, view in views.items():
+            config = getattr(self.pair.learners[name], "config", None)
+            ignored = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+            losses[name], logits[name], labels = self._prediction_step_of(
+                view, inputs, prediction_loss_only, ignored if ignore_keys is None else ignore_keys, **gen_kwargs
+            )
+        if losses[self.pair.primary] is not None:
+            # The loss of nothing on any process is NaN, which Trainer does not count (`logging_nan_inf_filter`).
+            items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).reshape(-1)[0]
+            losses = {name: loss.where(items.to(loss.device) > 0, torch.nan) for name, loss in losses.items()}
+        self.evaluation.add(self.pair, views, losses, inputs, self.gather_function)
+        return losses[self.pair.primary], *(None if prediction_loss_only else value for value in (logits, labels))
+
+    def _prediction_step_of(
+        self, view: LearnerView, *args: Any, **gen_kwargs: Any
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Do Trainer's prediction step for one learner."""
+        return super().prediction_step(view, *args, **gen_kwargs)
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        *,
+        student_predictions: bool = False,
+        **gen_kwargs: Any,
+    ) -> PredictionOutput | CoDistillationPredictionOutput:
+        """Return the teacher's predictions and the metrics of all learners; see `Trainer.predict`.
+
+        Args:
+            test_dataset: The data set.
+            ignore_keys: Keys of the outputs that are no predictions.
+            metric_key_prefix: Prefix of the metrics.
+            student_predictions: Whether to return the student's predictions too, as a fourth field.
+            **gen_kwargs: For generation, as `Seq2SeqTrainer.predict` takes them.
+        """
+        if self.pair is None or not student_predictions:
+            output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+            return CoDistillationPredictionOutput(*output, None) if student_predictions else output
+        with self.evaluation.keeping_predictions() as predictions:  # `Trainer.predict` makes an output of its own
+            output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+            return CoDistillationPredictionOutput(*output, predictions[STUDENT])
+
+    # ---- Checkpoints ----
+
+    @for_pairs
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the primary learner in the folder as Trainer does, and each other learner in a folder of its name."""
+        with self.checkpoints.completed(output_dir if output_dir is not None else self.args.output_dir):
+            super()._save(output_dir, state_dict)
+
+    @for_pairs
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save all models, and push them if `push_to_hub` is set; see `Trainer`. A push that fails is logged.
+
+        The models are whole also where checkpoints hold shards (FSDP's `SHARDED_STATE_DICT`).
+        """
+        shards = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if shards and self.checkpoints.staging is None:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call=True)  # Trainer would push the teacher alone
+        if self.args.push_to_hub and not _internal_call:
+            try:
+                self.push_to_hub("Model save", revision=self.args.hub_revision)
+            except OSError as error:
+                logger.warning("The models are saved, but not completely pushed: %s", error)
+
+    @for_pairs
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint of all learners, whole or not at all.
+
+        Raises:
+            FloatingPointError: A loss was not finite; the last good checkpoint stays the last one.
+            OSError: The checkpoint could not be written. The earlier ones are unchanged.
+        """
+        self._loss_meter.check(self.accelerator.gather)
+        run_dir = self._get_output_dir(trial)
+        with self.checkpoints.checkpoint(run_dir, self.state):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        self.checkpoints.remove_old(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    @for_pairs
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Tell whether the checkpoint will be the best one; keeps the student if it is its own best."""
+        best = BestStudent.among(self.callback_handler.callbacks)
+        if best is not None and best.improved(metrics, self.state.global_step):
+            weights = self.checkpoints.weights_of(best.learner, self.accelerator, self.model_wrapped)
+            self.checkpoints.save_alone(best.learner, Path(self._get_output_dir(trial), best.folder), weights)
+        return super()._determine_best_metric(metrics, trial)
+
+    @for_pairs
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder of the checkpoints; while one is written, the folder in which it is put together."""
+        return self.checkpoints.staging or super()._get_output_dir(trial)
+
+    @for_pairs
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load all learners from a checkpoint.
+
+        Raises:
+            ValueError: The folder lacks a learner, holds other models, or was written without FSDP and this training
+                uses it. Nothing is loaded.
+        """
+        if model is None:
+            return self.checkpoints.load(resume_from_checkpoint, super()._load_from_checkpoint)
+        if self.is_fsdp_enabled:
+            check_written_with_fsdp(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @for_pairs
+    def _load_best_model(self) -> None:
+        """Load all learners of the best checkpoint."""
+        best = self.state.best_model_checkpoint
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not os.path.isdir(best):
+            return super()._load_best_model()  # if the folder is gone, Trainer warns
+        self._load_from_checkpoint(best)
+
+    # ---- Hub and model cards ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None, **kwargs: Any) -> None:
+        """Make all repositories; see `PairUploads.make_repositories`."""
+        if not self._paired:
+            kwargs |= {"private": private} if private is not None else {}  # not every version of Trainer has it
+            return super().init_hf_repo(token, **kwargs)
+        folders = {name: "." if name == LEARNERS[0] else name for name in LEARNERS}  # Trainer calls it before the pair
+        self.uploads = PairUploads(self.args, folders, self.is_world_process_zero())
+        self.push_in_progress = None
+        self.hub_model_id = self.uploads.make_repositories(token, private)
+
+    @for_pairs
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save all models, write their full cards and upload them; see `Trainer.push_to_hub`, `PairUploads.push`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.uploads is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self._write_full_cards(**kwargs, revision=revision)
+        options = {"token": token, "revision": revision, "private": private}
+        return self.uploads.push(self.args.output_dir, commit_message or "End of training", blocking, **options)
+
+    @for_pairs
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint while training goes on, but not before it is in its place."""
+        if self.checkpoints.staging is not None:
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.uploads.push_checkpoint(checkpoint_folder, self.state.global_step)
+
+    def _finish_current_push(self) -> None:
+        """Wait for the uploads at the end of a training."""
+        if self.uploads is None:
+            return super()._finish_current_push()
+        self.uploads.finish()
+
+    @for_pairs
+    def create_model_card(self, *args: Any, baseline: Any = None, revision: str | None = None, **kwargs: Any) -> None:
+        """Write a model card for each model beside it; see `Trainer` and, for the other arguments, `CardOptions`."""
+        if self.is_world_process_zero():
+            options = CardOptions(*args, baseline=baseline, revision=revision, **kwargs)
+            write_model_cards(self._card_facts(), self.args.output_dir, options, complete=not self.is_in_train)
+
+    def _save_cards(self, folder: str | os.PathLike, only: str | None) -> None:
+        """Write short cards beside models that were just saved."""
+        save_model_cards(self._card_facts(), folder, only)
+
+    def _write_full_cards(self, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Write the full cards. If that fails, the cards of the last save are pushed.
+
+        Raises:
+            TypeError, ValueError: The arguments of the caller are not those of `create_model_card`.
+        """
+        all_tags = [tags] if isinstance(tags, str) else list(tags or [])
+        all_tags += [tag for tag in getattr(self.teacher_model, "model_tags", None) or [] if tag not in all_tags]
+        try:
+            self.create_model_card(tags=all_tags or None, **{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        except Exception as error:
+            if kwargs.keys() - {"revision"} and isinstance(error, (TypeError, ValueError)):
+                raise
+            logger.warning("The model cards could not be written, so those of the last save are pushed: %r", error)
+
+    def _card_facts(self) -> CardFacts:
+        """What the model cards state."""
+        name = self.hub_model_id or self.args.hub_model_id
+        repositories = {
+            learner: getattr(self.args, f"{learner}_hub_model_id", None) or (name and f"{name}-{learner}")
+            for learner in self.pair.learners
+        }
+        return CardFacts(
+            learners=dict(self.pair.learners),
+            task=self.task,
+            distillation=self.distillation,
+            args=self.args,
+            state=self.state,
+            repositories={**repositories, self.pair.primary: name},
+            processing_classes={learner: self.processing_class_of(learner) for learner in self.pair.learners},
+            train_dataset=self.train_dataset,
+            own_soft_loss=self.pair.objective.soft_loss_func is not None,
+            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
+
+    # ---- Hyperparameter search ----
+
+    @for_pairs
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: str | HPSearchBackend | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """Search with new models in each trial (`model_init`, `student_model_init`); see Trainer.
+
+        Args:
+            hp_space: The space, as the backend takes it; by default, with Optuna or Ray, `search.DEFAULT_SPACE`.
+            compute_objective: The objective, from the metrics of all learners. By default `metric_for_best_model`,
+                which may be a metric of any learner; without it, the sum of the losses of the trained learners.
+            n_trials: Number of trials.
+            direction: "minimize" or "maximize"; by default, what is better for the default objective.
+            backend: "optuna", "ray" or "wandb"; by default what is installed.
+            **kwargs: Other arguments of Trainer's method and of the backend.
+        """
+        backend = HPSearchBackend(backend or default_hp_search_backend())
+        metric = self.args.metric_for_best_model
+        if hp_space is None and backend in (HPSearchBackend.OPTUNA, HPSearchBackend.RAY):
+            hp_space = lambda trial: search.for_backend(search.default_space(self.graph, self.args), backend, trial)  # noqa: E731
+        if compute_objective is None:
+            compute_objective = lambda metrics: search.objective(metrics, metric, self.graph)  # noqa: E731
+            direction = direction or ("maximize" if metric and self.args.greater_is_better else "minimize")
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction or "minimize", backend, **kwargs
+        )
+
+    @for_pairs
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set the arguments of a trial.
+
+        Raises:
+            ValueError: They are not valid.
+        """
+        if trial is None or self.hp_search_backend is None:
+            return super()._hp_search_setup(trial)
+        with search.setting_trial(self.distillation):
+            super()._hp_search_setup(trial)
+
+
+def _trainer_arguments(trainer: type) -> list[inspect.Parameter]:
+    """Return the arguments of the Trainer class under the mixin, in their order."""
+    for base in trainer.__mro__[trainer.__mro__.index(CoDistillationMixin) + 1 :]:
+        parameters = inspect.signature(base.__init__).parameters
+        if "model" in parameters:
+            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            return [each for name, each in parameters.items() if name != "self" and each.kind not in variable]
+    raise TypeError(
+        f"{trainer.__name__} has no Trainer class after `CoDistillationMixin` among its bases. Write `class "
+        f"{trainer.__name__}(CoDistillationMixin, TheirTrainer)`, where `TheirTrainer.__init__` names `model`."
+    )
+
+
+class CoDistillationTrainer(CoDistillationMixin, Trainer):
+    """`transformers.Trainer` for a teacher and a student that are trained together (CTCD, arXiv 2311.02849).
+
+    Takes Trainer's own arguments in Trainer's own order; `model` is the teacher. Without a student it is a plain
+    Trainer, provided that the mode is `standalone` or that the arguments are a plain `TrainingArguments`. Every
+    argument, hook and callback of Trainer holds for both models. `trainer.model` is the pair, one module that can be
+    used as the teacher; `trainer.teacher_model` and `trainer.student_model` are the two plain models.
+
+    Args:
+        model: The teacher: a model, or a name or path as `from_pretrained` takes them.
+        args: `CoDistillationTrainingArguments`; a plain `TrainingArguments` stands for its defaults.
+        data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
+            callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in Trainer.
+            `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are called once per model.
+            An optimizer that is passed in must hold the parameters of both models.
+        student_model: The student: a model, or a name or path.
+        student_model_init: Makes the student, as `model_init` makes the teacher; give both or none.
+        student_processing_class: The student's tokenizer, if it is not the teacher's `processing_class`. The names of
+            the student's inputs in examples then begin with `student_`; see `PairDataCollator`. For tasks of whole
+            rows.
+        pretrained_teacher: A model from which both learn (Community KD): a model, or a name or path. It is set to
+            evaluation mode and `requires_grad=False`.
+        augmentation: Changes each batch of a training: `TokenMasking`, `WordDropout`, `Mixup`, or any function that
+            takes a batch and returns the changed batch.
+        augmented: The models that get the changed batch: `"both"`, `"teacher"` or `"student"`.
+        task: The task, or its name; needed only if the class of the models does not tell it. See `tasks/`.
+        soft_loss_func: Compares the outputs of two models in place of the task, for an unknown head or a loss of your
+            own. `soft_loss_func(teacher_outputs, student_outputs, inputs)` is called for each edge with the outputs of
+            the model that teaches (detached), those of the model that learns, and the batch. For
+            `teacher_from_student` the "teacher" is the student. It returns the mean over the batch.
+
+    Raises:
+        ValueError: The models, the arguments and the data do not fit together; see `checks/`.
+        FloatingPointError: During training, when a loss of either model is not finite.
+
+    Example:
+        ```python
+        trainer = CoDistillationTrainer(
+            model=teacher, args=args, train_dataset=train, eval_dataset=dev, student_model=student
+        )
+        trainer.train()
+        trainer.save_model("out")  # the teacher in out/, the student in out/student/
+        ```
+    """

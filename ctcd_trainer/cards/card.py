@@ -1,38 +1,123 @@
-"""Model cards: one for each learner of a pair, from a template, with valid metadata for the Hub."""
+"""Model cards: a `README.md` for each learner of a run, with metadata that the Hub understands."""
 
 import os
-import shutil
-from collections.abc import Mapping, Sized
-from functools import cache, cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Template
-from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.modelcard import METRIC_TAGS, TASK_TAG_TO_NAME_MAPPING
 from transformers.utils import logging
 
 from ..graph import PRETRAINED
-from ..model_structure import count_parameters, is_peft_model
-from ..students.measuring import Latencies, latencies_of, weight_bytes
-from . import facts, tables
-from .figures import COMPARISON, CURVES, draw_pictures
-from .results import Metrics, Results, baseline_of, is_agreement, lower_is_better
-
-if TYPE_CHECKING:
-    from ..trainer import CoDistillationTrainer
+from ..model_structure import base_model, count_parameters, is_peft_model
+from ..students.measuring import Latencies, weight_bytes
+from .facts import NOT_MEASURED, CardFacts, repo_id
+from .figures import draw_curves
+from .results import Metrics, baseline_of, heads, is_agreement, lower_is_better, markdown_table, words
 
 logger = logging.get_logger(__name__)
 
-_FILE = "README.md"
-#: First words of a card, by which a later save knows that it may replace it.
-_SHORT = "ctcd_trainer has written this short card when the model was saved."
-_FULL = "ctcd_trainer has written this card from what the trainer knew."
-#: A title that only the empty card has which PEFT writes beside each adapter.
+FILE = "README.md"
+FIGURE = "learning_curves.png"
+#: Every card begins with this text until somebody edits it: a push may replace such a card on the Hub.
+MARKER = "ctcd_trainer has written this"
+#: The beginning of a card that the next save may replace.
+_SHORT = f"{MARKER} short card"
+#: The title of the empty card that PEFT writes beside each adapter.
 _PEFT_STUB = "# Model Card for Model ID"
-#: Metrics that are known on the Hub under these names.
+#: Metrics that the Hub knows by these names.
 _HUB_METRICS = frozenset({*METRIC_TAGS, "exact_match", "mae", "mse", "perplexity"})
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """The arguments of `Trainer.create_model_card`, in its order, and two more.
+
+    Attributes:
+        language, license, tags, tasks, dataset_tags, dataset, dataset_args: As in Trainer.
+        model_name: Title of the primary learner's card; another learner's is the name of its repository, or else
+            `<model_name>-<learner>`.
+        finetuned_from: The model that the primary learner started from; or a dict by learner, with an empty name for
+            random weights. By default the config of each model tells.
+        baseline: Metrics of models that were trained in another way; see `baseline_of`.
+        revision: Branch of the repositories that the cards are for; by default `hub_revision`.
+    """
+
+    language: str | None = None
+    license: str | None = None
+    tags: str | list[str] | None = None
+    model_name: str | None = None
+    finetuned_from: str | Mapping[str, str | None] | None = None
+    tasks: str | list[str] | None = None
+    dataset_tags: str | list[str] | None = None
+    dataset: str | list[str] | None = None
+    dataset_args: str | list[str] | None = None
+    baseline: Any = None
+    revision: str | None = None
+
+
+def write_model_cards(
+    facts: CardFacts, folder: str | os.PathLike, options: CardOptions = CardOptions(), complete: bool = True
+) -> None:
+    """Write the card of each learner beside its model, in place of any that is there.
+
+    Args:
+        facts: What the cards state.
+        folder: Output folder: the primary learner's, with a folder for each other learner.
+        options: What the user adds.
+        complete: Whether to time the models and draw the figure. A card without these is replaced by the next save.
+
+    Raises:
+        ValueError: `baseline` or `finetuned_from` does not fit the learners.
+    """
+    names, origins = list(facts.learners), options.finetuned_from
+    if isinstance(origins, Mapping) and set(origins) - set(names):
+        raise ValueError(
+            f"`finetuned_from` names {sorted(set(origins) - set(names))}, but the models are {names}: use these names."
+        )
+    baseline = baseline_of(options.baseline, names) if options.baseline is not None else {}
+    folders = _folders(facts, Path(folder))
+    latencies = facts.measured() if complete else NOT_MEASURED
+    figure = draw_curves(facts.results, facts.main_metric, baseline) if complete else None
+    for learner in names:
+        _Card(facts, learner, folders, options, baseline, latencies, figure).write()
+
+
+def save_model_cards(facts: CardFacts, folder: str | os.PathLike, only: str | None = None) -> None:
+    """Write short cards beside models that were just saved. Cards that are complete or edited stay.
+
+    A card that cannot be made is no reason to lose a checkpoint: then there is a warning.
+
+    Args:
+        facts: What the cards state.
+        folder: Output or checkpoint folder.
+        only: The learner to which the whole folder belongs, if it is not a folder of all learners.
+
+    Raises:
+        OSError: The files could not be written.
+    """
+    folders = _folders(facts, Path(folder)) if only is None else _folders(facts, Path(folder).parent)
+    folders |= {} if only is None else {only: Path(folder)}
+    try:
+        for learner in facts.learners if only is None else [only]:
+            path = folders[learner] / FILE
+            text = path.read_text(encoding="utf-8") if path.exists() else _SHORT
+            if _SHORT in text or _PEFT_STUB in text:
+                _Card(facts, learner, folders).write()
+    except OSError:
+        raise
+    except Exception as error:
+        logger.warning("The model cards in %s could not be written: %r", folder, error)
+
+
+def _folders(facts: CardFacts, root: Path) -> dict[str, Path]:
+    return {name: root if name == facts.primary else root / name for name in facts.learners}
 
 
 @cache  # compiling takes longer than all the rest of a short card
@@ -40,327 +125,195 @@ def _template() -> Template:
     return Template(Path(__file__).with_name("template.md").read_text(encoding="utf-8"))
 
 
-def write_model_cards(
-    trainer: "CoDistillationTrainer",
-    baseline: Any = None,
-    folder: str | os.PathLike | None = None,
-    revision: str | None = None,
-    **given: Any,
-) -> None:
-    """Write the card of each learner, `README.md`, where the learner is saved, with pictures beside it.
+@dataclass(frozen=True)
+class _Card:
+    """The card of one learner; the template reads it.
 
-    While a training goes on, the cards are short ones: without measured latencies and pictures.
-
-    Args:
-        trainer: A trainer with a pair.
-        baseline: Metrics of models that were trained otherwise, to state the gain; see `card_results.baseline_of`.
-        folder: Output or checkpoint folder; by default the output folder.
-        revision: Branch of the repositories that the cards are for; by default `hub_revision`.
-        **given: The arguments of `Trainer.create_model_card`. `model_name` is the primary learner's, and the others'
-            is `<model_name>-<learner>` unless they have a repository. `finetuned_from` is the primary learner's, or
-            names by learner; an empty name is a model that was trained from scratch.
-
-    Raises:
-        ValueError: `baseline` or `finetuned_from` does not fit the pair.
-    """
-    learners = list(trainer.pair.learners)
-    origins = given.get("finetuned_from")
-    if isinstance(origins, Mapping) and set(origins) - set(learners):
-        raise ValueError(
-            f"`finetuned_from` names {sorted(set(origins) - set(learners))}, but the models are {learners}: use these "
-            "names."
-        )
-    found = baseline_of(baseline, learners) if baseline is not None else {}
-    root = str(folder if folder is not None else trainer.args.output_dir)
-    cards = _Cards(trainer, root, found, given, revision=revision)
-    if not trainer.is_in_train:
-        cards.measure()
-    for learner in learners:
-        cards.write(learner)
-
-
-def save_model_cards(trainer: "CoDistillationTrainer", folder: str | os.PathLike, only: str | None = None) -> None:
-    """Write short cards into a folder in which the models have just been saved, unless it has others.
-
-    A card that cannot be made is no reason to lose a checkpoint: then there is a warning.
-
-    Args:
-        trainer: A trainer with a pair.
-        folder: Output or checkpoint folder.
-        only: Name of a learner that has the folder for itself.
-
-    Raises:
-        OSError: The files could not be written.
-    """
-    try:
-        cards = _Cards(trainer, str(folder), {}, {}, only)
-        for learner in [only] if only is not None else trainer.pair.learners:
-            path = cards.folder(learner) / _FILE
-            text = path.read_text(encoding="utf-8") if path.exists() else _SHORT
-            if _SHORT in text or _PEFT_STUB in text:
-                cards.write(learner)
-    except OSError:
-        raise
-    except Exception as error:
-        logger.warning("The model cards in %s could not be written: %r", folder, error)
-
-
-class _Cards:
-    """The cards of a pair in a folder.
-
-    Args:
-        trainer: A trainer with a pair.
-        root: The folder.
-        baseline: Metrics of models that were trained otherwise.
-        given: The arguments of `Trainer.create_model_card`.
-        alone: Name of a learner that has the folder for itself; the others are beside it.
-        revision: Branch of the repositories; by default `hub_revision`.
+    Attributes:
+        facts: What the cards state.
+        learner: Name of the learner.
+        folders: Folders of all learners.
+        options: What the user adds.
+        baseline: Metrics of models that were trained in another way.
+        latencies: Measured times, or why they are missing; empty on a short card.
+        figure: The figure as a PNG file, with its alternative text.
     """
 
-    def __init__(
-        self,
-        trainer: "CoDistillationTrainer",
-        root: str,
-        baseline: Metrics,
-        given: Mapping[str, Any],
-        alone: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.trainer, self.pair, self.args = trainer, trainer.pair, trainer.args
-        self.models: dict[str, nn.Module] = dict(trainer.pair.learners)
-        self.root, self.baseline, self.given, self.alone = root, baseline, given, alone
-        self.results = Results.of(trainer.state, list(self.models), self.args.load_best_model_at_end)
-        self.metric = self.results.main_metric(self.args.metric_for_best_model)
-        self.revision = revision or self.args.hub_revision
-        self.latencies = Latencies({}, "")
-        self.pictures: dict[str, str] = {}
+    facts: CardFacts
+    learner: str
+    folders: Mapping[str, Path]
+    options: CardOptions = CardOptions()
+    baseline: Metrics = field(default_factory=dict)
+    latencies: Latencies = NOT_MEASURED
+    figure: tuple[bytes, str] | None = None
 
-    def folder(self, learner: str) -> Path:
-        """Where a learner is."""
-        if self.alone is not None:
-            return Path(
-                self.root if learner == self.alone else self.pair.folder_of(learner, os.path.dirname(self.root))
-            )
-        return Path(self.pair.folder_of(learner, self.root))
-
-    def measure(self) -> None:
-        """Time the models, and draw the pictures."""
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            self.latencies = Latencies({}, "The latency was not measured: the models are divided among processes.")
-        else:
-            self.latencies = latencies_of(self.models)
-        millions = {name: count_parameters(model) / 1e6 for name, model in self.models.items()}
-        sizes = {"million parameters": millions, "ms for one sequence (CPU)": self.latencies.milliseconds}
-        root = self.folder(self.pair.primary)
-        self.pictures = draw_pictures(root, self.results, self.metric, sizes, self.baseline)
-        for learner in self.models.keys() - {self.pair.primary}:
-            self.folder(learner).mkdir(parents=True, exist_ok=True)
-            for name in self.pictures:
-                shutil.copy(root / name, self.folder(learner) / name)
-
-    def write(self, learner: str) -> None:
-        """Write the card of a learner."""
-        folder = self.folder(learner)
+    def write(self) -> None:
+        """Write the card, and its figure if there is one."""
+        folder = self.folders[self.learner]
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = self.metadata(learner).to_yaml()
-        text = str(
-            ModelCard(_template().render(card_data=metadata, **self.description(learner), **self.numbers(learner)))
-        )
-        if self.args.hub_token:
-            text = text.replace(self.args.hub_token, "***")
-        (folder / _FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
+        if self.figure is not None:
+            (folder / FIGURE).write_bytes(self.figure[0])
+        text = str(ModelCard(_template().render(card=self, facts=self.facts, results=self.facts.results)))
+        (folder / FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
 
-    # ---- Names ----
+    @property
+    def marker(self) -> str:
+        """The comment by which a later save or push knows the card."""
+        return f"{MARKER} card." if self.latencies.conditions else f"{_SHORT} while saving the model."
 
-    def repository(self, learner: str) -> str | None:
-        """Repository of a learner on the Hub, if it is known."""
-        name = self.trainer.hub_model_id or self.args.hub_model_id
-        if name is not None and learner != self.pair.primary:
-            name = getattr(self.args, f"{learner}_hub_model_id", None) or f"{name}-{learner}"
-        name = facts.repo_id(name)
-        return name if name is not None and "/" in name else None  # otherwise only the Hub knows whose it is
-
-    def name(self, learner: str) -> str:
-        """Title of the card of a learner."""
-        name = self.given.get("model_name") or os.path.basename(os.path.abspath(self.args.output_dir))
-        if learner == self.pair.primary:
+    @property
+    def name(self) -> str:
+        """Title of the card."""
+        name = self.options.model_name or self.facts.run_name
+        if self.learner == self.facts.primary:
             return name
-        repository = self.repository(learner)
-        return repository.split("/")[-1] if repository is not None else f"{name}-{learner}"
-
-    def origin(self, learner: str) -> facts.Origin:
-        """Where the weights of a learner came from."""
-        given = self.given.get("finetuned_from")
-        if isinstance(given, Mapping):
-            name = (given[learner] or "") if learner in given else None
-        else:
-            name = given if learner == self.pair.primary else None
-        return facts.Origin.of(self.models[learner], name)
-
-    def place_of(self, partner: str, learner: str) -> str:
-        """A link from the card of a learner to its partner."""
-        repository = self.repository(partner)
-        if repository is not None:
-            return facts.link(repository)
-        path = os.path.relpath(self.folder(partner), self.folder(learner))
-        return f"in the folder [`{path}`]({path}/{_FILE})"
-
-    # ---- Metadata ----
-
-    @cached_property
-    def data(self) -> dict[str, Any]:
-        """What is known of the data; see `card_facts.dataset_settings`."""
-        evaluated, trained = self.trainer.eval_dataset, self.trainer.train_dataset
-        return facts.dataset_settings(trained if evaluated is None else evaluated, self.given)
+        repository = self.facts.repository(self.learner)
+        return repository.split("/")[-1] if repository is not None else f"{name}-{self.learner}"
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks as the Hub calls them."""
-        tasks = self.given.get("tasks") or self.trainer.task.pipeline_tag
-        return [tasks] if isinstance(tasks, str) else list(tasks or [])
+        """The Hub's names of the tasks."""
+        return _as_list(self.options.tasks or self.facts.task.pipeline_tag)
 
-    def metadata(self, learner: str) -> ModelCardData:
-        """The block at the head of a card."""
-        model, edges = self.models[learner], self.trainer.graph.edges
+    @property
+    def dataset_tags(self) -> list[str]:
+        """Names of the data sets on the Hub."""
+        return [tag for tag in _as_list(self.options.dataset_tags) if repo_id(tag) is not None]
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """Names of the data sets for people; of a path, its last part."""
+        return [_without_folder(name) for name in _as_list(self.options.dataset)] or self.dataset_tags
+
+    def origin(self, learner: str) -> tuple[str | None, str]:
+        """The repository that a learner's weights came from, if they did, and a sentence about it."""
+        given, model = self.options.finetuned_from, self.facts.learners[learner]
+        given = given if isinstance(given, Mapping) else {} if given is None else {self.facts.primary: given}
+        name = (given[learner] or "") if learner in given else self.facts.started_from(learner)
+        repository, adapter = repo_id(name), is_peft_model(model)
+        what = f"It is {'an adapter of ' * adapter}a `{type(base_model(model)).__name__}`"
+        if not name:
+            return None, f"{what} {'with random weights' if adapter else 'that was trained from scratch'}."
+        source = _link(repository) if repository is not None else "a model that is not on the Hub"
+        return repository, f"{what} that started from the weights of {source}."
+
+    def link_to(self, partner: str) -> str:
+        """A link to another learner."""
+        repository = self.facts.repository(partner)
+        if repository is not None:
+            return _link(repository)
+        path = os.path.relpath(self.folders[partner], self.folders[self.learner])
+        return f"in the folder [`{path}`]({path}/{FILE})"
+
+    def sources(self, learner: str) -> list[str]:
+        """What a learner learns from, in words; empty if it is frozen."""
+        graph = self.facts.distillation.graph
+        weight = graph.hard_weights.get(learner, 0.0)
+        sources = [f"the labels (weight {weight:g})"] * bool(weight)
+        for edge in graph.edges:
+            if edge.learner == learner:
+                source = "a frozen pre-trained model" if edge.source == PRETRAINED else f"the {edge.source}"
+                sources.append(f"the predictions of {source} (weight {edge.weight:g})")
+        return sources
+
+    def lower_is_better(self) -> list[str]:
+        """The metrics of the baseline of which a smaller value is better."""
+        return [words(key) for key in self.baseline.get(self.learner, {}) if lower_is_better(key)]
+
+    def metadata(self) -> ModelCardData:
+        """The block at the head of the card."""
+        facts, options = self.facts, self.options
+        model, edges = facts.learners[self.learner], facts.distillation.graph.edges
         links = {(edge.source, edge.learner) for edge in edges}
-        tags = [tags] if isinstance(tags := self.given.get("tags") or [], str) else list(tags)
-        tags += ["generated_from_trainer"] + ["knowledge-distillation"] * bool(edges)
-        tags += ["ctcd", "co-distillation"] * any((other, own) in links for own, other in links)
+        tags = [*_as_list(options.tags), "generated_from_trainer", *["knowledge-distillation"] * bool(edges)]
+        tags += ["ctcd", "co-distillation"] * any((learner, source) in links for source, learner in links)
         if is_peft_model(model):
             tags.append(str(getattr(model.active_peft_config.peft_type, "value", "adapter")).lower())
-        own = {key: value for key, value in self.results.final_metrics[learner].items() if not is_agreement(key)}
-        tags_of_data, data_names, args = (self.data[key] for key in ("tags", "names", "args"))
+        metrics = facts.results.final_metrics[self.learner]
+        metrics = {key: value for key, value in metrics.items() if not is_agreement(key)}
+        config = _as_list(options.dataset_args)
         results = [
             EvalResult(
                 task_type=task,
                 task_name=TASK_TAG_TO_NAME_MAPPING.get(task, task.replace("-", " ").title()),
-                dataset_type=(tags_of_data or ["unknown"])[0],
-                dataset_name=(data_names or ["unknown"])[0],
-                dataset_config=str(args[0]) if args else None,
-                dataset_split=self.data["split"],
+                dataset_type=(self.dataset_tags or ["unknown"])[0],
+                dataset_name=(self.dataset_names or ["unknown"])[0],
+                dataset_config=_without_folder(str(config[0])) if config else None,
                 metric_type=key,
-                metric_name=key.replace("_", " ").capitalize(),
+                metric_name=words(key).capitalize(),
                 metric_value=value,
             )
             for task in self.tasks[:1]
-            for key, value in own.items()
+            for key, value in metrics.items()
         ]
         return ModelCardData(
-            language=self.given.get("language"),
-            license=self.given.get("license"),
+            language=options.language,
+            license=options.license,
             library_name="peft" if is_peft_model(model) else "transformers",
-            base_model=self.origin(learner).repo,
+            base_model=self.origin(self.learner)[0],
             tags=tags,
-            datasets=tags_of_data or None,
-            metrics=[key for key in own if key in _HUB_METRICS] or None,
+            datasets=self.dataset_tags or None,
+            metrics=[key for key in metrics if key in _HUB_METRICS] or None,
             pipeline_tag=next(iter(self.tasks), None),
-            model_name=self.name(learner),
+            model_name=self.name,
             eval_results=results or None,
         )
 
-    # ---- Text ----
+    def code(self) -> str | None:
+        """Python code that loads the model; `None` if its class is the user's own.
 
-    def description(self, learner: str) -> dict[str, Any]:
-        """What the template says in words."""
-        trainer, origin = self.trainer, self.origin(learner)
-        processing_class = trainer.processing_class_of(learner)
-        repository, notes = self.repository(learner), []
-        code = facts.loading_code(
-            self.models[learner],
-            trainer.task,
-            repository or ".",
-            origin,
-            processing_class,
-            revision=self.revision if repository is not None else None,
-        )
-        if repository is None:
-            notes.append('Run this in the folder of this card, or put the path of the folder in the place of `"."`.')
-        if is_peft_model(self.models[learner]):
-            notes.append("It needs the very model that the adapter was trained on, with all its layers.")
-            if origin.repo is None:
-                notes.append("It is not on the Hub: make or load it first, as `base_model`.")
-        task = (self.tasks or [trainer.task.name])[0].replace("-", " ")
-        return {
-            "marker": _FULL if self.latencies.conditions else _SHORT,
-            "name": self.name(learner),
-            "learner": learner,
-            "task": task,
-            "distilled": bool(trainer.graph.edges),
-            "data": " and ".join(f"the data set {name}" for name in self.data["names"]),
-            "origin": origin.text,
-            "partners": [
-                {"learner": other, "link": self.place_of(other, learner), "origin": self.origin(other).text}
-                for other in self.models.keys() - {learner}
-            ],
-            "code": code,
-            "code_note": " ".join(notes),
-            "method": self.method(),
-            "amount": self.amount(),
-            "arguments": facts.training_arguments(self.args),
-            "arguments_class": type(self.args).__name__,
-            "use": self.use(learner, task),
-            "versions": facts.framework_versions(any(map(is_peft_model, self.models.values()))),
-        }
+        For an adapter of a model that is not on the Hub, the code expects that model as `base_model`.
+        """
+        facts = self.facts
+        model, processing_class = facts.learners[self.learner], facts.processing_classes.get(self.learner)
+        kind, adapter = type(base_model(model)), is_peft_model(model)
+        base, repository = self.origin(self.learner)[0], facts.repository(self.learner)
+        loader = getattr(facts.task, "auto_model", kind)
+        if loader is kind and not kind.__module__.startswith("transformers."):
+            return None
+        revision = (self.options.revision or facts.args.hub_revision) if repository is not None else None
+        where = f'"{repository or "."}"' + (f', revision="{revision}"' if revision else "")
+        loader, imports, lines = loader.__name__, [], []
+        if base is not None or not adapter:
+            labels = f", num_labels={model.config.num_labels}" if "Classification" in loader else ""
+            place = f'"{base}"{labels}' if adapter else where
+            imports.append(loader)
+            lines.append(f"{'base_model' if adapter else 'model'} = {loader}.from_pretrained({place})")
+        if adapter:
+            lines.append(f"model = PeftModel.from_pretrained(base_model, {where})")
+        tokenized = isinstance(processing_class, PreTrainedTokenizerBase)
+        if type(processing_class).__module__.startswith("transformers."):
+            # `AutoProcessor` would not load a feature extractor alone.
+            imports.append("AutoTokenizer" if tokenized else type(processing_class).__name__)
+            lines.append(f"{'tokenizer' if tokenized else 'processor'} = {imports[-1]}.from_pretrained({where})")
+        tag = facts.task.pipeline_tag
+        classifies = tokenized and tag in ("text-classification", "token-classification")
+        if classifies and set(processing_class.model_input_names) <= signature(kind.forward).parameters.keys():
+            imports.append("pipeline")
+            lines.append(f'classify = pipeline("{tag}", model=model, tokenizer=tokenizer)')
+            lines.append('print(classify("Put your own text here."))')
+        head = ["from peft import PeftModel"] * adapter
+        head += [f"from transformers import {', '.join(sorted(imports))}"] * bool(imports)
+        return "\n".join([*head, "", *lines])
 
-    def method(self) -> list[str]:
-        """Who has learnt from whom."""
-        graph, distillation, lines = self.trainer.graph, self.trainer.distillation, []
-        for name in self.models:
-            hard = graph.hard_weights.get(name, 0.0)
-            sources = [f"the labels (weight {hard:g})"] * bool(hard)
-            for edge in graph.edges:
-                if edge.learner == name:
-                    source = "a frozen pre-trained model" if edge.source == PRETRAINED else f"the {edge.source}"
-                    sources.append(f"the predictions of {source} (weight {edge.weight:g})")
-            learns = f"learns from {' and from '.join(sources)}" if sources else "is frozen, and was not changed"
-            lines.append(f"The {name} {learns}.")
-        if graph.edges:
-            how = f"by `{distillation.soft_loss}`, at temperature {distillation.temperature:g}"
-            how = "by a function of the user" if self.trainer.soft_loss_func is not None else how
-            lines.append(f"Predictions are compared {how} (mode `{distillation.distillation_mode}`).")
-        return lines
+    def size_table(self) -> str:
+        """Parameters, size on disk and, if measured, latency of all learners."""
+        models, times = self.facts.learners, self.latencies.milliseconds
+        rows = []
+        for head, (name, model) in zip(heads(models, self.learner), models.items(), strict=True):
+            size = weight_bytes(self.folders[name])
+            row = [head, f"{count_parameters(model) / 1e6:.4g}", f"{size / 1e6:.4g}" if size else "not saved"]
+            rows.append([*row, f"{times[name]:.4g}"] if times else row)
+        return markdown_table(["model", "parameters (M)", "on disk (MB)", *["latency (ms)"] * bool(times)], rows)
 
-    def amount(self) -> str:
-        """How long was trained, and on how much."""
-        state, rows = self.trainer.state, self.trainer.train_dataset
-        if not state.global_step:
-            return "Nothing was trained by this trainer."
-        text = f"{state.global_step:,} optimizer steps"
-        text += f", {state.epoch:.2f} epochs" if state.epoch else ""
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        text += f", with {batch} rows in each step" + (f" of {len(rows):,} rows" if isinstance(rows, Sized) else "")
-        return f"{text}; learning rate {self.args.learning_rate:g}, seed {self.args.seed}."
 
-    def use(self, learner: str, task: str) -> str:
-        """What the model is for, and what is not known of it."""
-        text = f"For {task}, on data like those that it was trained on: for other data, measure it first. "
-        if not self.results.final_metrics[learner]:
-            text += "It was not evaluated. "
-        text += "Whether it is fair, robust or safe was not measured. "
-        text += "What the training data have of errors and prejudices, it may have as well"
-        return f"{text}, and so may what it has learnt from its partner." if self.trainer.graph.edges else f"{text}."
+def _link(repository: str) -> str:
+    return f"[{repository}](https://huggingface.co/{repository})"
 
-    # ---- Tables and pictures ----
 
-    def numbers(self, learner: str) -> dict[str, Any]:
-        """The tables and pictures of the template."""
-        final = self.results.final
-        return {
-            "final_table": tables.final_table(self.results, learner),
-            "final_when": f"at step {final.step:,}" if final is not None else "",
-            "agreement": tables.agreement(self.results),
-            "baseline_table": tables.gain_table(self.results, self.baseline, learner),
-            "lower": ", ".join(filter(lower_is_better, self.baseline.get(learner, {}))).replace("_", " "),
-            "size_table": tables.size_table(
-                learner,
-                {name: count_parameters(model) for name, model in self.models.items()},
-                {name: weight_bytes(self.folder(name)) for name in self.models},
-                self.latencies.milliseconds,
-            ),
-            "latency": self.latencies.conditions,
-            "evaluations_table": tables.evaluations_table(self.results),
-            **{
-                key: {"file": name, "text": self.pictures[name]} if name in self.pictures else None
-                for key, name in (("curves", CURVES), ("comparison", COMPARISON))
-            },
-        }
+def _without_folder(name: str) -> str:
+    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.exists(name) else name
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,47 +1,47 @@
-"""What a training has measured, as model cards show it: the metrics of each model, by step and at the end."""
+"""The scores that a model card shows: read from the logs of a run, and written as Markdown tables."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: Parts of the names of metrics of which a smaller value is better.
-_LOWER_IS_BETTER = re.compile(r"(^|_)(loss|perplexity|mse|mae|rmse|error|wer|cer|ter)($|_)")
-#: Keys of an evaluation that say how fast it was, not how good the models are.
-_SPEED = re.compile(r"(^|_)(runtime|samples|\w+_per_second|model_preparation_time)(_mm)?$")
+import numpy as np
+from transformers import TrainerState
 
-#: Metrics by name, for each learner.
+#: Names of metrics of which a smaller value is better.
+_LOWER_IS_BETTER = re.compile(r"(^|_)(loss|perplexity|mse|mae|rmse|error|wer|cer|ter)($|_)")
+#: Keys of an evaluation that say how fast it was.
+_SPEED = re.compile(r"(^|_)(runtime|samples|\w+_per_second|model_preparation_time)(_mm)?$")
+#: Rows of the table of evaluations; of more evaluations, so many are shown, evenly spaced.
+_MAX_ROWS = 20
+
+#: Metrics of each learner by name, without `eval_`. With several data sets, a name begins with the data set
+#: (`dev_loss`). An agreement belongs to all learners, so each has it.
 Metrics = dict[str, dict[str, float]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
-    """The metrics of all learners at a step.
-
-    Attributes:
-        step: Number of optimizer steps before.
-        epoch: Number of epochs before, if it is known.
-        metrics: The metrics without `eval_`; those of several data sets have their names before theirs (`dev_loss`).
-            What belongs to all learners, the agreement, is each one's.
-    """
+    """The metrics of all learners after some optimizer steps."""
 
     step: int
     epoch: float | None
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
 class Results:
-    """The evaluations of a training.
+    """The evaluations of a run.
 
     Attributes:
         learners: Names of the learners, the primary first.
-        during: The evaluations while it trained.
-        final: The evaluation of the models as they are now, or the last one before; `None` without any.
-        curves: Steps and values of the task loss in training, for each learner.
+        during: The evaluations in the course of the training.
+        final: The evaluation of the models as they are now, or else the last one; `None` without any.
+        curves: Steps and values of each learner's task loss in training.
     """
 
     learners: Sequence[str]
@@ -50,51 +50,134 @@ class Results:
     curves: Mapping[str, list[tuple[int, float]]]
 
     @classmethod
-    def of(cls, state: Any, learners: Sequence[str], best_is_loaded: bool = False) -> "Results":
-        """Read them from the logs.
+    def of(cls, state: TrainerState, learners: Sequence[str], best_is_loaded: bool = False) -> "Results":
+        """Read them from Trainer's logs.
 
-        Args:
-            state: Trainer's state.
-            learners: Names of the learners, the primary first.
-            best_is_loaded: Whether the best checkpoint is loaded when the training has ended.
+        With `best_is_loaded` (`load_best_model_at_end`), a finished training leaves the models of the best checkpoint.
         """
         logs = state.log_history
-        ended = [index for index, entry in enumerate(logs) if "train_runtime" in entry]
-        end = ended[-1] if ended else len(logs)
+        ends = [index for index, entry in enumerate(logs) if "train_runtime" in entry]
+        end = ends[-1] if ends else len(logs)
         during, after = (_evaluations(part, learners) for part in (logs[:end], logs[end:]))
-        final = during[-1] if during else None
-        if ended and best_is_loaded and state.best_global_step is not None:
+        final = (after or during or [None])[-1]
+        if ends and not after and best_is_loaded and state.best_global_step is not None:
             final = next((each for each in during if each.step == state.best_global_step), final)
-        curves = {name: _curve(logs, f"{name}_hard_loss") for name in learners}
-        return cls(learners, during if state.global_step else [], after[-1] if after else final, curves)
+        losses = {name: f"{name}_hard_loss" for name in learners}
+        curves = {name: [(each["step"], each[key]) for each in logs if key in each] for name, key in losses.items()}
+        return cls(learners, during if state.global_step else [], final, curves)
 
     @property
     def final_metrics(self) -> Metrics:
-        """The metrics at the end for each learner; empty without an evaluation."""
+        """The metrics of each learner at the end; none without an evaluation."""
         return self.final.metrics if self.final is not None else {name: {} for name in self.learners}
 
     def main_metric(self, preferred: str | None = None) -> str | None:
-        """The metric that says best how good the models are: the preferred one, or the first that is no loss.
-
-        Args:
-            preferred: `metric_for_best_model`, with or without `eval_` and the name of a learner.
-        """
+        """The metric that tells best how good the models are: `metric_for_best_model`, or one that is no loss."""
         names = [name for name in metric_names(self.final_metrics) if not is_agreement(name)]
-        if preferred is not None:
-            preferred = re.sub(rf"^(eval_)?(({'|'.join(self.learners)})_)?", "", preferred)
-        order = [
-            preferred,
-            "accuracy",
-            "matthews_correlation",
-            *(name for name in names if "loss" not in name),
-            *names,
-        ]
+        preferred = re.sub(rf"^(eval_)?(({'|'.join(self.learners)})_)?", "", preferred or "")
+        no_losses = [name for name in names if "loss" not in name]
+        order = [preferred, "accuracy", "matthews_correlation", *no_losses, *names]
         return next((name for name in order if name in names), None)
+
+    # ---- Tables ----
+
+    def final_table(self, learner: str) -> str:
+        """The metrics of all learners at the end, on the card of one; empty without an evaluation."""
+        metrics = self.final_metrics
+        keys = [key for key in metric_names(metrics) if not is_agreement(key)]
+        rows = [[words(key), *(format_number(found.get(key)) for found in metrics.values())] for key in keys]
+        return markdown_table(["metric", *heads(metrics, learner)], rows)
+
+    def gain_table(self, baseline: Metrics, learner: str) -> str:
+        """The metrics of a learner beside those of its baseline; empty if they have no metric in common."""
+        found = self.final_metrics[learner]
+        rows = [
+            [words(key), format_number(old), format_number(found[key]), f"{found[key] - old:+.4f}"]
+            for key, old in baseline.get(learner, {}).items()
+            if key in found
+        ]
+        return markdown_table(["metric", "baseline", "this model", "difference"], rows)
+
+    def evaluations_table(self) -> str:
+        """The metrics of all learners by step, at most 20 rows; empty without an evaluation."""
+        keys = dict.fromkeys(key for each in self.during for key in metric_names(each.metrics))
+        # An agreement is the same for all learners: one column.
+        columns = [(name, key) for key in keys for name in self.learners[: 1 if is_agreement(key) else None]]
+        columns = [(name, key) for name, key in columns if any(key in each.metrics[name] for each in self.during)]
+        titles = [words(key) if is_agreement(key) else f"{name} {words(key)}" for name, key in columns]
+        chosen = np.linspace(0, len(self.during) - 1, min(len(self.during), _MAX_ROWS)).round().astype(int)
+        rows = []
+        for each in (self.during[index] for index in chosen):
+            epoch = f"{each.epoch:.2f}" if each.epoch is not None else "-"
+            values = (format_number(each.metrics[name].get(key)) for name, key in columns)
+            rows.append([str(each.step), epoch, *values])
+        return markdown_table(["step", "epoch", *titles], rows, texts=0)
+
+    def agreement(self) -> str:
+        """How often the learners predict the same at the end, as sentences."""
+        metrics = self.final_metrics[self.learners[0]]
+        return " ".join(
+            f"The models make the same prediction at {100 * share:.1f} % of the scored positions"
+            + (f" of {words(key.removesuffix('_agreement'))}" if key != "agreement" else "")
+            + " (the rows or tokens that have a label)."
+            for key, share in metrics.items()
+            if is_agreement(key)
+        )
+
+
+def metrics_of(evaluation: Mapping[str, Any], learners: Sequence[str]) -> Metrics:
+    """Divide the metrics of an evaluation among the learners. Texts and measures of speed are left out.
+
+    `eval_loss` belongs to the first learner, `eval_student_loss` and `eval_dev_student_loss` to the student.
+    """
+    metrics: Metrics = {name: {} for name in learners}
+    others = re.compile(rf"(?:(.+)_)?({'|'.join(learners[1:])})_(.+)")
+    for key, value in evaluation.items():
+        name = key.removeprefix("eval_")
+        if name == key or _SPEED.search(key) or not isinstance(value, (int, float)):
+            continue
+        if match := others.fullmatch(name):
+            metrics[match[2]]["_".join(filter(None, (match[1], match[3])))] = value
+            continue
+        for learner in learners if is_agreement(name) else learners[:1]:
+            metrics[learner][name] = value
+    return metrics
+
+
+def baseline_of(baseline: Any, learners: Sequence[str]) -> Metrics:
+    """The metrics of models that were trained in another way, from the argument `baseline`.
+
+    Args:
+        baseline: Metrics by learner; or the metrics of one evaluation of all learners (`eval_accuracy`,
+            `eval_student_accuracy`), a JSON file with those, or the folder of its `all_results.json`.
+        learners: Names of the learners, the primary first.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(baseline, (str, os.PathLike)):
+        path = Path(baseline, "all_results.json") if os.path.isdir(baseline) else Path(baseline)
+        try:
+            baseline = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            text = f"`baseline={str(baseline)!r}` cannot be read: {error}. Pass a folder with an all_results.json."
+            raise ValueError(text) from error
+    if not isinstance(baseline, Mapping):
+        raise ValueError(
+            f"`baseline={baseline!r}` is a {type(baseline).__name__}: pass the metrics by name of the model, e.g. "
+            f"`{{{learners[-1]!r}: {{'eval_accuracy': 0.78}}}}`, or the all_results.json of a run."
+        )
+    if not any(isinstance(value, Mapping) for value in baseline.values()):
+        baseline = metrics_of(_with_prefix(baseline), learners)
+    if unknown := set(baseline) - set(learners):
+        raise ValueError(f"`baseline` names {sorted(unknown)}, but the models are {list(learners)}: use these names.")
+    found = {name: metrics_of(_with_prefix(given), learners)[learners[0]] for name, given in baseline.items()}
+    return {name: {key: value for key, value in own.items() if not is_agreement(key)} for name, own in found.items()}
 
 
 def metric_names(metrics: Metrics) -> list[str]:
     """The names of all metrics: losses first, agreements last."""
-    names = list(dict.fromkeys(name for own in metrics.values() for name in own))
+    names = dict.fromkeys(name for found in metrics.values() for name in found)
     return sorted(names, key=lambda name: (not name.endswith("loss"), is_agreement(name)))
 
 
@@ -104,89 +187,42 @@ def is_agreement(name: str) -> bool:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a smaller value of a metric is a better one, as far as its name tells."""
+    """Whether a smaller value of a metric is better, as far as its name tells."""
     return _LOWER_IS_BETTER.search(name) is not None
 
 
-def metrics_of(evaluation: Mapping[str, Any], learners: Sequence[str]) -> Metrics:
-    """Divide what an evaluation gave among the learners.
-
-    Args:
-        evaluation: With keys as `eval_loss` (the primary's), `eval_student_loss` and `eval_agreement`; keys of several
-            data sets have their name after `eval_`. What is no number or says how fast it was is left out.
-        learners: Names of the learners, the primary first.
-    """
-    metrics: Metrics = {name: {} for name in learners}
-    others = re.compile(rf"(?:(.+)_)?({'|'.join(learners[1:])})_(.+)")
-    for key, value in evaluation.items():
-        if not key.startswith("eval_") or _SPEED.search(key) or not isinstance(value, (int, float)):
-            continue
-        name = key.removeprefix("eval_")
-        match = others.fullmatch(name)
-        if match is not None:
-            metrics[match[2]]["_".join(filter(None, (match[1], match[3])))] = value
-        else:
-            for learner in learners if is_agreement(name) else learners[:1]:
-                metrics[learner][name] = value
-    return metrics
+def words(name: str) -> str:
+    """The name of a metric for people."""
+    return name.replace("_", " ")
 
 
-def baseline_of(baseline: Any, learners: Sequence[str]) -> Metrics:
-    """The metrics of models that were trained otherwise, as the argument `baseline` gives them.
+def format_number(value: float | None) -> str:
+    """A metric as text, `-` for none."""
+    return "-" if value is None else f"{value:,.1f}" if 1000 <= abs(value) < math.inf else f"{value:.4f}"
 
-    Args:
-        baseline: Metrics by name of the learner, with or without `eval_`; or what one evaluation of both gave
-            (`eval_accuracy`, `eval_student_accuracy`); or a JSON file of that, or the folder with its
-            `all_results.json`.
-        learners: Names of the learners, the primary first.
 
-    Raises:
-        ValueError: It is none of these.
-    """
-    given = baseline
-    if isinstance(baseline, (str, os.PathLike)):
-        path = Path(baseline, "all_results.json") if os.path.isdir(baseline) else Path(baseline)
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"`baseline={str(baseline)!r}` cannot be read: {error}. Pass the output folder of an evaluated run, "
-                "or its all_results.json."
-            ) from error
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"`baseline={baseline!r}` is a {type(given).__name__}: pass the metrics by name of the model, e.g. "
-            f"`{{{learners[-1]!r}: {{'eval_accuracy': 0.78}}}}`, or the all_results.json of a run."
-        )
-    if any(isinstance(value, Mapping) for value in given.values()):
-        unknown = set(given) - set(learners)
-        if unknown:
-            raise ValueError(
-                f"`baseline` has metrics of {sorted(unknown)}, but the models are {list(learners)}: use these names."
-            )
-        flat = {name: _with_prefix(own) for name, own in given.items()}
-        found = {name: metrics_of(own, learners)[learners[0]] for name, own in flat.items()}
-    else:
-        found = metrics_of(_with_prefix(given), learners)
-    return {name: {key: v for key, v in own.items() if not is_agreement(key)} for name, own in found.items() if own}
+def heads(learners: Mapping[str, Any], learner: str) -> list[str]:
+    """The names of the learners, with the one whose card it is marked."""
+    return [f"**{name}** (this model)" if name == learner else name for name in learners]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A table whose first `texts` columns hold text and the others numbers; empty without rows."""
+    rule = ["---" if index < texts else "---:" for index in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) if rows else ""
 
 
 def _with_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"eval_{key.removeprefix('eval_')}": value for key, value in metrics.items()}
+    return {f"eval_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
 
 
 def _evaluations(logs: Sequence[Mapping[str, Any]], learners: Sequence[str]) -> list[Evaluation]:
-    """The evaluations in the logs; those of several data sets at a step are one."""
+    """The evaluations in the logs; those of several data sets at the same step are joined."""
     found: dict[int, Evaluation] = {}
     for entry in logs:
-        metrics = metrics_of(entry, learners)
+        metrics, step = metrics_of(entry, learners), entry.get("step", 0)
         if any(metrics.values()):
-            step = entry.get("step", 0)
-            evaluation = found.setdefault(step, Evaluation(step, entry.get("epoch"), {name: {} for name in learners}))
-            for name, own in metrics.items():
-                evaluation.metrics[name] |= own
+            joined = found.setdefault(step, Evaluation(step, entry.get("epoch"), metrics))
+            for name, values in metrics.items():
+                joined.metrics[name].update(values)
     return list(found.values())
-
-
-def _curve(logs: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in logs if key in entry and "step" in entry]

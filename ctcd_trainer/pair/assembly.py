@@ -13,7 +13,7 @@ from ..arguments import DistillationArguments
 from ..checks.arguments import check_arguments, check_optimizer, check_pretrained_cache, check_roles
 from ..checks.data import check_dataset, check_labels, check_tokenizer, check_vocabularies
 from ..checks.models import check_adapters, check_frozen, check_models, check_prompts, check_trainable
-from ..graph import PRETRAINED, STUDENT, TEACHER
+from ..graph import STUDENT, TEACHER
 from ..losses.objective import SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
 from ..tasks import Task
@@ -34,7 +34,7 @@ class PairSources:
         arguments: The distillation arguments.
         student: A model, a name or a path, or `None`.
         student_init: Makes the student, with no argument or with the trial of a hyperparameter search, or `None`.
-        pretrained: The frozen pre-trained teacher: a model, a name or a path, or `None`. After `learners` it is a model.
+        pretrained: The frozen teacher: a model, a name or a path, or `None`. After `learners` it is a model.
         task: The task, its name, or `None` to recognise it. After `learners` it is a `Task`.
         soft_loss_func: The user's function that compares outputs, or `None`.
         student_processing_class: The student's tokenizer if it is not the teacher's.

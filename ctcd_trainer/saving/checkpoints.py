@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from ..cards.card import save_model_cards
 from ..checks.models import check_prompts
-from ..graph import STUDENT
 from ..model_structure import is_peft_model, is_quantised
 from ..pair.model import CoDistillationModel
-from ..training.meters import LossMeter
-from ..training.optimizer import PairOptimizationTrainer
 from .atomic_folders import clean_up, place_to_write, put_in_place, remove
-from .best_student import BestStudent
-from .weights import check_written_with_fsdp, converted_weights
+from .weights import converted_weights
 
 #: With `enable_jit_checkpoint`, Trainer puts this file into the folder of a checkpoint before it writes the others.
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
@@ -236,113 +230,3 @@ def _is_write_error(error: Exception) -> bool:
     if type(error) is RuntimeError:
         return any(text in str(error) for text in _TORCH_CANNOT_WRITE)
     return isinstance(error, OSError) and error.errno is not None
-
-
-class PairCheckpointTrainer(PairOptimizationTrainer):
-    """Trainer's hooks for saving and loading, handed over to `PairCheckpoints`."""
-
-    _loss_meter: LossMeter
-    _checkpoints: PairCheckpoints | None = None
-    #: The student's tokenizer, if it is not the teacher's.
-    student_processing_class: Any = None
-
-    @property
-    def checkpoints(self) -> PairCheckpoints:
-        """The folders of the present pair."""
-        if self._checkpoints is None or self._checkpoints.pair is not self.pair:
-            cards = partial(save_model_cards, self)
-            self._checkpoints = PairCheckpoints(self.pair, self.args, self.processing_class_of, cards)
-        return self._checkpoints
-
-    def processing_class_of(self, learner: str) -> Any:
-        """The tokenizer or processor of a learner; `None` if none is known."""
-        own = self.student_processing_class if learner == STUDENT else None
-        return own or self.processing_class or getattr(self.data_collator, "tokenizer", None)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the primary learner in the folder as Trainer does, and each other learner in a folder of its name."""
-        if self.pair is None:
-            return super()._save(output_dir, state_dict)
-        with self.checkpoints.completed(output_dir if output_dir is not None else self.args.output_dir):
-            super()._save(output_dir, state_dict)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save both models whole, also where checkpoints hold shards (FSDP's `SHARDED_STATE_DICT`)."""
-        shards = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if shards and self.pair is not None and self.checkpoints.staging is None:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        super().save_model(output_dir, _internal_call)
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; see `Trainer.train`. What a killed training has left of a checkpoint is removed first."""
-        if self.pair is not None:
-            self.checkpoints.clean_up(Path(self.args.output_dir))
-        return super().train(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train for an epoch, but not if the resumed training was at its end: Trainer would do one step more."""
-        if self.pair is not None and self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint of both models, whole or not at all.
-
-        Raises:
-            FloatingPointError: A loss was not finite; the last good checkpoint stays the last one.
-            OSError: The checkpoint could not be written. The earlier ones are unchanged.
-        """
-        if self.pair is None:
-            return super()._save_checkpoint(model, trial)
-        self._loss_meter.check(self.accelerator.gather)
-        run_dir = self._get_output_dir(trial)
-        with self.checkpoints.checkpoint(run_dir, self.state):
-            super()._save_checkpoint(model, trial)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
-        self.checkpoints.remove_old(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
-        """End the training; see `Trainer`."""
-        if self.pair is not None:
-            self.checkpoints.remove_all_but_best(self._get_output_dir(trial), self.state.best_model_checkpoint)
-        return super()._finalize_training(trial, *args)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether the checkpoint will be the best one; keeps the student if it is its own best."""
-        best = BestStudent.among(self.callback_handler.callbacks)
-        if best is not None and best.improved(metrics, self.state.global_step):
-            weights = self.checkpoints.weights_of(best.learner, self.accelerator, self.model_wrapped)
-            self.checkpoints.save_alone(best.learner, Path(self._get_output_dir(trial), best.folder), weights)
-        return super()._determine_best_metric(metrics, trial)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Folder of the checkpoints; while one is written, the folder in which it is put together."""
-        staging = self.checkpoints.staging if self.pair is not None else None
-        return staging or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint, but not before it is in its place."""
-        if self.pair is None or self.checkpoints.staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load both models from a checkpoint.
-
-        Raises:
-            ValueError: The folder lacks a learner, holds other models, or was written without FSDP and this training
-                uses it. Nothing is loaded.
-        """
-        if self.pair is not None and model is None:
-            return self.checkpoints.load(resume_from_checkpoint, super()._load_from_checkpoint)
-        if self.pair is not None and self.is_fsdp_enabled:
-            check_written_with_fsdp(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        """Load both models of the best checkpoint."""
-        best = self.state.best_model_checkpoint
-        if self.pair is None or self.is_deepspeed_enabled or self.is_fsdp_enabled or not os.path.isdir(best):
-            return super()._load_best_model()  # if the folder is gone, Trainer warns
-        self._load_from_checkpoint(best)

@@ -1,33 +1,35 @@
 """The model cards of a pair: they say what was measured and nothing of the machine, and their code works."""
 
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from tiny import assert_same_weights, tiny_bert, tiny_rows, tiny_trainer
+from tiny import assert_same_weights, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import rows_of, tiny_batch, tiny_model
 from tiny_tokenizer import bert_tokenizer
-from transformers import default_data_collator
+from transformers import TrainerState, Wav2Vec2FeatureExtractor, default_data_collator
 
 from ctcd_trainer.cards import card as model_card
+from ctcd_trainer.cards.facts import CardFacts
 from ctcd_trainer.cards.results import Results, metrics_of
 from ctcd_trainer.students.measuring import _copy_on, latencies_of
+from ctcd_trainer.tasks import find_task
 
 FOLDERS = {"teacher": "", "student": "student"}
 #: Drawing takes most of the time of a card.
-draw_pictures = model_card.draw_pictures
+draw_curves = model_card.draw_curves
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(model_card, "draw_pictures", lambda *args: {})
+def no_figures(monkeypatch):
+    monkeypatch.setattr(model_card, "draw_curves", lambda *args: None)
 
 
 def share_of_right(prediction):
@@ -99,7 +101,7 @@ def test_the_final_metrics_of_both_models_are_those_of_the_last_evaluation(train
             ["loss", f"{last['eval_loss']:.4f}", f"{last['eval_student_loss']:.4f}"],
             ["accuracy", f"{last['eval_accuracy']:.4f}", f"{last['eval_student_accuracy']:.4f}"],
         ]
-        assert f"the same at {100 * last['eval_agreement']:.1f} % of the scored positions" in text
+        assert f"the same prediction at {100 * last['eval_agreement']:.1f} % of the scored positions" in text
 
 
 def test_evaluations_by_step_are_thinned_to_twenty_with_the_first_and_the_last(trained):
@@ -302,7 +304,7 @@ def test_nothing_of_the_machine_and_no_secret_is_in_a_card(folder, tmp_path, mon
         assert str(tmp_path) not in text
         for secret in ("abcdefghijk", "cellar", "gone", "sesame", "optim_args", "run_name"):
             assert secret not in text
-        assert '- `lr_scheduler_kwargs`: `{"min_lr": 0.001}`' in text
+        assert "- `lr_scheduler_type`: `cosine_with_min_lr`" in text
         assert "the data set reviews" in text
         assert "the weights of a model that is not on the Hub" in text
         assert metadata_of(text).base_model is None
@@ -322,6 +324,16 @@ def test_the_arguments_are_those_that_are_not_at_their_default(trained):
     assert not {"weight_decay", "student_from_teacher_weight", "output_dir", "accelerator_config"} & listed.keys()
 
 
+def test_no_argument_outside_of_the_white_list_is_shown(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    for field in dataclasses.fields(trainer.args):
+        if isinstance(getattr(trainer.args, field.name), str):
+            object.__setattr__(trainer.args, field.name, f"secret of {field.name}")
+    shown = trainer._card_facts().shown_arguments
+    choices = {"distillation_mode", "soft_loss", "lr_scheduler_type", "optim", "eval_strategy", "share"}
+    assert {name for name, value in shown.items() if "secret" in value} <= choices  # a path is refused for these
+
+
 def test_a_weight_of_zero_is_an_argument_but_the_weights_of_the_mode_are_none(tmp_path):
     trainer = tiny_trainer(tmp_path, distillation_mode="kd", student_hard_weight=0.0, student_weight_decay=0.0)
     cards = cards_of(trainer)
@@ -329,7 +341,7 @@ def test_a_weight_of_zero_is_an_argument_but_the_weights_of_the_mode_are_none(tm
         assert "- `student_hard_weight`: `0.0`" in text
         assert "- `student_weight_decay`: `0.0`" in text
         assert "_from_" not in text.split("### Arguments")[1]
-        assert "The teacher is frozen, and was not changed." in text
+        assert "The teacher is frozen: the training does not change it." in text
         assert "The student learns from the predictions of the teacher (weight 1)." in text
         assert set(metadata_of(text).tags) == {"generated_from_trainer", "knowledge-distillation"}
 
@@ -431,6 +443,21 @@ def test_adapters_are_loaded_on_the_model_that_they_need(tmp_path, monkeypatch):
     assert_same_weights(loaded["model"], trainer.student_model)
 
 
+def test_the_code_loads_a_feature_extractor(tmp_path, monkeypatch):
+    trainer = tiny_trainer(
+        tmp_path,
+        model=tiny_model("wav2vec2", "audio-classification", 2),
+        student_model=tiny_model("wav2vec2", "audio-classification", 1),
+        processing_class=Wav2Vec2FeatureExtractor(sampling_rate=8000),
+    )
+    trainer.save_model()
+    for name, text in read_cards(tmp_path).items():
+        monkeypatch.chdir(root_of(tmp_path, name))
+        loaded = {}
+        exec(code_of(text), loaded)
+        assert loaded["processor"].sampling_rate == 8000
+
+
 def test_an_adapter_of_a_model_on_the_hub_names_it_in_the_code(tmp_path):
     base = tiny_bert(2, 2)
     base.config._name_or_path = "google-bert/bert-base-uncased"
@@ -463,26 +490,24 @@ def test_a_regression_has_no_agreement(tmp_path):
         assert [row[0] for row in rows_below(text, "Results")] == ["metric", "loss"]
 
 
-# ---- Pictures ----
+# ---- The figure ----
 
 
-def test_both_pictures_are_beside_each_card_with_a_text_that_says_what_they_show(trained, monkeypatch):
+def test_a_figure_is_beside_each_card_with_a_text_that_says_what_it_shows(trained, monkeypatch):
     image = pytest.importorskip("matplotlib.image")
-    monkeypatch.setattr(model_card, "draw_pictures", draw_pictures)
+    monkeypatch.setattr(model_card, "draw_curves", draw_curves)
     accuracy = trained.state.log_history[-1]["eval_student_accuracy"]
     for name, text in cards_of(trained, baseline={"student": {"accuracy": 0.125}}).items():
-        pictures = dict(re.findall(r"!\[(.+)\]\((.+)\)", text))
-        assert set(pictures.values()) == {"loss_curves.png", "quality_size_latency.png"}
-        for words, file in pictures.items():
-            assert f"{accuracy:.4f}" in words
-            pixels = image.imread(root_of(trained.args.output_dir, name) / file)[..., :3]
-            assert pixels.std() > 0.05
-            assert pixels.shape[1] > 1000
-        assert "its baseline 0.1250" in next(w for w, file in pictures.items() if file.startswith("quality"))
+        [(words, file)] = re.findall(r"!\[(.+)\]\((.+)\)", text)
+        assert file == model_card.FIGURE
+        assert f"validation accuracy of the student {accuracy:.4f}; its baseline 0.1250" in words
+        pixels = image.imread(root_of(trained.args.output_dir, name) / file)[..., :3]
+        assert pixels.std() > 0.05
+        assert pixels.shape[1] > 1000
 
 
-def test_without_matplotlib_a_card_has_no_pictures_and_says_nothing_of_them(trained, monkeypatch):
-    monkeypatch.setattr(model_card, "draw_pictures", draw_pictures)
+def test_without_matplotlib_a_card_has_no_figure_and_says_nothing_of_it(trained, monkeypatch):
+    monkeypatch.setattr(model_card, "draw_curves", draw_curves)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for text in cards_of(trained).values():
         assert "png" not in text
@@ -528,20 +553,21 @@ def test_a_card_that_cannot_be_made_costs_no_save(tmp_path, monkeypatch, caplog)
     assert not (tmp_path / "README.md").exists()
 
 
+def test_cards_need_no_trainer_and_any_number_of_learners_has_one(tmp_path):
+    learners = {"teacher": tiny_bert(3, 1), "student": tiny_bert(2, 2), "tiny": tiny_bert(1, 3)}
+    args = tiny_args(tmp_path)
+    state = TrainerState(log_history=[{"step": 1, "eval_loss": 1.0, "eval_student_loss": 2.0, "eval_tiny_loss": 3.0}])
+    facts = CardFacts(learners, find_task(learners["teacher"]), args, args, state, {"tiny": "me/tiny"}, {})
+    model_card.write_model_cards(facts, tmp_path, complete=False)
+    for name, folder in (("teacher", ""), ("student", "student"), ("tiny", "tiny")):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert f"**{name}** (this model)" in text
+        assert rows_below(text, "Results")[1] == ["loss", "1.0000", "2.0000", "3.0000"]
+        assert text.count("\n- Its partner is ") == 2
+        assert ("[me/tiny](https://huggingface.co/me/tiny)" in text) == (name != "tiny")
+
+
 def test_without_a_student_the_card_is_trainers_own(tmp_path):
     trainer = tiny_trainer(tmp_path, student_model=None, distillation_mode="standalone")
     trainer.create_model_card()
     assert "Training procedure" in (tmp_path / "README.md").read_text()
-
-
-def test_what_a_data_set_of_the_hub_knows_of_itself_is_in_the_metadata(tmp_path):
-    rows = tiny_rows(6)
-    known = {"builder_name": "imdb", "config_name": "plain", "split": "test"}
-    trainer = tiny_trainer(tmp_path, eval_dataset=rows)
-    trainer.evaluate()
-    trainer.eval_dataset = SimpleNamespace(**known)
-    results = metadata_of(cards_of(trainer)["student"]).eval_results
-    assert {(r.dataset_type, r.dataset_config, r.dataset_split) for r in results} == {("imdb", "plain", "test")}
-    trainer.eval_dataset = SimpleNamespace(**{**known, "builder_name": "csv"})
-    results = metadata_of(cards_of(trainer)["student"]).eval_results
-    assert {(r.dataset_type, r.dataset_config) for r in results} == {("unknown", None)}

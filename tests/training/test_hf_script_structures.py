@@ -285,8 +285,8 @@ def test_both_models_load_without_this_package(case: Case, run_twice: Callable[[
 def test_the_script_writes_the_same_files(case: Case, run_twice: Callable[[Case], Runs]) -> None:
     runs = run_twice(case)
     plain, ours = (Path(run.trainer.args.output_dir) for run in (runs.plain, runs.ours))
-    pictures = {"loss_curves.png", "quality_size_latency.png"}  # of the model cards
-    assert {path.name for path in ours.iterdir()} - pictures == {path.name for path in plain.iterdir()} | {"student"}
+    figures = {"learning_curves.png"}  # of the model cards
+    assert {path.name for path in ours.iterdir()} - figures == {path.name for path in plain.iterdir()} | {"student"}
     assert json.loads((ours / "eval_results.json").read_text()) == runs.ours.metrics
     assert json.loads((ours / "all_results.json").read_text()).items() >= runs.ours.metrics.items()
 
