@@ -1,1 +1,1 @@
-"""Checkpoints of several models, whole or not at all."""
+"""Checkpoints of several models, written whole or not at all."""

@@ -1,26 +1,26 @@
-"""Folders that are there whole or not at all, whenever the process is killed."""
+"""Write, replace and remove folders so that a kill at any moment leaves a whole folder or none."""
 
 import contextlib
 import os
 import shutil
 from pathlib import Path
 
-#: Folder beside the final ones in which they are written first. Trainer's uploads leave out names that begin so.
+#: Folders are first written into this one, beside their final places. Trainer does not upload names that start so.
 PARTIAL = "_partial"
 _REPLACED = "replaced-"
 _REMOVED = "removed-"
 
 
 def place_to_write(final: Path) -> Path:
-    """Where to write a folder that `put_in_place` will move to its final place."""
+    """The path at which to write a folder before `put_in_place` moves it."""
     return final.parent / PARTIAL / final.name
 
 
 def put_in_place(final: Path) -> None:
-    """Move a folder from its `place_to_write` to its place, once all of it has reached the disk.
+    """Wait until a folder has reached the disk, and move it from its `place_to_write` to its final place.
 
     Args:
-        final: Its place. A folder that is there already is replaced.
+        final: The final place. An existing folder is replaced.
     """
     written = place_to_write(final)
     _sync(written)
@@ -34,7 +34,7 @@ def put_in_place(final: Path) -> None:
 
 
 def remove(final: Path) -> None:
-    """Remove a folder, so that a kill leaves no half of it in its place."""
+    """Remove a folder. A kill leaves it whole, or absent from its place."""
     removed = place_to_write(final).with_name(f"{_REMOVED}{final.name}")
     removed.parent.mkdir(exist_ok=True)
     final.rename(removed)
@@ -42,7 +42,7 @@ def remove(final: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what a killed process has left in a folder; what it was about to replace is put back."""
+    """Remove what a killed process has left in a folder, and put back a folder that it had not yet replaced."""
     partial = folder / PARTIAL
     if not partial.is_dir():
         return
@@ -54,15 +54,15 @@ def clean_up(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until all files of a folder are on the disk."""
+    """Wait until all files of a folder have reached the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
-            _sync_entry(Path(root, name), os.O_RDWR)  # Windows syncs only what may be written
+            _sync_entry(Path(root, name), os.O_RDWR)  # Windows syncs files only if they are open for writing
         _sync_folder(Path(root))
 
 
 def _sync_folder(folder: Path) -> None:
-    # Not every system can open or sync a folder (Windows, some network file systems); the files themselves are synced.
+    # Windows and some network file systems cannot open or sync a folder. The files themselves are synced.
     with contextlib.suppress(OSError):
         _sync_entry(folder, os.O_RDONLY)
 

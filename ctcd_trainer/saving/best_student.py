@@ -1,8 +1,8 @@
-"""The student's own best step, which need not be the teacher's."""
+"""Keeps the best student, whose step may differ from that of the best teacher."""
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,39 @@ from ..graph import STUDENT
 
 logger = logging.get_logger(__name__)
 
-#: Folder in the output folder, beside the checkpoints.
-BEST_STUDENT = "best-student"
-
 
 class BestStudent(TrainerCallback, ExportableState):
-    """Remembers the best value of a metric of the student, also in checkpoints.
+    """Remembers the best value of a metric of one learner and its step; checkpoints keep both.
 
     Args:
-        metric: `student_metric_for_best_model`: a metric's name, with or without `student_` and `eval_` before it;
-            with several evaluation sets, as it is logged (`<set>_student_<name>`).
-        greater_is_better: Whether a larger value is a better one; by default, unless the name ends with "loss".
+        metric: `student_metric_for_best_model`: the name of a metric, with or without `eval_` and `student_` before
+            it. With several evaluation sets, the name as it is logged (`<set>_student_<name>`).
+        greater_is_better: Whether larger values are better. By default they are, unless the name ends with "loss".
+        learner: Name of the learner.
     """
 
-    def __init__(self, metric: str, greater_is_better: bool | None = None) -> None:
-        self.metric = metric
+    def __init__(self, metric: str, greater_is_better: bool | None = None, learner: str = STUDENT) -> None:
+        self.metric, self.learner = metric, learner
         name = metric.removeprefix("eval_")
-        self.key = f"eval_{name}" if f"{STUDENT}_" in name else f"eval_{STUDENT}_{name}"
+        self.key = f"eval_{name}" if f"{learner}_" in name else f"eval_{learner}_{name}"
         if greater_is_better is None:
             greater_is_better = not metric.endswith("loss")
         self.greater_is_better = greater_is_better
         self.value: float | None = None
         self.step: int | None = None
 
+    @classmethod
+    def among(cls, callbacks: Iterable[TrainerCallback]) -> "BestStudent | None":
+        """Find it among the callbacks of a trainer; resuming may have replaced the object that was added."""
+        return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder with the best model, in the output folder beside the checkpoints."""
+        return f"best-{self.learner}"
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {
             "args": {"metric": self.metric, "greater_is_better": self.greater_is_better},
             "attributes": {"value": self.value, "step": self.step},
@@ -47,29 +55,30 @@ class BestStudent(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from what the checkpoint has, or anew."""
+        """Take the best value so far from the checkpoint, or forget it if a new training begins."""
         saved = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
-        same = saved.get("args") == self.state()["args"]  # values of another metric say nothing
-        found = saved["attributes"] if state.global_step and same else {}
-        if found.get("step") is not None and not Path(args.output_dir, BEST_STUDENT).is_dir():
+        same_metric = saved.get("args") == self.state()["args"]
+        best = saved["attributes"] if state.global_step and same_metric else {}
+        folder = Path(args.output_dir, self.folder)
+        if best.get("step") is not None and not folder.is_dir():
             logger.warning(
-                "The best student so far (%s = %s, step %s) is not in %s; the next one is kept as the best.",
-                *(self.metric, found["value"], found["step"], Path(args.output_dir, BEST_STUDENT)),
+                "The best %s so far (%s = %s, step %s) is not in %s. The next one will be kept as the best.",
+                *(self.learner, self.metric, best["value"], best["step"], folder),
             )
-            found = {}
-        self.value, self.step = found.get("value"), found.get("step")
+            best = {}
+        self.value, self.step = best.get("value"), best.get("step")
 
     def improved(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Whether the student is better than ever before; remembers it.
+        """Compare with the best value so far and remember a better one; returns whether it is better.
 
         Raises:
-            KeyError: The evaluation has no such metric; names the ones that there are.
+            KeyError: The evaluation lacks the metric. The message lists the metrics of the learner.
         """
         if self.key not in metrics:
-            found = [key for key in metrics if f"{STUDENT}_" in key]
+            known = [key for key in metrics if f"{self.learner}_" in key]
             raise KeyError(
-                f"`student_metric_for_best_model={self.metric!r}`: the evaluation has no {self.key!r}. The metrics of "
-                f"the student are {found}."
+                f"`{self.learner}_metric_for_best_model={self.metric!r}`: the evaluation has no {self.key!r}. The "
+                f"metrics of the {self.learner} are {known}. Use one of them."
             )
         better = operator.gt if self.greater_is_better else operator.lt
         if math.isnan(metrics[self.key]) or (self.value is not None and not better(metrics[self.key], self.value)):

@@ -1,13 +1,17 @@
-"""Both models in the output folder and in checkpoints."""
+"""Folders with all learners: the output folder, the checkpoints, and the best student."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import wait_for_everyone
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, sort_checkpoints
 
@@ -15,107 +19,268 @@ from ..cards.card import save_model_cards
 from ..checks.models import check_prompts
 from ..graph import STUDENT
 from ..model_structure import is_peft_model, is_quantised
+from ..pair.model import CoDistillationModel
 from ..training.meters import LossMeter
 from ..training.optimizer import PairOptimizationTrainer
 from .atomic_folders import clean_up, place_to_write, put_in_place, remove
-from .best_student import BEST_STUDENT, BestStudent
-from .weights import converted_weights
+from .best_student import BestStudent
+from .weights import check_written_with_fsdp, converted_weights
 
-#: File of Trainer's in the place of a checkpoint that is being written (`enable_jit_checkpoint`).
+#: With `enable_jit_checkpoint`, Trainer puts this file into the folder of a checkpoint before it writes the others.
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
+#: `torch.save` raises a plain RuntimeError with one of these texts if it cannot write.
+_TORCH_CANNOT_WRITE = ("inline_container", "iostream error", "PytorchStreamWriter")
+
+
+class PairCheckpoints:
+    """Writes and reads folders that hold all learners of a pair.
+
+    A checkpoint and a best model are whole or absent, whenever the process is killed.
+
+    Args:
+        pair: The learners.
+        args: The training arguments.
+        processing_class_of: Returns the tokenizer or processor of a learner, by name, or `None`.
+        write_cards: Writes the model cards into a folder of all learners, or of the only one that is named.
+
+    Attributes:
+        staging: The folder that stands for the output folder while a checkpoint is written; otherwise `None`.
+    """
+
+    def __init__(
+        self,
+        pair: CoDistillationModel,
+        args: TrainingArguments,
+        processing_class_of: Callable[[str], Any],
+        write_cards: Callable[[str | os.PathLike, str | None], None],
+    ) -> None:
+        self.pair, self.args = pair, args
+        self.processing_class_of, self.write_cards = processing_class_of, write_cards
+        self.staging: str | None = None
+
+    # ---- Writing ----
+
+    @contextmanager
+    def completed(self, folder: str) -> Iterator[None]:
+        """Let Trainer save the models and its arguments, without the Hub token; add what Trainer leaves out."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            yield
+        finally:
+            self.args.hub_token = token
+        if self.args.should_save:
+            for learner in self.pair.learners:
+                if learner != self.pair.primary:
+                    self._save_processing_class(learner, self.pair.folder_of(learner, folder))
+            self.write_cards(folder, None)
+
+    @contextmanager
+    def checkpoint(self, run_dir: str, state: TrainerState) -> Iterator[None]:
+        """Let Trainer write the checkpoint of the present step into `staging`, and put it in place.
+
+        Raises:
+            OSError: The checkpoint could not be written. The earlier ones are unchanged.
+        """
+        with self.whole(Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")) as written:
+            self.staging = str(written.parent)
+            try:
+                yield
+            finally:
+                self.staging = None
+            # Trainer has looked for the best checkpoint in `staging`, where only this one is.
+            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+            if os.path.isdir(best) or state.best_global_step == state.global_step:
+                state.best_model_checkpoint = best
+            if self.args.should_save:
+                state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    @contextmanager
+    def whole(self, final: Path) -> Iterator[Path]:
+        """Write a folder beside `final` and move it there when all processes are done; after an error nothing is left.
+
+        Raises:
+            OSError: The folder could not be written. What `final` held before is unchanged.
+        """
+        self.clean_up(final.parent)
+        try:
+            yield place_to_write(final)
+            wait_for_everyone()
+            if self.args.should_save:
+                put_in_place(final)
+        except Exception as error:
+            if self.args.should_save:
+                clean_up(final.parent)
+            if not _is_write_error(error):
+                raise
+            last = get_last_checkpoint(str(final.parent)) if final.parent.is_dir() else None
+            raise OSError(
+                f"{str(final)!r} could not be written: {error!r}. Earlier files are unchanged; the last checkpoint is "
+                f"{last!r}. Make room or repair the cause, and go on with `resume_from_checkpoint=True`."
+            ) from error
+        wait_for_everyone()
+
+    def save_alone(self, learner: str, final: Path, weights: dict[str, Tensor] | None) -> None:
+        """Save one learner in a folder of its own, which is replaced as a whole.
+
+        Args:
+            learner: Name of the learner.
+            final: The folder.
+            weights: The weights if they are gathered from several processes; see `weights_of`.
+        """
+        with self.whole(final) as written:
+            if self.args.should_save:
+                self.pair.learners[learner].save_pretrained(written, state_dict=weights)
+                self._save_processing_class(learner, str(written))
+                self.write_cards(written, learner)
+
+    def weights_of(self, learner: str, accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor] | None:
+        """Gather the weights of a learner if they are divided among processes (FSDP, DeepSpeed); otherwise `None`.
+
+        All processes must call it.
+        """
+        if all(getattr(accelerator.state, plugin, None) is None for plugin in ("fsdp_plugin", "deepspeed_plugin")):
+            return None
+        prefix = f"learners.{learner}."
+        state = accelerator.get_state_dict(wrapped) or {}
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    def _save_processing_class(self, learner: str, folder: str) -> None:
+        processing_class = self.processing_class_of(learner)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+
+    # ---- Removing ----
+
+    def clean_up(self, folder: Path) -> None:
+        """Remove what a killed training has left of a checkpoint, and the marks of incomplete checkpoints.
+
+        A marked checkpoint without all learners stays as it is: a Trainer of one model has written a part of it.
+        """
+        if self.args.should_save:
+            clean_up(folder)
+            for mark in list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_INCOMPLETE}")):
+                checkpoint = mark.parent
+                if [*checkpoint.iterdir()] == [mark]:
+                    remove(checkpoint)
+                elif all(os.path.isdir(self.pair.folder_of(name, str(checkpoint))) for name in self.pair.learners):
+                    mark.unlink()  # the pair's folders are put in place whole; the one to replace it did not come
+        wait_for_everyone()
+
+    def remove_old(self, run_dir: str, limit: int | None, best: str | None) -> None:
+        """Delete old checkpoints beyond `limit`, but not the best. Unlike in Trainer, a kill leaves no half folder.
+
+        Args:
+            run_dir: Folder of the checkpoints.
+            limit: Number of checkpoints to keep; all with `None` or 0.
+            best: The best checkpoint, if there is one.
+        """
+        if not self.args.should_save or not limit or limit < 0:
+            return
+        checkpoints = sort_checkpoints(run_dir, use_mtime=True)
+        kept = {Path(path) for path in (*checkpoints[-1:], best) if path is not None}
+        removable = [path for path in map(Path, checkpoints) if path not in kept]
+        for path in removable[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+            remove(path)
+
+    def remove_all_but_best(self, run_dir: str, best: str | None) -> None:
+        """At the end of a training with `save_total_limit=1`, keep the best checkpoint alone, as Trainer does."""
+        if self.args.should_save and self.args.save_total_limit == 1 and best is not None and os.path.isdir(best):
+            for path in sort_checkpoints(run_dir):
+                if not os.path.samefile(path, best):
+                    remove(Path(path))
+
+    # ---- Reading ----
+
+    def load(self, checkpoint: str, load_plain: Callable[[str, nn.Module], None]) -> None:
+        """Load all learners from a checkpoint.
+
+        Args:
+            checkpoint: The folder.
+            load_plain: Trainer's `_load_from_checkpoint`, which loads one plain model from its folder.
+
+        Raises:
+            ValueError: The folder lacks a learner or holds other models. Nothing is loaded.
+        """
+        folders = {name: self.pair.folder_of(name, checkpoint) for name in self.pair.learners}
+        for name, folder in folders.items():
+            if not os.path.isdir(folder):
+                raise ValueError(
+                    f"The checkpoint {checkpoint!r} has no {name}: there is no folder {folder!r}. A trainer of one "
+                    "model has written it. Resume from a checkpoint of both, or load its model with "
+                    "`from_pretrained`, pass it as `model` and start a new training."
+                )
+        check_prompts(self.pair.learners, f"Resuming from {checkpoint!r}")
+        adapted = {name for name, model in self.pair.learners.items() if is_peft_model(model)}
+        # Quantised weights are not trained, so they are still those that the model was loaded with.
+        learners = {
+            name: each for name, each in self.pair.learners.items() if name in adapted or not is_quantised(each)
+        }
+        plain = {name: model for name, model in learners.items() if name not in adapted}
+        converted = {name: converted_weights(model, Path(folders[name]), name) for name, model in plain.items()}
+        for name, model in learners.items():
+            if name in adapted:
+                # Trainer would take the adapter in a learner's folder for a second one of the primary learner.
+                for adapter in model.active_adapters:
+                    place = folders[name] if adapter == "default" else os.path.join(folders[name], adapter)
+                    model.load_adapter(place, adapter, is_trainable=name not in self.pair.frozen)
+            elif converted[name] is not None:
+                model.load_state_dict(converted[name], strict=False)
+            else:
+                load_plain(folders[name], model)
+
+
+def _is_write_error(error: Exception) -> bool:
+    """Whether the system refused to write a file. Other errors (memory, CUDA, another process) keep their type."""
+    if isinstance(error, SafetensorError):
+        return "I/O error" in str(error)
+    if type(error) is RuntimeError:
+        return any(text in str(error) for text in _TORCH_CANNOT_WRITE)
+    return isinstance(error, OSError) and error.errno is not None
 
 
 class PairCheckpointTrainer(PairOptimizationTrainer):
-    """What Trainer does for saving and loading, for two models."""
+    """Trainer's hooks for saving and loading, handed over to `PairCheckpoints`."""
 
     _loss_meter: LossMeter
-    #: Folder in which a checkpoint is put together, while that is done.
-    _staging: str | None = None
+    _checkpoints: PairCheckpoints | None = None
     #: The student's tokenizer, if it is not the teacher's.
     student_processing_class: Any = None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the teacher in the folder as Trainer does, and the student complete in `student/`."""
-        if self.pair is None:
-            return super()._save(output_dir, state_dict)
-        token, self.args.hub_token = self.args.hub_token, None  # Trainer saves its arguments as well
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-        if not self.args.should_save:
-            return
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        self._save_processing_class(self.pair.folder_of(STUDENT, folder))
-        save_model_cards(self, folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save both models; see `Trainer.save_model`.
-
-        They are whole also where checkpoints hold shards (FSDP's `SHARDED_STATE_DICT`), which Trainer leaves to a tool
-        that knows of one model only.
-        """
-        shards = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if shards and self.pair is not None and self._staging is None:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        super().save_model(output_dir, _internal_call)
+    @property
+    def checkpoints(self) -> PairCheckpoints:
+        """The folders of the present pair."""
+        if self._checkpoints is None or self._checkpoints.pair is not self.pair:
+            cards = partial(save_model_cards, self)
+            self._checkpoints = PairCheckpoints(self.pair, self.args, self.processing_class_of, cards)
+        return self._checkpoints
 
     def processing_class_of(self, learner: str) -> Any:
         """The tokenizer or processor of a learner; `None` if none is known."""
         own = self.student_processing_class if learner == STUDENT else None
         return own or self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
-    def _save_processing_class(self, folder: str) -> None:
-        """Save the tokenizer beside a student, so that its folder is complete."""
-        processing_class = self.processing_class_of(STUDENT)
-        if processing_class is not None:
-            processing_class.save_pretrained(folder)
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the primary learner in the folder as Trainer does, and each other learner in a folder of its name."""
+        if self.pair is None:
+            return super()._save(output_dir, state_dict)
+        with self.checkpoints.completed(output_dir if output_dir is not None else self.args.output_dir):
+            super()._save(output_dir, state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save both models whole, also where checkpoints hold shards (FSDP's `SHARDED_STATE_DICT`)."""
+        shards = self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if shards and self.pair is not None and self.checkpoints.staging is None:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `Trainer.train`. What a killed training has left of a checkpoint is removed first."""
         if self.pair is not None:
-            self._clean_up(Path(self.args.output_dir))
+            self.checkpoints.clean_up(Path(self.args.output_dir))
         return super().train(*args, **kwargs)
 
-    def _clean_up(self, folder: Path) -> None:
-        if self.args.should_save:
-            clean_up(folder)
-            # `enable_jit_checkpoint` marks the place of a checkpoint before that is written; a whole one of the same
-            # step may be there.
-            for mark in list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_INCOMPLETE}")):
-                if [*mark.parent.iterdir()] == [mark]:
-                    remove(mark.parent)
-                else:
-                    mark.unlink()
-        self.accelerator.wait_for_everyone()
-
-    @contextmanager
-    def _whole(self, final: Path) -> Iterator[Path]:
-        """A folder that all processes write, and that is then in the place of `final`, or after an error nowhere.
-
-        Raises:
-            OSError: It could not be written; what was there is as it was.
-        """
-        self._clean_up(final.parent)
-        try:
-            yield place_to_write(final)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                put_in_place(final)
-        except Exception as error:
-            if self.args.should_save:
-                clean_up(final.parent)
-            if not isinstance(error, (OSError, SafetensorError, RuntimeError)):  # the last is what `torch.save` raises
-                raise
-            last = get_last_checkpoint(str(final.parent)) if final.parent.is_dir() else None
-            raise OSError(
-                f"{str(final)!r} could not be written: {error!r}. What was there before is as it was; the last "
-                f"checkpoint is {last!r}. Make room or mend what is named, and `resume_from_checkpoint=True`."
-            ) from error
-        self.accelerator.wait_for_everyone()
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train for an epoch; not if a training is resumed that was at its end (Trainer would do one step more)."""
+        """Train for an epoch, but not if the resumed training was at its end: Trainer would do one step more."""
         if self.pair is not None and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -126,121 +291,54 @@ class PairCheckpointTrainer(PairOptimizationTrainer):
 
         Raises:
             FloatingPointError: A loss was not finite; the last good checkpoint stays the last one.
-            OSError: The checkpoint could not be written; the ones before are as they were.
+            OSError: The checkpoint could not be written. The earlier ones are unchanged.
         """
         if self.pair is None:
             return super()._save_checkpoint(model, trial)
         self._loss_meter.check(self.accelerator.gather)
         run_dir = self._get_output_dir(trial)
-        final = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        try:
-            with self._whole(final) as written:
-                self._staging = str(written.parent)
-                super()._save_checkpoint(model, trial)
-                # Trainer looks for the best checkpoint among the ones beside this one.
-                best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-                if os.path.isdir(best) or self.state.best_global_step == self.state.global_step:
-                    self.state.best_model_checkpoint = best
-                if self.args.should_save:
-                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        finally:
-            self._staging = None
+        with self.checkpoints.checkpoint(run_dir, self.state):
+            super()._save_checkpoint(model, trial)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            self._remove_checkpoints(run_dir, self.args.save_total_limit or 0)
-
-    def _remove_checkpoints(self, run_dir: str, limit: int) -> None:
-        """Keep so many checkpoints, if a limit is set, as Trainer does; which, if killed, would leave halves."""
-        checkpoints = sort_checkpoints(run_dir, use_mtime=True)
-        kept = {Path(path) for path in (*checkpoints[-1:], self.state.best_model_checkpoint) if path is not None}
-        removable = [path for path in map(Path, checkpoints) if path not in kept]
-        if limit > 0:
-            for path in removable[: max(0, len(checkpoints) - max(limit, len(kept)))]:
-                remove(path)
+            self._push_from_checkpoint(os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        self.checkpoints.remove_old(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
         """End the training; see `Trainer`."""
-        best = self.state.best_model_checkpoint
-        removes = self.pair is not None and self.args.should_save and self.args.save_total_limit == 1
-        if removes and best is not None and os.path.isdir(best):
-            # As Trainer does below, which would leave halves if it is killed.
-            for path in sort_checkpoints(self._get_output_dir(trial)):
-                if not os.path.samefile(path, best):
-                    remove(Path(path))
+        if self.pair is not None:
+            self.checkpoints.remove_all_but_best(self._get_output_dir(trial), self.state.best_model_checkpoint)
         return super()._finalize_training(trial, *args)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether the checkpoint will be the best one; keeps the student if it is its own best."""
-        # Resuming may have put another object in the place of the one that was added.
-        best = next((each for each in self.callback_handler.callbacks if isinstance(each, BestStudent)), None)
+        best = BestStudent.among(self.callback_handler.callbacks)
         if best is not None and best.improved(metrics, self.state.global_step):
-            with self._whole(Path(self._get_output_dir(trial), BEST_STUDENT)) as written:
-                state = self._whole_weights(STUDENT)
-                if self.args.should_save:
-                    self.student_model.save_pretrained(written, state_dict=state)
-                    self._save_processing_class(str(written))
-                    save_model_cards(self, written, only=STUDENT)
+            weights = self.checkpoints.weights_of(best.learner, self.accelerator, self.model_wrapped)
+            self.checkpoints.save_alone(best.learner, Path(self._get_output_dir(trial), best.folder), weights)
         return super()._determine_best_metric(metrics, trial)
-
-    def _whole_weights(self, learner: str) -> dict[str, Tensor] | None:
-        """The weights of a learner, gathered by all processes if each has a part; `None` if none is needed."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return None
-        prefix = f"learners.{learner}."
-        state = self.accelerator.get_state_dict(self.model_wrapped) or {}
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
     def _get_output_dir(self, trial: Any) -> str:
         """Folder of the checkpoints; while one is written, the folder in which it is put together."""
-        return self._staging or super()._get_output_dir(trial)
+        staging = self.checkpoints.staging if self.pair is not None else None
+        return staging or super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint, but not before it is in its place."""
-        if self._staging is None:
+        if self.pair is None or self.checkpoints.staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load both models from a checkpoint folder.
+        """Load both models from a checkpoint.
 
         Raises:
-            ValueError: The folder has no student, or the models of another pair, or FSDP is to go on with what was
-                written without it; nothing was loaded.
+            ValueError: The folder lacks a learner, holds other models, or was written without FSDP and this training
+                uses it. Nothing is loaded.
         """
-        if self.pair is None or model is not None:
-            sharded = self.pair is not None and self.is_fsdp_enabled
-            if sharded and not [*Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")]:
-                raise ValueError(
-                    f"The checkpoint {resume_from_checkpoint!r} was written without FSDP, and this training is with "
-                    "it: FSDP keeps the state of the optimizer in another form. Resume without FSDP, or start a new "
-                    "training from the models in it."
-                )
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folders = {name: self.pair.folder_of(name, resume_from_checkpoint) for name in self.pair.learners}
-        for name, folder in folders.items():
-            if not os.path.isdir(folder):
-                raise ValueError(
-                    f"The checkpoint {resume_from_checkpoint!r} has no {name}: there is no folder {folder!r}. It was "
-                    "written by a trainer of one model. Resume from a checkpoint of both, or load its model with "
-                    "`from_pretrained`, pass it as `model` and start a new training."
-                )
-        check_prompts(self.pair.learners, f"Resuming from {resume_from_checkpoint!r}")
-        learners = self.pair.learners.items()
-        # Quantised weights are not trained: they are those that the model was loaded with.
-        folders = {name: folders[name] for name, each in learners if is_peft_model(each) or not is_quantised(each)}
-        plain = {name: each for name, each in learners if name in folders and not is_peft_model(each)}
-        converted = {name: converted_weights(learner, Path(folders[name]), name) for name, learner in plain.items()}
-        for name, folder in folders.items():
-            learner = self.pair.learners[name]
-            if name not in plain:
-                # Trainer would take the adapter in `student/` for a second one of the teacher.
-                for adapter in learner.active_adapters:
-                    there = folder if adapter == "default" else os.path.join(folder, adapter)
-                    learner.load_adapter(there, adapter, is_trainable=name not in self.pair.frozen)
-            elif converted[name] is not None:
-                learner.load_state_dict(converted[name], strict=False)
-            else:
-                super()._load_from_checkpoint(folder, learner)
+        if self.pair is not None and model is None:
+            return self.checkpoints.load(resume_from_checkpoint, super()._load_from_checkpoint)
+        if self.pair is not None and self.is_fsdp_enabled:
+            check_written_with_fsdp(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """Load both models of the best checkpoint."""

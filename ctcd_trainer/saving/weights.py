@@ -1,4 +1,4 @@
-"""Whose weights are in a folder; read from the headers of its safetensors files alone, where that is enough."""
+"""Check that a checkpoint fits a model, from the safetensors headers where possible."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-#: Differences that a message lists.
+#: Number of differences that a message lists.
 _SHOWN = 3
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a folder that `save_pretrained` wrote, in one file or in several."""
+    """Read the shape of each tensor in a folder of `save_pretrained`, by name, from one file or several."""
     shapes = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -21,28 +21,28 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def converted_weights(model: nn.Module, folder: Path, learner: str) -> dict[str, Tensor] | None:
-    """The weights in a folder, if `load_state_dict` alone cannot load them; they must be those of such a model.
+    """Check that the weights in a folder are those of a model, and convert them if `load_state_dict` needs that.
 
-    `load_state_dict` would leave out layers of a deeper model, and leave those of a shallower one as they are. Some
-    families (Mixtral, say) are saved under other names and in other shapes than they have in memory, which
-    `load_state_dict` would leave out as well.
+    `load_state_dict(strict=False)` alone would ignore layers that only the folder has, and would not change layers
+    that only the model has. It would also ignore the weights of families that save other names and shapes than the
+    model has in memory (Mixtral, for example).
 
     Args:
         model: The model.
-        folder: Folder of a checkpoint.
+        folder: Folder of the model in a checkpoint.
         learner: Name of the model in the pair, for the message.
 
     Returns:
-        The weights as the model has them in memory, but for those that are never saved; `None` if the files have them
-        so.
+        The weights by their names in memory, without those that are never saved; `None` if the files have these names
+        and shapes already.
 
     Raises:
-        ValueError: They are of a model of another architecture or of other sizes; names the parameters with both
+        ValueError: The weights are of another architecture or of other sizes. The message lists parameters with both
             shapes.
     """
     there = saved_shapes(folder)
     here = model.state_dict()
-    # Files that are not safetensors are left to Trainer.
+    # Trainer reads files that are no safetensors.
     if not there or not _differences(model, here, there):
         return None
     weights = None
@@ -54,14 +54,27 @@ def converted_weights(model: nn.Module, folder: Path, learner: str) -> dict[str,
     if not different:
         return weights
     listed = "; ".join(
-        f"`{name}` is {there.get(name, 'not there')} there, {_shapes(here).get(name, 'not there')} here"
+        f"`{name}` is {there.get(name, 'absent')} in the checkpoint and {_shapes(here).get(name, 'absent')} here"
         for name in different[:_SHOWN]
     )
     more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     raise ValueError(
         f"The checkpoint {str(folder)!r} is of another {learner}: {listed}{more}. Resume with the pair that wrote it "
-        "(the same models, sizes and `num_hidden_layers` of the student), or start anew in another `output_dir`."
+        "(the same models, sizes and numbers of layers), or start a new training in another `output_dir`."
     )
+
+
+def check_written_with_fsdp(checkpoint: str) -> None:
+    """Refuse to resume with FSDP from a checkpoint that was written without it.
+
+    Raises:
+        ValueError: The checkpoint was written without FSDP.
+    """
+    if not [*Path(checkpoint).glob("pytorch_model_fsdp*")]:
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} was written without FSDP, and this training uses it: FSDP keeps the state "
+            "of the optimizer in another form. Resume without FSDP, or start a new training from the models in it."
+        )
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -69,9 +82,9 @@ def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _differences(model: nn.Module, here: dict[str, Tensor], there: dict[str, tuple[int, ...]]) -> list[str]:
-    """Names of the parameters that are not the same in the model and in a folder."""
+    """Names of the parameters that differ between the model and a folder."""
     shapes = _shapes(here)
-    # Tied parameters are saved once, under any of their names.
+    # Tied parameters are saved once, under one of their names.
     saved = {here[name].data_ptr() for name in there if name in here}
     left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     needed = {name for name in here if name in there or here[name].data_ptr() not in saved} - left_out

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights_of
 from tiny_models import rows_of, tiny_batch, tiny_model
 from transformers import (
@@ -75,6 +76,58 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(part, tmp_pat
     whole = tiny_trainer(tmp_path / "whole")
     whole.train()
     assert_same_weights(resumed.pair, whole.pair)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("NCCL communicator was aborted"),
+        RuntimeError("Some tensors share memory"),
+        OSError("We couldn't connect to 'https://huggingface.co'"),  # transformers' own words
+        SafetensorError("Error while serializing: invalid shape"),
+    ],
+    ids=str,
+)
+def test_an_error_that_is_none_of_writing_keeps_its_type_and_leaves_no_half(error, tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    trainer.state.global_step = 4
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fail)
+    with pytest.raises(type(error)) as raised:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    assert raised.value is error
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_batch_size_whose_checkpoint_does_not_fit_into_memory_is_reduced(tmp_path, monkeypatch):
+    trainer = tiny_trainer(
+        tmp_path, auto_find_batch_size=True, save_strategy="steps", save_steps=2, per_device_train_batch_size=8
+    )
+    save = trainer._save_rng_state
+
+    def fail_with_large_batches(*args, **kwargs):
+        if trainer._train_batch_size == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fail_with_large_batches)
+    trainer.train()
+    assert trainer._train_batch_size < 8
+    assert trainer.state.global_step == 5
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_device_under_torch_save_is_an_error_of_writing(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    monkeypatch.setattr(trainer, "_save_scaler", lambda folder: torch.save(torch.zeros(100_000), "/dev/full"))
+    with pytest.raises(OSError, match=r"checkpoint-2' could not be written: RuntimeError.*Make room"):
+        trainer.train()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
@@ -184,10 +237,19 @@ def test_the_best_checkpoint_is_named_by_its_final_place_and_kept(relative, tmp_
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"student_model": tiny_bert(3, seed=2)}, r"another student: `bert.encoder.layer.2.*not there there, \(16,"),
-        ({"student_model": tiny_bert(1, seed=2)}, r"another student: `bert.encoder.layer.1.* there, not there here"),
+        (
+            {"student_model": tiny_bert(3, seed=2)},
+            r"another student: `bert.encoder.layer.2.*absent in .* and \(16,",
+        ),
+        (
+            {"student_model": tiny_bert(1, seed=2)},
+            r"another student: `bert.encoder.layer.1.* and absent here",
+        ),
         ({"model": tiny_bert(4, seed=1)}, r"another model|another teacher: `bert.encoder.layer.3"),
-        ({"student_model": tiny_bert(2, intermediate_size=48)}, r"another student: .*\(32,\) there, \(48,\) here"),
+        (
+            {"student_model": tiny_bert(2, intermediate_size=48)},
+            r"another student: .*\(32,\) in .* and \(48,\) here",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_pair_is_refused_before_anything_is_loaded(other, message, tmp_path):
@@ -267,7 +329,7 @@ def test_families_that_are_saved_under_other_names_resume(best, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_same_weights(resumed.pair, whole.pair)
     other = pair() | {"student_model": tiny_model("mixtral", "causal-lm", 2, seed=1)}
-    with pytest.raises(ValueError, match=r"another student: `model.layers.1.* not there there"):
+    with pytest.raises(ValueError, match=r"another student: `model.layers.1.* absent in the checkpoint"):
         tiny_trainer(tmp_path, **other, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -339,6 +401,18 @@ def test_the_mark_of_a_checkpoint_on_sigterm_that_did_not_come_is_removed(tmp_pa
     assert os.listdir(tmp_path) == ["checkpoint-2"]
 
 
+def test_the_mark_of_a_half_checkpoint_of_plain_trainer_stays(tmp_path):
+    """A plain Trainer writes into the folder that it marks: without the mark, a half one would count as whole."""
+    args = tiny_args(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    Trainer(tiny_bert(3, seed=1), args, data_collator=collate, train_dataset=tiny_rows()).train()
+    half = tmp_path / "checkpoint-2"
+    (half / "trainer_state.json").unlink()
+    (half / "checkpoint-is-incomplete.txt").write_text("Checkpoint started at step 2 and in progress...")
+    files = sorted(os.listdir(half))
+    tiny_trainer(tmp_path).train()
+    assert sorted(os.listdir(half)) == files
+
+
 def test_a_whole_checkpoint_that_is_marked_stays_until_its_successor_is_there(tmp_path, monkeypatch):
     """The signal may come while a checkpoint is saved; then the same step is saved once more."""
     tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
@@ -356,7 +430,7 @@ def test_a_whole_checkpoint_that_is_marked_stays_until_its_successor_is_there(tm
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(resumed, "_save", fail)
-    with pytest.raises(OSError, match=r"What was there before is as it was; the last checkpoint is '.*checkpoint-3'"):
+    with pytest.raises(OSError, match=r"Earlier files are unchanged; the last checkpoint is '.*checkpoint-3'"):
         resumed._save_checkpoint(resumed.model, trial=None)
     assert sorted(path.name for path in mark.parent.iterdir()) == files
 
