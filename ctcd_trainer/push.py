@@ -1,41 +1,86 @@
-"""Uploads what a training could not: `python -m ctcd_trainer.push OUTPUT_DIR`.
+"""Upload the models of an output folder to the Hugging Face Hub: `python -m ctcd_trainer.push OUTPUT_DIR`.
 
-The token is the one of `hf auth login` or of the environment variable HF_TOKEN.
+The repositories and `hub_strategy` are those of the training, from `training_args.bin`. If OUTPUT_DIR itself holds no
+model, the models of its last checkpoint are uploaded. Log in with `hf auth login` or set HF_TOKEN before.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
-from .hub.upload_queue import UploadQueue
+import torch
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+from .graph import STUDENT, TEACHER
+from .hub.repositories import TRAINING_STATE, PairUploads
+from .hub.upload_queue import NOT_MODELS, Upload, without_token
+
+_ARGUMENT = "_hub_model_id"
 
 
 def main() -> None:
-    """Upload what is left of an output folder, and say what is still missing."""
+    """Upload what is in the folder now."""
     parser = argparse.ArgumentParser(
-        prog="python -m ctcd_trainer.push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m ctcd_trainer.push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="output folder of the training")
-    args = parser.parse_args()
-    if not args.output_dir.is_dir():
-        sys.exit(f"error: there is no folder {str(args.output_dir)!r}. Give the `output_dir` of a training.")
-    queue = UploadQueue(args.output_dir)
-    missing = queue.missing
-    if not missing:
-        queue.start().result()  # removes what a killed process has left
-        print(f"Nothing is left to upload of {str(args.output_dir)!r}.")
-        return
-    queue.finish()
-    errors = queue.missing
-    for upload in missing:
-        if upload in errors:
-            print(f"still missing: {upload}: {errors[upload]}", file=sys.stderr)
-        else:
-            print(f"uploaded {upload}")
-    if errors:
-        sys.exit(1)
+    parser.add_argument("--revision", help="branch, or pull request refs/pr/N (default: that of the training)")
+    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
+    options = parser.parse_args()
+    failed = False
+    try:
+        for upload in uploads_of(options.output_dir, options.revision, options.private):
+            try:
+                print(f"Uploaded {upload}: {upload.make(token=None).commit_url}")
+            except Exception as error:  # the other uploads may succeed
+                failed = True
+                print(f"error: {upload} failed: {without_token(error, None)}", file=sys.stderr)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(int(failed))
+
+
+def uploads_of(output_dir: Path, revision: str | None = None, private: bool | None = None) -> list[Upload]:
+    """The uploads that bring the Hub to the state of an output folder; the repositories are made.
+
+    Args:
+        output_dir: The output folder.
+        revision: Branch or pull request; by default `hub_revision` of the training.
+        private: Whether new repositories are private; by default `hub_private_repo` of the training.
+
+    Raises:
+        ValueError: The folder holds no models or no arguments, or the Hub refuses the token or a name.
+    """
+    checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir))]
+    models = next((path for path in (output_dir, *reversed(checkpoints)) if any(path.glob("*config.json"))), None)
+    if models is None:
+        raise ValueError(f"There is no model in {str(output_dir)!r}. Give the `output_dir` of a training.")
+    try:
+        args = torch.load(models / TRAINING_ARGS_NAME, weights_only=False)
+    except Exception as error:  # any, since it is a pickle
+        raise ValueError(
+            f"The repositories are not known, since {str(models / TRAINING_ARGS_NAME)!r} cannot be read: {error!r}. "
+            f"Upload with `hf upload REPOSITORY {models}`."
+        ) from error
+    args.hub_revision = revision or args.hub_revision
+    arguments = [field.name for field in dataclasses.fields(args) if field.name.endswith(_ARGUMENT)]
+    names = {STUDENT, *(name.removesuffix(_ARGUMENT) for name in arguments)}
+    folders = {TEACHER: ".", **{name: name for name in sorted(names) if (models / name).is_dir()}}
+    pair = PairUploads(args, folders)
+    pair.make_repositories(private=private)
+    saved = models == output_dir
+    uploads = pair.uploads_of_models(
+        "Models of the output folder" if saved else f"Models of {models.name}",
+        str(models),
+        ignore=NOT_MODELS if saved else TRAINING_STATE,
+        keep_card=not saved,
+        revision=args.hub_revision,
+    )
+    for path in checkpoints:
+        uploads += pair.uploads_of_checkpoint(path.name, path.name, str(path), revision=args.hub_revision)
+    return list({upload.place: upload for upload in uploads}.values())  # of `last-checkpoint`, the last
 
 
 if __name__ == "__main__":

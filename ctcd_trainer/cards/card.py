@@ -175,7 +175,9 @@ class _Cards:
     def repository(self, learner: str) -> str | None:
         """Repository of a learner on the Hub, if it is known."""
         name = self.trainer.hub_model_id or self.args.hub_model_id
-        if name is not None and learner != self.pair.primary:
+        if self.trainer.uploads is not None:
+            name = self.trainer.uploads.repositories[learner]
+        elif name is not None and learner != self.pair.primary:
             name = getattr(self.args, f"{learner}_hub_model_id", None) or f"{name}-{learner}"
         name = facts.repo_id(name)
         return name if name is not None and "/" in name else None  # otherwise only the Hub knows whose it is

@@ -1,47 +1,215 @@
-"""Both models on the Hub: the pair in one repository, the student alone at the root of its own."""
+"""The learners on the Hugging Face Hub: all in one repository, and each but the primary one alone in another."""
 
 import inspect
+from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..cards.card import write_model_cards
-from ..graph import STUDENT
+from ..graph import STUDENT, TEACHER
 from ..pair.model import CoDistillationModel
-from .errors import is_refusal, without_token
-from .upload import PULL_REQUEST, Upload
-from .upload_queue import UploadQueue, in_background
+from .upload_queue import PULL_REQUEST, Repository, Upload, UploadQueue, without_token
 
 logger = logging.get_logger(__name__)
 
-#: Files of a checkpoint that are for resuming alone.
-_TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "global_step*")
-#: Seconds that the end of a training waits for uploads at most.
-_LONGEST_END = 3600.0
+#: Files of a checkpoint that only resuming needs.
+TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "global_step*")
+#: Weights of an earlier push that the new push does not have are deleted: `from_pretrained` would prefer one old file
+#: to several new ones, and an old adapter to a new model.
+_WEIGHTS = ("model*.safetensors*", "adapter_*")
+#: The longest wait for uploads at the end of a training, in seconds.
+_LONGEST_WAIT = 3600.0
+
+
+class PairUploads:
+    """Uploads of learners that train together. A failed upload is tried again and never stops a training.
+
+    The repository `hub_model_id` receives whole folders: the primary learner at the root, the others in their folders.
+    `<name>_hub_model_id` (default: `<hub_model_id>-<name>`) receives each other learner alone, at the root.
+
+    Args:
+        args: The training arguments.
+        folders: Folder of each learner, relative to an output folder or a checkpoint; the primary learner (".") first.
+        is_main_process: Whether this is the process that uploads. In the others, nothing happens.
+    """
+
+    def __init__(self, args: TrainingArguments, folders: Mapping[str, str], is_main_process: bool = True) -> None:
+        self.args = args
+        self.folders = dict(folders)
+        self.is_main_process = is_main_process
+        self.primary = next(iter(folders))
+        self.queue = UploadQueue(args.output_dir)
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        self._repositories = {
+            learner: Repository(
+                name if learner == self.primary else getattr(args, _argument(learner), None) or f"{name}-{learner}"
+            )
+            for learner in folders
+        }
+
+    @property
+    def repositories(self) -> dict[str, str]:
+        """Repository of each learner, by its full name as soon as the Hub has been reached."""
+        return {learner: repository.name for learner, repository in self._repositories.items()}
+
+    @property
+    def missing(self) -> list[str]:
+        """The uploads that are not on the Hub, each with the reason."""
+        return [f"{upload} ({upload.error})" for upload in self.queue.pending]
+
+    def make_repositories(self, token: str | None = None, private: bool | None = None) -> str | None:
+        """Make the repositories and check the right to write. If the Hub cannot be reached, this is done later.
+
+        Args:
+            token: Token of the Hub; by default `hub_token`, or else the one of `hf auth login`.
+            private: Whether new repositories are private; by default `hub_private_repo`.
+
+        Returns:
+            The name of the primary learner's repository; `None` in other processes than the main one.
+
+        Raises:
+            ValueError: The Hub refuses the token or a name, or two learners have the same repository.
+        """
+        if not self.is_main_process:
+            return None
+        self._set(token, private)
+        api = HfApi(token=self.queue.token)
+        for learner, repository in self._repositories.items():
+            argument = "hub_model_id" if learner == self.primary else _argument(learner)
+            try:
+                repository.make(api)
+                if not (self.args.hub_revision or "").startswith(PULL_REQUEST):  # anybody may open one
+                    api.auth_check(repository.name, write=True)  # to make one that exists needs no right
+            except HFValidationError as error:
+                raise ValueError(
+                    f"`{argument}={repository.name!r}` is not a valid name of a repository: {error} Change it."
+                ) from error
+            except Exception as error:  # the client's HTTP library, and so the errors, vary with its version
+                text = without_token(error, self.queue.token)
+                if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+                    raise ValueError(
+                        f"The Hub does not let you write to `{argument}={repository.name!r}`: {text}. Log in with "
+                        "`hf auth login` or pass a `hub_token` with the right to write, or set `push_to_hub=False`."
+                    ) from None  # the error may tell the token
+                logger.warning("The repository %r cannot be made now. It is tried later: %s", repository.name, text)
+        names = list(self.repositories.values())
+        if len(set(names)) < len(names):
+            raise ValueError(f"Each model needs a repository of its own, but these are given: {self.repositories}.")
+        return names[0]
+
+    def push(
+        self,
+        folder: str,
+        message: str,
+        blocking: bool = True,
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Upload the models in an output folder; they may be overwritten meanwhile.
+
+        Returns:
+            The commit to the primary learner's repository, or without `blocking` its future; `None` in other processes
+            than the main one.
+
+        Raises:
+            ConnectionError: Something is not on the Hub; without `blocking`, the future raises it.
+            OSError: There is no room for the copy that is uploaded.
+        """
+        if not self.is_main_process:
+            return None
+        self._set(token, private)
+        uploads = self.uploads_of_models(message, revision=revision or self.args.hub_revision)
+        place = uploads[0].place
+        self.queue.add(folder, uploads, live=True)
+
+        def push() -> CommitInfo | None:
+            self.queue.upload_pending()
+            if self.missing:
+                raise ConnectionError(self._remedy)
+            return self.queue.commits.get(place)
+
+        future = self.queue.in_background(push)
+        return future.result() if blocking else future
+
+    def push_checkpoint(self, folder: str, step: int) -> None:
+        """Upload a checkpoint in the background, as `hub_strategy` says. If that fails, a warning is logged."""
+        if not self.is_main_process or self.args.hub_strategy == HubStrategy.END:
+            return
+        message = f"Training in progress, step {step}"
+        options = {"revision": self.args.hub_revision, "always": self.args.hub_always_push}
+        uploads = self.uploads_of_models(message, ignore=TRAINING_STATE, keep_card=True, **options)
+        uploads += self.uploads_of_checkpoint(Path(folder).name, f"{message}, checkpoint", **options)
+        try:
+            self.queue.add(folder, uploads)
+        except OSError as error:  # also `shutil.Error`
+            logger.warning("The checkpoint %s is not pushed: %s", folder, error)
+        else:
+            self.queue.start()
+
+    def finish(self) -> None:
+        """Wait for the uploads at the end of a training, and warn of what is not on the Hub.
+
+        The other processes wait in their next collective call meanwhile, which fails after `ddp_timeout` seconds.
+        """
+        if self.is_main_process and self.queue.pending:
+            several = self.args.world_size > 1
+            self.queue.finish(min(_LONGEST_WAIT, self.args.ddp_timeout / 2) if several else _LONGEST_WAIT)
+            if self.missing:
+                logger.warning(self._remedy)
+
+    def uploads_of_models(self, message: str, folder: str = "", **options: Any) -> list[Upload]:
+        """One upload for each repository, of a folder that holds all learners; `options` are those of `Upload`."""
+        uploads = []
+        for learner, repository in self._repositories.items():
+            places = self.folders.values() if learner == self.primary else (".",)
+            weights = tuple(str(PurePosixPath(place, name)) for place in places for name in _WEIGHTS)
+            uploads.append(Upload(repository, Path(folder, self.folders[learner]), message, delete=weights, **options))
+        return uploads
+
+    def uploads_of_checkpoint(self, name: str, message: str, folder: str = "", **options: Any) -> list[Upload]:
+        """The upload of a whole checkpoint, if `hub_strategy` asks for it; `options` are those of `Upload`."""
+        paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: name}
+        path = paths.get(HubStrategy(self.args.hub_strategy))
+        repository = self._repositories[self.primary]
+        return [] if path is None else [Upload(repository, folder, message, path, delete=("*",), **options)]
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"Not on the Hub: {'; '.join(self.missing)}. Upload what is in the output folder with `python -m "
+            f"ctcd_trainer.push {self.args.output_dir}`."
+        )
+
+    def _set(self, token: str | None, private: bool | None) -> None:
+        self.queue.token = token or self.args.hub_token
+        for repository in self._repositories.values():
+            repository.private = self.args.hub_private_repo if private is None else private
+
+
+def _argument(learner: str) -> str:
+    """The training argument that names the repository of a learner other than the primary one."""
+    return f"{learner}_hub_model_id"
 
 
 class PairHubTrainer(Trainer):
-    """What Trainer does for the Hub, for two models.
-
-    `hub_model_id` receives the output folder, with the teacher at the root and the student in `student/`;
-    `student_hub_model_id` (by default `<hub_model_id>-student`) receives the student alone, so that
-    `pipeline(task, model=<student repo>)` works. An upload that fails is tried again and never stops a training; see
-    `uploads.py`.
-    """
+    """The hooks of `Trainer` for the Hub, for two models."""
 
     pair: CoDistillationModel | None
     #: Whether there is, or will be, a pair.
     _paired: bool = False
-    _uploads: UploadQueue | None = None
+    uploads: PairUploads | None = None
 
     def create_model_card(self, *args: Any, baseline: Any = None, revision: str | None = None, **kwargs: Any) -> None:
-        """A model card for each model, beside it; see `Trainer` and, for the others, `write_model_cards`."""
+        """Write a model card beside each model; see `Trainer` and, for the other arguments, `write_model_cards`."""
         if self.pair is None:
             return super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
@@ -49,49 +217,14 @@ class PairHubTrainer(Trainer):
             write_model_cards(self, baseline, revision=revision, **bound.arguments)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None, **kwargs: Any) -> None:
-        """Make both repositories; see `Trainer`. If the Hub cannot be reached, that is done later.
-
-        Raises:
-            ValueError: The Hub does not accept the token or the name of a repository, or one may not write there.
-        """
+        """Make all repositories; see `PairUploads.make_repositories`."""
         if not self._paired:
             kwargs |= {"private": private} if private is not None else {}  # not every version of Trainer has it
             return super().init_hf_repo(token, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        self._uploads = UploadQueue(self.args.output_dir, token or self.args.hub_token)
+        folders = {TEACHER: ".", STUDENT: STUDENT}  # Trainer calls this before the pair is made
+        self.uploads = PairUploads(self.args, folders, self.is_world_process_zero())
         self.push_in_progress = None
-        private = self.args.hub_private_repo if private is None else private
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        self.hub_model_id = self._make_repository("hub_model_id", name, private)
-        self._make_repository("student_hub_model_id", self._student_repository, private)
-
-    def _make_repository(self, argument: str, name: str, private: bool | None) -> str:
-        """Make a repository and see whether it may be written to, if the Hub can be reached; returns its full name."""
-        api = HfApi(token=self._uploads.token)
-        try:
-            full_name = api.create_repo(name, private=private, exist_ok=True).repo_id
-            self._uploads.name_in_full(name, full_name)
-            name = full_name
-            if not (self.args.hub_revision or "").startswith(PULL_REQUEST):  # which may be to a repository of others
-                api.auth_check(name, write=True)  # making one that is there needs no right
-        except HFValidationError as error:
-            raise ValueError(f"`{argument}={name!r}` is no name of a repository: {error} Give another one.") from error
-        except (TypeError, AttributeError):
-            raise
-        except Exception as error:  # of the client's HTTP library, which is not always the same
-            text = without_token(error, self._uploads.token)
-            if is_refusal(error):
-                raise ValueError(
-                    f"The Hub does not let you write to `{argument}={name!r}`: {text}. Log in with `hf auth login` or "
-                    "pass a `hub_token` with the right to write, or set `push_to_hub=False`."
-                ) from None  # the error may tell the token
-            logger.warning("The repository %r cannot be made or tried now, and will be later: %s", name, text)
-        return name
-
-    @property
-    def _student_repository(self) -> str:
-        return getattr(self.args, "student_hub_model_id", None) or f"{self.hub_model_id}-student"
+        self.hub_model_id = self.uploads.make_repositories(token, private)
 
     def push_to_hub(
         self,
@@ -102,39 +235,21 @@ class PairHubTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Upload the pair to `hub_model_id` and the student to its own repository; see `Trainer.push_to_hub`.
-
-        Returns:
-            What Trainer returns, for the repository of the pair: the commit, or without `blocking` its future.
-
-        Raises:
-            ConnectionError: Something could not be uploaded; without `blocking`, the future raises it. It is
-                remembered: `python -m ctcd_trainer.push OUTPUT_DIR` completes it.
-            OSError: The models could not be saved, or there is no room for the copy of them that is uploaded.
-        """
+        """Save all models, write their full cards and upload them; see `Trainer.push_to_hub`, `PairUploads.push`."""
         if self.pair is None:
             kwargs |= {"private": private} if private is not None else {}
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
+        if self.uploads is None:
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._write_full_cards(**kwargs, revision=revision)
-        self._uploads.token = token or self.args.hub_token
-        uploads = self._uploads_of(commit_message or "End of training", revision, private)
-        uploads = self._uploads.add_folder(self.args.output_dir, uploads, live=True)
-
-        def push() -> CommitInfo | None:
-            self._uploads.finish()
-            self._report_missing(error=True)
-            return self._uploads.commit_of(uploads[0])
-
-        return push() if blocking else in_background(push)
+        if self.is_world_process_zero():
+            self._write_full_cards(**kwargs, revision=revision)
+        options = {"token": token, "revision": revision, "private": private}
+        return self.uploads.push(self.args.output_dir, commit_message or "End of training", blocking, **options)
 
     def _write_full_cards(self, tags: str | list[str] | None = None, **kwargs: Any) -> None:
-        """Write the cards of the models that are about to be pushed. If that fails, they have those of the last save.
+        """Write the full cards. If that fails, the cards of the last save are pushed.
 
         Raises:
             TypeError, ValueError: The arguments of the caller are not those of `create_model_card`.
@@ -146,80 +261,27 @@ class PairHubTrainer(Trainer):
         except Exception as error:
             if kwargs.keys() - {"revision"} and isinstance(error, (TypeError, ValueError)):
                 raise
-            logger.warning("The model cards could not be written, so the last ones are pushed: %r", error)
+            logger.warning("The model cards could not be written, so those of the last save are pushed: %r", error)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save both models; see `Trainer.save_model`. A push that fails is reported, and loses nothing."""
+        """Save all models, and push them if `push_to_hub` is set; see `Trainer`. A push that fails is logged."""
         super().save_model(output_dir, _internal_call or self.pair is not None)
-        if self.pair is None or _internal_call or not self.args.push_to_hub:
-            return
-        try:
-            self.push_to_hub("Model save", revision=self.args.hub_revision)
-        except OSError as error:
-            logger.warning("The models are saved, but not all is pushed: %s", error)
+        if self.pair is not None and not _internal_call and self.args.push_to_hub:
+            try:
+                self.push_to_hub("Model save", revision=self.args.hub_revision)
+            except OSError as error:
+                logger.warning("The models are saved, but not completely pushed: %s", error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push both models of a checkpoint while training goes on, as `hub_strategy` says."""
+        """Push a checkpoint while training goes on."""
         if self.pair is None:
             return super()._push_from_checkpoint(checkpoint_folder)
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        options = {"always": self.args.hub_always_push}
-        uploads = self._uploads_of(message, ignore=_TRAINING_STATE, spare_card=True, **options)
-        places = {
-            HubStrategy.CHECKPOINT: "last-checkpoint",
-            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
-        }
-        if self.args.hub_strategy in places:
-            uploads.append(
-                Upload(
-                    self.hub_model_id,
-                    ".",
-                    f"{message}, checkpoint",
-                    places[self.args.hub_strategy],
-                    replace=True,
-                    revision=self.args.hub_revision,
-                    private=self.args.hub_private_repo,
-                    **options,
-                )
-            )
-        try:
-            self._uploads.add_folder(checkpoint_folder, uploads)
-        except OSError as error:  # `shutil.Error` among them
-            logger.warning("The checkpoint %s is not pushed: %s", checkpoint_folder, error)
-            return
-        self._uploads.start(patiently=True)
-
-    def _uploads_of(
-        self, message: str, revision: str | None = None, private: bool | None = None, **options: Any
-    ) -> list[Upload]:
-        """The uploads of the pair and of the student alone, from a folder of both."""
-        options |= {
-            "revision": revision or self.args.hub_revision,
-            "private": self.args.hub_private_repo if private is None else private,
-        }
-        return [
-            Upload(self.hub_model_id, ".", message, **options),
-            Upload(self._student_repository, self.pair.folder_of(STUDENT, "."), message, **options),
-        ]
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.uploads.push_checkpoint(checkpoint_folder, self.state.global_step)
 
     def _finish_current_push(self) -> None:
-        """Wait for the uploads, and say what is missing on the Hub."""
-        if self.pair is None or self._uploads is None:
+        """Wait for the uploads at the end of a training."""
+        if self.uploads is None:
             return super()._finish_current_push()
-        self._uploads.finish(timeout=_LONGEST_END)
-        self._report_missing()
-
-    def _report_missing(self, error: bool = False) -> None:
-        missing = [f"{upload} ({why})" for upload, why in self._uploads.missing.items()]
-        if not missing:
-            return
-        text = (
-            f"Not on the Hub: {'; '.join(missing)}. Nothing is lost: `python -m ctcd_trainer.push "
-            f"{self.args.output_dir}` uploads it later."
-        )
-        if error:
-            raise ConnectionError(text)
-        logger.warning(text)
+        self.uploads.finish()

@@ -1,287 +1,295 @@
-"""Uploads to the Hub that neither stop nor slow a training: in the background, tried again, remembered on disk."""
+"""Uploads to the Hugging Face Hub in the background: one commit for each place, the newest state first."""
 
-import dataclasses
-import json
 import os
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-
-from .errors import limit_silence, needs_mending, seconds_asked_for, without_token
-from .snapshots import oldest_alone, snapshot
-from .upload import Upload
 
 logger = logging.get_logger(__name__)
 
-#: Folder in the output folder for what is still to be uploaded.
-PUSH_FOLDER = "_push"
-_PENDING = "pending.json"
-#: Seconds to wait after a first failure, and at most; each further failure doubles the time.
-_FIRST_WAIT, _LONGEST_WAIT = 10.0, 600.0
-#: Seconds that `finish` waits in all because the Hub asks for it.
-_PATIENCE = 3600.0
-#: Checkpoints that are kept for uploads alone.
+#: Beginning of the revision of a pull request.
+PULL_REQUEST = "refs/pr/"
+#: Files and folders at the top of an output folder that do not belong to the models.
+NOT_MODELS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
+_CARD = "README.md"
+#: In every card that this package writes, until somebody edits it.
+_OWN_CARD = "ctcd_trainer has written this"
+#: Beginning of the names of snapshots. Pushes leave out what begins with `_`.
+_SNAPSHOT = "_push"
+#: Most snapshots to keep whose checkpoints are deleted.
 _MOST_ALONE = 3
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
-class _Pause:
-    """Until when (of `time.monotonic`) a repository is left alone, after how many failures, and at whose wish."""
+@dataclass(eq=False)
+class Repository:
+    """A model repository on the Hub.
 
-    until: float
-    failures: int
-    asked: bool
+    Attributes:
+        name: Name of the repository, without its owner until the Hub has told it.
+        private: Whether to make it private if it does not exist; `None` for the default of its owner.
+    """
+
+    name: str
+    private: bool | None = None
+
+    def make(self, api: HfApi) -> str:
+        """Make the repository if it does not exist, and return its full name."""
+        self.name = api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
+        return self.name
+
+
+class Snapshot:
+    """A copy of a folder, until `delete` is called or the process ends.
+
+    Args:
+        folder: A checkpoint, whose files never change: the copy is made of hard links. With `live` an output folder,
+            whose files may be overwritten: the models in it are copied.
+        output_dir: Folder for the copy.
+        live: Whether the files may be overwritten later.
+
+    Raises:
+        OSError: There is no room, for example.
+    """
+
+    def __init__(self, folder: str | os.PathLike, output_dir: str | os.PathLike, live: bool = False) -> None:
+        self.path = Path(output_dir, f"{_SNAPSHOT}-{os.getpid()}-{time.time_ns()}")
+        self.delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        top, not_models = os.fspath(folder), shutil.ignore_patterns(*NOT_MODELS)
+        try:
+            shutil.copytree(
+                folder,
+                self.path,
+                copy_function=shutil.copy2 if live else _link_or_copy,
+                ignore=lambda path, names: not_models(path, names) if live and path == top else (),
+                ignore_dangling_symlinks=True,
+            )
+        except OSError:
+            self.delete()
+            raise
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it takes space, because files of it are nowhere else on the disk."""
+        return any(path.is_file() and path.stat().st_nlink == 1 for path in self.path.rglob("*"))
+
+
+@dataclass(eq=False)
+class Upload:
+    """An upload of a folder, in one commit.
+
+    Attributes:
+        repository: The repository. It is made if it does not exist.
+        folder: The folder; for `UploadQueue.add` relative to the folder of which a snapshot is made.
+        message: Commit message.
+        path_in_repo: Path of the folder in the repository.
+        ignore: Patterns of files that are not uploaded.
+        delete: Patterns of files that are deleted from that path of the repository, unless the folder has them.
+        revision: Branch, which is made if it does not exist, or pull request `refs/pr/N`; `None` for the main branch.
+        keep_card: Whether to keep a `README.md` on the Hub that this package has not written.
+        always: Whether to make the commit even if a newer upload to the same place is pending.
+        snapshot: The copy that holds the folder, if it is in one.
+        error: Why it is not on the Hub.
+    """
+
+    repository: Repository
+    folder: str | os.PathLike
+    message: str
+    path_in_repo: str = ""
+    ignore: tuple[str, ...] = ()
+    delete: tuple[str, ...] = ()
+    revision: str | None = None
+    keep_card: bool = False
+    always: bool = False
+    snapshot: Snapshot | None = None
+    error: str = "not uploaded yet"
+
+    @property
+    def place(self) -> tuple[Repository, str, str]:
+        """Repository, path and revision."""
+        return self.repository, self.path_in_repo, self.revision or "main"
+
+    def __str__(self) -> str:
+        place = "/".join(part for part in (self.repository.name, self.path_in_repo) if part)
+        return f"{self.message!r} to {place!r}" + (f" ({self.revision})" if self.revision else "")
+
+    def make(self, token: str | None) -> CommitInfo:
+        """Make the commit.
+
+        Args:
+            token: Token of the Hub; `None` for the one of `hf auth login`.
+
+        Raises:
+            Exception: Any error of the Hub's client.
+        """
+        api = HfApi(token=token)
+        repo_id = self.repository.make(api)
+        if self.revision is not None and not self.revision.startswith(PULL_REQUEST):
+            api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+        kept = [_CARD] if self.keep_card and _has_card_of_others(api, repo_id, self.revision) else []
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=self.folder,
+            path_in_repo=self.path_in_repo,
+            commit_message=self.message,
+            ignore_patterns=[*self.ignore, *kept],
+            delete_patterns=list(self.delete),
+            revision=self.revision,
+        )
 
 
 class UploadQueue:
-    """What is to be uploaded from an output folder, in order. A newer upload to a place takes the place of an older.
+    """Pending uploads of an output folder, oldest first. A newer upload replaces an older one to the same place.
 
-    What could not be uploaded is kept in a file (without any token), so that a later process can go on.
+    Uploads run in the background, in rounds. A round tries each pending upload once. What fails stays pending.
 
     Args:
-        output_dir: The output folder.
-        token: Token of the Hub; `None` for the one that the machine is logged in with. It is never written or logged.
+        output_dir: The output folder, which also holds the snapshots. Snapshots of a killed process are deleted.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, token: str | None = None) -> None:
-        limit_silence()
+    def __init__(self, output_dir: str | os.PathLike) -> None:
         self.output_dir = Path(output_dir)
-        self.token = token
-        self.folder = self.output_dir / PUSH_FOLDER
-        self._lock = threading.RLock()
-        self._running: Future[None] | None = None
-        self._patient = False
+        #: Token of the Hub; `None` for the one of `hf auth login`. It is never written or logged.
+        self.token: str | None = None
+        self.pending: list[Upload] = []
+        #: The last commit to each place.
+        self.commits: dict[tuple[Repository, str, str], CommitInfo] = {}
         self._current: Upload | None = None
-        self._pauses: dict[str, _Pause] = {}
-        self._to_mend: set[str | Upload] = set()
-        self._errors: dict[Upload, str] = {}
-        self._commits: dict[tuple[str, str, str], CommitInfo] = {}
-        self._pending: list[Upload] = []
-        path = self.folder / _PENDING
-        if path.exists():
-            try:
-                found = json.loads(path.read_text())
-                self._pending = [Upload(**{**each, "ignore": tuple(each["ignore"])}) for each in found]
-            except (ValueError, TypeError, KeyError) as error:
-                kept = self.folder.with_name(f"{PUSH_FOLDER}-unreadable-{time.time_ns()}")
-                self.folder.rename(kept)
-                logger.warning(
-                    "%s cannot be read, so what it names is not pushed and kept in %s: %s", path, kept, error
-                )
+        self._snapshots: set[Snapshot] = set()
+        self._next_round: Future[None] | None = None
+        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        for path in self.output_dir.glob(f"{_SNAPSHOT}-*"):
+            if not path.name.startswith(f"{_SNAPSHOT}-{os.getpid()}-"):
+                shutil.rmtree(path, ignore_errors=True)
 
-    @property
-    def missing(self) -> dict[Upload, str]:
-        """What is not yet on the Hub, and why."""
-        with self._lock:
-            return {upload: self._errors.get(upload, "not tried yet") for upload in self._pending}
-
-    def commit_of(self, upload: Upload) -> CommitInfo | None:
-        """The last commit of this process to the place of an upload."""
-        with self._lock:
-            return self._commits.get(upload.place)
-
-    def name_in_full(self, name: str, full_name: str) -> None:
-        """Have all uploads to a repository name it alike, with its owner."""
-        with self._lock:
-            if any(upload.repo_id == name != full_name for upload in self._pending):
-                self._pending = [
-                    dataclasses.replace(upload, repo_id=full_name) if upload.repo_id == name else upload
-                    for upload in self._pending
-                ]
-                self._write()
-
-    def add_folder(self, folder: str | os.PathLike, uploads: Iterable[Upload], live: bool = False) -> list[Upload]:
-        """Note what is to be uploaded of a folder as it is now; that begins with `start`.
-
-        Args:
-            folder: A checkpoint, whose files never change; or with `live` the output folder, for the models in it.
-            uploads: The uploads, whose folders are relative to this one.
-            live: Whether the files may change later; see `snapshots.snapshot`.
-
-        Returns:
-            The uploads, of the snapshot.
+    def add(self, folder: str | os.PathLike, uploads: Iterable[Upload], live: bool = False) -> None:
+        """Take a snapshot of a folder and queue uploads of it. The next round makes them.
 
         Raises:
-            OSError: There is no room for the snapshot, say. Nothing is noted.
+            OSError: There is no room for the snapshot, for example. Nothing is queued.
         """
+        snapshot = Snapshot(folder, self.output_dir, live)
+        uploads = list(uploads)
+        for upload in uploads:
+            upload.snapshot, upload.folder = snapshot, snapshot.path / upload.folder
+        places = {upload.place for upload in uploads}
         with self._lock:
-            try:
-                kept = snapshot(folder, self.folder, live).relative_to(self.output_dir)
-            except OSError:
-                self._write()  # or else an empty folder may be left
-                raise
-            added = [dataclasses.replace(upload, folder=os.path.normpath(kept / upload.folder)) for upload in uploads]
-            places = {upload.place for upload in added}
-            self._pending = [each for each in self._pending if each.always or each.place not in places] + added
+            self.pending = [old for old in self.pending if old.always or old.place not in places] + uploads
+            self._snapshots.add(snapshot)
             self._drop_oldest()
-            self._write()
-        return added
+            self._delete_unused()
 
-    def start(self, patiently: bool = False) -> Future[None]:
-        """Upload in the background, unless that is being done.
-
-        Args:
-            patiently: Whether to leave alone for a while what has failed, and what must be mended first for good.
-
-        Returns:
-            Which is done when nothing more is uploaded.
-        """
+    def start(self) -> Future[None]:
+        """Start a round, after the running one if there is one. Returns its future."""
         with self._lock:
-            running = self._running is not None and not self._running.done()
-            self._patient = patiently and (self._patient or not running)
-            if not running:
-                self._running = in_background(self._upload_all)
-            return self._running
+            waits = self._next_round is not None and not (self._next_round.running() or self._next_round.done())
+            if not waits:
+                self._next_round = self.in_background(self.upload_pending)
+            return self._next_round
 
     def finish(self, timeout: float | None = None) -> None:
-        """Wait until everything that can be uploaded is; what has failed is tried once more. See `missing` then.
+        """Wait until everything is uploaded or has failed in a last round, or until `timeout` seconds have passed."""
+        wait([self.start()], timeout)
 
-        Args:
-            timeout: Seconds after which to go on without waiting any longer; `None` for no limit.
-        """
-        end = float("inf") if timeout is None else time.monotonic() + timeout
-        patience, patiently = _PATIENCE, False
-        running = self._running
-        if running is not None:
-            _join(running, end)
-        while self._pending:
-            _join(self.start(patiently), end)
-            now = time.monotonic()
-            with self._lock:
-                waiting = {each.repo_id for each in self._pending if not self._to_mend & {each, each.repo_id}}
-                asked = [pause.until for name, pause in self._pauses.items() if pause.asked and name in waiting]
-            seconds = max(0.0, max(asked, default=float("inf")) - now)
-            if seconds > patience or now + seconds > end:
-                break
-            logger.warning("The Hub asks to wait: the next try is in %.0f seconds.", seconds)
-            time.sleep(seconds)
-            patience -= seconds
-            patiently = True  # the other repositories have had their last try
-
-    def _upload_all(self) -> None:
-        """Upload until nothing is left that is due and has not been tried in this round."""
+    def upload_pending(self) -> None:
+        """Try each pending upload once, also those that are added meanwhile."""
         tried: set[Upload] = set()
         while True:
             with self._lock:
-                self._current = upload = next((each for each in self._pending if self._is_due(each, tried)), None)
-                self._remove_unused()
-                if upload is None:
-                    self._running = None  # what is added from now on needs another round
-                    return
+                self._current = upload = next((each for each in self.pending if each not in tried), None)
+                self._delete_unused()
+            if upload is None:
+                return
             tried.add(upload)
             try:
-                commit = upload.make(self.output_dir, self.token)
-            except Exception as error:  # whatever goes wrong, the training goes on
-                with self._lock:
-                    self._note_failure(upload, error)
-            else:
-                with self._lock:
-                    self._note_success(upload, commit)
+                commit = upload.make(self.token)
+            except Exception as error:  # a training goes on whatever goes wrong
+                upload.error = without_token(error, self.token)
+                logger.warning("Uploading %s failed. It is tried again at the next save: %s", upload, upload.error)
+                continue
+            with self._lock:
+                self.commits[upload.place] = commit
+                # An older upload to this place would undo the newer one.
+                last = self.pending.index(upload) if upload in self.pending else -1
+                self.pending = [
+                    other for i, other in enumerate(self.pending) if i > last or other.place != upload.place
+                ]
 
-    def _is_due(self, upload: Upload, tried: set[Upload]) -> bool:
-        if upload in tried:
-            return False
-        pause = self._pauses.get(upload.repo_id)
-        waits = pause is not None and time.monotonic() < pause.until
-        return not self._patient or not (waits or self._to_mend & {upload, upload.repo_id})
+    def in_background(self, work: Callable[[], _Result]) -> Future[_Result]:
+        """Call a function in another thread, one at a time.
 
-    def _note_success(self, upload: Upload, commit: CommitInfo) -> None:
-        if upload in self._pending:
-            # An older one to this place would now undo it.
-            older = self._pending[: self._pending.index(upload)]
-            done = {upload, *(each for each in older if each.place == upload.place)}
-            self._pending = [each for each in self._pending if each not in done]
-        self._commits[upload.place] = commit
-        self._pauses.pop(upload.repo_id, None)
-        self._to_mend.discard(upload.repo_id)
-        self._current = None
-        self._write()
+        The thread is a daemon, unlike that of `HfApi.run_as_future`: a Hub that never answers must not keep the
+        process from ending.
+        """
+        future: Future[_Result] = Future()
 
-    def _note_failure(self, upload: Upload, error: Exception) -> None:
-        self._errors[upload] = without_token(error, self.token)
-        then = "will be tried again at a later save"
-        if needs_mending(error):
-            what = upload if isinstance(error, NotADirectoryError) else upload.repo_id
-            self._pauses.pop(upload.repo_id, None)  # what the Hub has asked for before does not matter any more
-            if what in self._to_mend:
-                return
-            self._to_mend.add(what)
-            then = "will be tried again at the end only, since waiting does not mend it"
-        else:
-            self._to_mend.discard(upload.repo_id)
-            failures = self._pauses[upload.repo_id].failures if upload.repo_id in self._pauses else 0
-            asked = seconds_asked_for(error)
-            pause = max(asked, min(_FIRST_WAIT * 2 ** min(failures, 10), _LONGEST_WAIT))
-            self._pauses[upload.repo_id] = _Pause(time.monotonic() + pause, failures + 1, asked > 0)
-        logger.warning("Uploading %s has failed and %s: %s", upload, then, self._errors[upload])
+        def call() -> None:
+            with self._turn:
+                future.set_running_or_notify_cancel()
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # nobody may wait for ever
+                    future.set_exception(error)
+
+        threading.Thread(target=call, name="ctcd-uploads", daemon=True).start()
+        return future
 
     def _drop_oldest(self) -> None:
-        """Forget the oldest checkpoints, where too many take space only because the Hub does not take them."""
-        snapshots = {path for upload in self._pending if (path := self._snapshot_of(upload)) is not None}
-        snapshots -= {self._snapshot_of(self._current)} if self._current is not None else set()
-        for path in oldest_alone(snapshots, _MOST_ALONE):
-            dropped = [upload for upload in self._pending if self._snapshot_of(upload) == path]
-            self._pending = [upload for upload in self._pending if upload not in dropped]
+        """Drop the oldest uploads if more than `_MOST_ALONE` snapshots take space only for the Hub.
+
+        One more may take space soon: a checkpoint is deleted after the next one is queued.
+        """
+        current = self._current.snapshot if self._current is not None else None
+        snapshots = dict.fromkeys(upload.snapshot for upload in self.pending if upload.snapshot is not current)
+        alone = [snapshot for snapshot in snapshots if snapshot.is_alone]
+        for snapshot in alone[: max(0, len(alone) - _MOST_ALONE + 1)]:
+            dropped = [upload for upload in self.pending if upload.snapshot is snapshot]
+            self.pending = [upload for upload in self.pending if upload.snapshot is not snapshot]
             logger.warning(
-                "Not pushed any more, because the Hub has not taken the %d newer checkpoints either that have been "
-                "removed from the output folder: %s",
-                _MOST_ALONE,
+                "No longer pushed, to save disk space: %s. The Hub did not take %d newer states either. Raise "
+                "`save_total_limit` to keep more.",
                 "; ".join(map(str, dropped)),
+                _MOST_ALONE - 1,
             )
 
-    def _snapshot_of(self, upload: Upload) -> Path | None:
-        parts = Path(upload.folder).parts
-        return self.folder / parts[1] if parts[:1] == (PUSH_FOLDER,) else None
+    def _delete_unused(self) -> None:
+        used = {upload.snapshot for upload in (*self.pending, self._current) if upload is not None}
+        for snapshot in self._snapshots - used:
+            snapshot.delete()
+        self._snapshots = used
 
-    def _write(self) -> None:
-        """Write down what is to be uploaded, or remove the folder if nothing is."""
-        if not self._pending and self._current is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
+
+def without_token(error: Exception, token: str | None) -> str:
+    """An error as text, without the token (`None` for the one of `hf auth login`)."""
+    text = f"{type(error).__name__}: {error}"
+    token = token or get_token()
+    return text.replace(token, "***") if token else text
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # the file system has no hard links
+        shutil.copy2(source, target)
+
+
+def _has_card_of_others(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    with TemporaryDirectory() as folder:  # the cache may be read-only
         try:
-            temporary = self.folder / f"{_PENDING}.tmp"
-            with temporary.open("w") as file:
-                json.dump([dataclasses.asdict(upload) for upload in self._pending], file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / _PENDING)
-        except OSError as error:  # a full disk, say: it is only needed if this process ends too early
-            logger.warning("What is still to be pushed could not be written down in %s: %s", self.folder, error)
-
-    def _remove_unused(self) -> None:
-        """Remove the snapshots in which nothing is that is to be uploaded."""
-        uploads = [*self._pending, *([] if self._current is None else [self._current])]
-        needed = {self._snapshot_of(upload) for upload in uploads}
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.is_dir() and path not in needed:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def in_background(work: Callable[[], _Result]) -> Future[_Result]:
-    """Call a function in a thread that keeps no process from ending although the Hub does not answer."""
-    future: Future[_Result] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # nobody may be left waiting
-            future.set_exception(error)
-
-    threading.Thread(target=call, name="ctcd-uploads", daemon=True).start()
-    return future
-
-
-def _join(future: Future[None], end: float) -> None:
-    """Wait until it is done, but not beyond a time of `time.monotonic`."""
-    wait([future], None if end == float("inf") else max(0.0, end - time.monotonic()))
-    if future.done() and future.exception() is not None:  # a mistake of ours must not end a training
-        logger.warning("The uploads have come to a halt: %r", future.exception())
+            path = api.hf_hub_download(repo_id, _CARD, revision=revision, local_dir=folder)
+        except RemoteEntryNotFoundError:
+            return False
+        return _OWN_CARD not in Path(path).read_text(encoding="utf-8")
