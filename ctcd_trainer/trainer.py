@@ -671,19 +671,20 @@ class CoDistillationMixin:
             logger.warning("The model cards could not be written, so those of the last save are pushed: %r", error)
 
     def _card_facts(self) -> CardFacts:
-        """What the model cards state."""
-        name = self.hub_model_id or self.args.hub_model_id
-        repositories = {
-            learner: getattr(self.args, f"{learner}_hub_model_id", None) or (name and f"{name}-{learner}")
-            for learner in self.pair.learners
-        }
+        """Gather the facts that the model cards state."""
+        if self.uploads is not None:
+            repositories = self.uploads.repositories
+        else:  # nothing was pushed yet
+            name = self.hub_model_id or self.args.hub_model_id
+            own = {n: getattr(self.args, f"{n}_hub_model_id", None) for n in self.pair.learners}
+            repositories = {n: own[n] or (name and f"{name}-{n}") for n in own} | {self.pair.primary: name}
         return CardFacts(
             learners=dict(self.pair.learners),
             task=self.task,
             distillation=self.distillation,
             args=self.args,
             state=self.state,
-            repositories={**repositories, self.pair.primary: name},
+            repositories=repositories,
             processing_classes={learner: self.processing_class_of(learner) for learner in self.pair.learners},
             train_dataset=self.train_dataset,
             own_soft_loss=self.pair.objective.soft_loss_func is not None,

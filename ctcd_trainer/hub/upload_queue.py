@@ -17,6 +17,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..cards.card import MARKER
+
 logger = logging.get_logger(__name__)
 
 #: Beginning of the revision of a pull request.
@@ -24,8 +26,6 @@ PULL_REQUEST = "refs/pr/"
 #: Files and folders at the top of an output folder that do not belong to the models.
 NOT_MODELS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 _CARD = "README.md"
-#: In every card that this package writes, until somebody edits it.
-_OWN_CARD = "ctcd_trainer has written this"
 #: Beginning of the names of snapshots. Pushes leave out what begins with `_`.
 _SNAPSHOT = "_push"
 #: Most snapshots to keep whose checkpoints are deleted.
@@ -292,4 +292,4 @@ def _has_card_of_others(api: HfApi, repo_id: str, revision: str | None) -> bool:
             path = api.hf_hub_download(repo_id, _CARD, revision=revision, local_dir=folder)
         except RemoteEntryNotFoundError:
             return False
-        return _OWN_CARD not in Path(path).read_text(encoding="utf-8")
+        return MARKER not in Path(path).read_text(encoding="utf-8")

@@ -134,9 +134,7 @@ class PairCheckpoints:
         """
         if all(getattr(accelerator.state, plugin, None) is None for plugin in ("fsdp_plugin", "deepspeed_plugin")):
             return None
-        prefix = f"learners.{learner}."
-        state = accelerator.get_state_dict(wrapped) or {}
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        return self.pair.weights_of(learner, accelerator.get_state_dict(wrapped) or {})
 
     def _save_processing_class(self, learner: str, folder: str) -> None:
         processing_class = self.processing_class_of(learner)

@@ -5,6 +5,7 @@ import logging as python_logging
 import os
 import re
 import runpy
+import shutil
 import sys
 import threading
 import time
@@ -13,16 +14,14 @@ import traceback
 import pytest
 import torch
 from huggingface_hub import snapshot_download
-from loopback_hub import LoopbackHub
-from loopback_hub_client import use_hub
+from loopback_hub import LoopbackHub, use_hub
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_tokenizer import bert_tokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback, pipeline
 
 from ctcd_trainer import CoDistillationTrainer
-from ctcd_trainer.hub import errors as hub_errors
-from ctcd_trainer.hub import upload_queue as uploads_module
-from ctcd_trainer.hub.upload import Upload
+from ctcd_trainer.hub import repositories, upload_queue
+from ctcd_trainer.hub.upload_queue import Upload
 
 load = AutoModelForSequenceClassification.from_pretrained
 COMMIT = r"POST /api/models/.*/commit/"
@@ -37,9 +36,14 @@ def hub():
 
 
 @pytest.fixture(autouse=True)
-def waits(hub, monkeypatch):
-    monkeypatch.setattr(uploads_module, "_FIRST_WAIT", 0.0)
-    return use_hub(monkeypatch, hub, token=hub.token)
+def client(hub, monkeypatch):
+    use_hub(monkeypatch, hub)
+    yield
+    hub.release()
+
+
+def snapshots(folder):
+    return list(folder.glob("_push*"))
 
 
 def assert_on_the_hub(trainer, pair="me/pair", student="me/pair-student", **options):
@@ -67,7 +71,20 @@ def test_the_pair_and_the_student_alone_are_pushed_complete(hub, tmp_path):
         assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= hub.files(repo).keys()
         assert pipeline("text-classification", model=repo)("the cat sees the dog")
     assert not [path for path in hub.files("me/pair") if path.startswith(("_", "checkpoint-"))]
-    assert os.listdir(tmp_path).count("_push") == 0
+    assert not snapshots(tmp_path)
+
+
+def test_names_without_an_owner_become_full_names_also_in_the_cards(hub, tmp_path):
+    trainer = tiny_trainer(tmp_path, push_to_hub=True, hub_model_id="pair", student_hub_model_id="small")
+    trainer.push_to_hub()
+    assert trainer.uploads.repositories == {"teacher": "me/pair", "student": "me/small"}
+    assert "(https://huggingface.co/me/small)" in hub.files("me/pair")["README.md"].decode()
+    assert "(https://huggingface.co/me/pair)" in hub.files("me/small")["README.md"].decode()
+
+
+def test_models_cannot_share_a_repository(hub, tmp_path):
+    with pytest.raises(ValueError, match="needs a repository of its own"):
+        tiny_trainer(tmp_path, push_to_hub=True, hub_model_id="pair", student_hub_model_id="me/pair")
 
 
 def test_the_students_repository_can_be_named(hub, tmp_path):
@@ -166,7 +183,7 @@ def test_a_token_is_neither_written_nor_logged(hub, tmp_path, caplog):
     assert not [path for path in written if token.encode() in path.read_bytes()]
     assert not [path for path, content in hub.files("me/pair").items() if token.encode() in content]
     ours = [record for record in caplog.records if record.name.startswith(("ctcd_trainer", "transformers"))]
-    assert any("has failed" in record.getMessage() for record in ours)
+    assert any("failed" in record.getMessage() for record in ours)
     assert not [record for record in ours if token in record.getMessage()]
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).hub_token is None
     assert trainer.args.hub_token == token
@@ -193,33 +210,32 @@ def test_a_push_that_fails_is_made_at_a_later_save(fault, hub, tmp_path):
     assert json.loads(hub.files("me/pair")["last-checkpoint/trainer_state.json"])["global_step"] == 3
 
 
-def test_a_connection_cut_in_a_large_file_leaves_the_old_state_and_is_made_up_for(hub, tmp_path, monkeypatch):
+def test_a_connection_cut_in_a_push_leaves_the_old_state_and_is_made_up_for(hub, tmp_path):
     trainer = tiny_trainer(tmp_path, **HUB)
     trainer.push_to_hub()
     old = {repo: hub.files(repo) for repo in ("me/pair", "me/pair-student")}
     trainer.train()
-    fault = hub.drop(r"PUT .*", after_bytes=1000, times=1000)
+    hub.fail(COMMIT, status=None)
     with pytest.raises(ConnectionError, match=r"Not on the Hub: .*'me/pair'.*ctcd_trainer.push"):
         trainer.push_to_hub()
     assert {repo: hub.files(repo) for repo in old} == old
-    assert fault.left < 1000
+    assert snapshots(tmp_path)
     hub.heal()
-    again = uploads_module.UploadQueue(tmp_path)
-    again.finish()
+    trainer.uploads.finish()
     assert_on_the_hub(trainer)
-    assert not (tmp_path / "_push").exists()
+    assert not snapshots(tmp_path)
 
 
 def test_a_training_ends_although_the_hub_never_answers(hub, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(hub_errors, "_SILENCE", 0.2)
+    monkeypatch.setattr(repositories, "_LONGEST_WAIT", 0.5)
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="every_save")
-    hub.delay(r"POST /api/.*", seconds=5, times=1000)
+    hub.delay(r"POST /api/.*", seconds=600)
     start = time.monotonic()
     trainer.train()
     assert time.monotonic() - start < 20
     assert "Not on the Hub" in caplog.text
     assert f"python -m ctcd_trainer.push {tmp_path}" in caplog.text
-    hub.heal()
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "ctcd-uploads")
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -248,7 +264,7 @@ def test_steps_do_not_wait_for_uploads_and_each_is_made_if_that_is_wanted(always
 def test_a_hub_that_cannot_be_reached_at_the_start_does_not_stop_a_training(hub, tmp_path, caplog):
     hub.fail(r"POST /api/repos/create", status=503, times=1)
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="every_save")
-    assert "cannot be made or tried now" in caplog.text
+    assert "cannot be made now" in caplog.text
     trainer.train()
     assert_on_the_hub(trainer)
 
@@ -257,7 +273,7 @@ def test_a_hub_that_cannot_be_reached_at_the_start_does_not_stop_a_training(hub,
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_without_rights_is_refused_before_any_work(status, argument, hub, tmp_path):
     if argument == "student_hub_model_id":
-        hub.delay(r"POST /api/repos/create", seconds=0)  # the first repository is made
+        hub.delay(r"POST /api/repos/create", seconds=0, times=1)  # the first repository is made
     hub.fail(r"POST /api/repos/create", status=status, message=f"no {hub.token}")
     with pytest.raises(ValueError, match=rf"(?s)`{argument}='me/pair.*no \*\*\*.*hf auth login") as error:
         tiny_trainer(tmp_path, **HUB)
@@ -280,54 +296,8 @@ def test_for_a_pull_request_no_right_to_write_is_needed(hub, tmp_path):
 
 
 def test_a_bad_name_of_a_repository_is_refused_before_any_work(hub, tmp_path):
-    with pytest.raises(ValueError, match="`student_hub_model_id='me/a/b'` is no name of a repository"):
+    with pytest.raises(ValueError, match="`student_hub_model_id='me/a/b'` is not a valid name of a repository"):
         tiny_trainer(tmp_path, **HUB, student_hub_model_id="me/a/b")
-
-
-def run_push(monkeypatch, capsys, folder):
-    """The status and the output of `python -m ctcd_trainer.push FOLDER`."""
-    monkeypatch.setattr(sys, "argv", ["push", str(folder)])
-    status = None
-    try:
-        runpy.run_module("ctcd_trainer.push", run_name="__main__")
-    except SystemExit as end:
-        status = end.code
-    return status, capsys.readouterr()
-
-
-def test_what_is_missing_is_pushed_by_the_command(hub, tmp_path, monkeypatch, capsys):
-    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="all_checkpoints", save_total_limit=1)
-    hub.fail(COMMIT, status=500, times=1000)
-    trainer.train()
-    status, output = run_push(monkeypatch, capsys, tmp_path)
-    assert status == 1
-    assert "still missing" in output.err
-    hub.heal()
-    status, output = run_push(monkeypatch, capsys, tmp_path)
-    assert status is None
-    assert "to 'me/pair/checkpoint-1'" in output.out
-    assert_on_the_hub(trainer)
-    assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3)} <= hub.files("me/pair").keys()
-    assert not (tmp_path / "_push").exists()
-    status, output = run_push(monkeypatch, capsys, tmp_path)
-    assert status is None
-    assert "Nothing is left to upload" in output.out
-    assert "there is no folder" in run_push(monkeypatch, capsys, tmp_path / "none")[0]
-
-
-def test_a_push_that_failed_is_completed_whole_although_a_later_save_was_killed(hub, tmp_path):
-    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="end")
-    trainer.train()
-    hub.fail(COMMIT, status=500, times=1000)
-    with pytest.raises(ConnectionError, match="Not on the Hub"):
-        trainer.push_to_hub()
-    for folder in (tmp_path, tmp_path / "student"):
-        with (folder / "model.safetensors").open("r+b") as file:
-            file.truncate(1000)
-    hub.heal()
-    uploads_module.UploadQueue(tmp_path).finish()
-    assert_on_the_hub(trainer)
-    assert not [path for path in hub.files("me/pair") if path.startswith(("_", "checkpoint-"))]
 
 
 def test_without_blocking_a_push_returns_the_future_of_what_it_returns_otherwise(hub, tmp_path):
@@ -336,7 +306,7 @@ def test_without_blocking_a_push_returns_the_future_of_what_it_returns_otherwise
     assert future.result(60).oid == hub.commits("me/pair")[0].oid
     assert_on_the_hub(trainer)
     trainer.train()
-    hub.fail(COMMIT, status=500, times=1000)
+    hub.fail(COMMIT)
     with pytest.raises(ConnectionError, match="Not on the Hub"):
         trainer.push_to_hub(blocking=False).result(60)
 
@@ -377,33 +347,90 @@ def test_a_full_disk_stops_neither_training_nor_saving(hub, tmp_path, monkeypatc
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(uploads_module, "snapshot", fail)
+    monkeypatch.setattr(upload_queue, "Snapshot", fail)
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="checkpoint")
     trainer.train()
     assert caplog.text.count("is not pushed: [Errno 28]") == 3
     trainer.save_model()
-    assert "not all is pushed: [Errno 28]" in caplog.text
+    assert "not completely pushed: [Errno 28]" in caplog.text
     with pytest.raises(OSError, match="No space left"):
         trainer.push_to_hub()
     assert not hub.files("me/pair")
-    assert not (tmp_path / "_push").exists()
-
-
-def test_what_a_killed_training_had_still_to_push_is_pushed_by_the_next_one(hub, tmp_path):
-    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="all_checkpoints")
-    hub.fail(COMMIT, status=500, times=1000)
-    trainer.train()
-    hub.heal()
-    resumed = tiny_trainer(tmp_path, **HUB, **{**SAVING, "max_steps": 4}, hub_strategy="all_checkpoints")
-    resumed.train(resume_from_checkpoint=True)
-    assert_on_the_hub(resumed)
-    assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3, 4)} <= hub.files("me/pair").keys()
 
 
 def test_a_snapshot_is_removed_when_nothing_needs_it(hub, tmp_path):
+    killed = tmp_path / "_push-0-1"
+    killed.mkdir()
     trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="every_save")
-    hub.fail(COMMIT, status=500, times=1000)
+    assert not killed.exists()
+    hub.fail(COMMIT)
     trainer.train()
-    folders = [path.name for path in (tmp_path / "_push").iterdir() if path.is_dir()]
-    assert len(folders) == 1
-    assert folders[0].startswith("checkpoint-3-")
+    (left,) = snapshots(tmp_path)
+    assert json.loads((left / "trainer_state.json").read_text())["global_step"] == 3
+    hub.heal()
+    trainer.uploads.finish()
+    assert not snapshots(tmp_path)
+
+
+# ---- `python -m ctcd_trainer.push` ----
+
+
+def run_push(monkeypatch, capsys, *arguments):
+    """The status and the output of `python -m ctcd_trainer.push ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["push", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("ctcd_trainer.push", run_name="__main__")
+    return end.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_the_command_uploads_the_last_checkpoint_if_the_models_are_not_saved(
+    strategy, hub, tmp_path, monkeypatch, capsys
+):
+    trainer = tiny_trainer(tmp_path / "out", **HUB, **SAVING, hub_strategy=strategy, save_total_limit=2)
+    hub.fail(COMMIT)
+    trainer.train()
+    status, output = run_push(monkeypatch, capsys, tmp_path / "out")
+    assert status == 1
+    assert "'me/pair-student' failed: " in output.err
+    hub.heal()
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    status, output = run_push(monkeypatch, capsys, tmp_path / "moved")
+    assert status == 0
+    assert "Uploaded 'Models of checkpoint-3' to 'me/pair-student'" in output.out
+    assert_on_the_hub(trainer)
+    assert "optimizer.pt" not in hub.files("me/pair")
+    there = {path.split("/")[0] for path in hub.files("me/pair") if path.endswith("/optimizer.pt")}
+    names = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-3"}}
+    assert there == names.get(strategy, set())
+    if strategy == "checkpoint":
+        state = json.loads(hub.files("me/pair")["last-checkpoint/trainer_state.json"])
+        assert state["global_step"] == 3
+
+
+def test_the_command_uploads_the_saved_models(hub, tmp_path, monkeypatch, capsys):
+    options = {"hub_token": hub.token, "student_hub_model_id": "me/small"}
+    trainer = tiny_trainer(tmp_path, **HUB, **SAVING, hub_strategy="end", **options)
+    trainer.train()
+    hub.fail(COMMIT)
+    trainer.save_model()
+    hub.heal()
+    status, _ = run_push(monkeypatch, capsys, tmp_path, "--revision", "try", "--private")
+    assert status == 0
+    assert_on_the_hub(trainer, student="me/small", revision="try")
+    assert not [path for path in hub.files("me/pair", "try") if path.startswith(("_", "checkpoint-"))]
+    hub.repos.clear()
+    run_push(monkeypatch, capsys, tmp_path, "--private")
+    assert_on_the_hub(trainer, student="me/small")
+    assert all(repo.private for repo in hub.repos.values())
+
+
+def test_the_command_says_what_is_wrong(hub, tmp_path, monkeypatch, capsys):
+    assert "There is no model in" in run_push(monkeypatch, capsys, tmp_path / "none")[0]
+    tiny_bert().save_pretrained(tmp_path)
+    assert f"hf upload REPOSITORY {tmp_path}" in run_push(monkeypatch, capsys, tmp_path)[0]
+    tiny_trainer(tmp_path, hub_model_id="you/pair").save_model()
+    assert "does not let you write to `hub_model_id='you/pair'`" in run_push(monkeypatch, capsys, tmp_path)[0]
+    status, output = run_push(monkeypatch, capsys, "--help")
+    assert status == 0
+    assert "hf auth login" in output.out

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from loopback_hub import LoopbackHub
-from loopback_hub_client import use_hub
+from loopback_hub import LoopbackHub, use_hub
 from peft import (
     AdaLoraConfig,
     AutoPeftModelForSequenceClassification,
@@ -231,7 +230,7 @@ def test_tokens_whose_network_peft_does_not_save_are_not_loaded_again(projected,
 
 def test_adapters_are_pushed_as_adapters(tmp_path, monkeypatch):
     with LoopbackHub() as hub:
-        use_hub(monkeypatch, hub, token=hub.token)
+        use_hub(monkeypatch, hub)
         trainer = tiny_trainer(tmp_path, **pair_of(), push_to_hub=True, hub_model_id="me/pair")
         trainer.train()
         trainer.push_to_hub()
