@@ -115,7 +115,7 @@ def test_every_head_has_the_naive_loss_and_gradients_without_a_cache_and_while_i
         assert_same_gradients(trainer.teacher_model, models["teacher"])
         assert_same_gradients(trainer.student_model, models["student"])
         if folder is not None:
-            trainer._pretrained_cache.finish()
+            trainer.pair.teacher_cache.finish()
 
 
 def test_an_encoder_decoder_that_shifts_labels_only_in_its_forward_can_be_the_frozen_teacher(tmp_path):
