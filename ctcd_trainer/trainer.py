@@ -19,9 +19,7 @@ from transformers.trainer_utils import TrainOutput, align_special_tokens
 from transformers.utils import logging
 
 from .arguments import DistillationArguments
-from .checks.arguments import check_arguments, check_optimizer, check_pretrained_cache, check_strategy
-from .checks.data import check_dataset, check_labels, check_tokenizer, check_vocabularies
-from .checks.models import check_prompts
+from .checks import check_before_loading, check_setup, check_strategy
 from .graph import STUDENT, TEACHER
 from .losses.head_tap import HeadTap
 from .losses.objective import SoftLossFunction
@@ -33,8 +31,8 @@ from .pair.shared_layers import SharedRun
 from .pair.sources import NAME_OR_PATH, ModelSources
 from .saving.best_student import BestStudent
 from .tasks.base import Task
-from .tasks.two_tokenizers import PREFIX, PairDataCollator, check_student_inputs
-from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
+from .tasks.two_tokenizers import PREFIX, PairDataCollator
+from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, recounted
 from .training.meters import EvaluationMeter, LossMeter, copy_of_metrics
 from .training.search import PairSearchTrainer
 from .training.sharding import heads_in_root, shard_frozen
@@ -141,13 +139,16 @@ class CoDistillationTrainer(PairSearchTrainer):
         self._paired = paired = self._sources.given or not plain
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if paired:
-            self._sources.check_roles(has_model_init=model_init is not None)
-            check_arguments(args)
-            check_pretrained_cache(self.distillation, soft_loss_func is not None)
+            given = {
+                "student_model": student_model,
+                "student_model_init": student_model_init,
+                "pretrained_teacher": pretrained_teacher,
+                "model_init": model_init,
+                "soft_loss_func": soft_loss_func,
+            }
+            check_before_loading(self.distillation, args, given, datasets)
             if args is not None and args.batch_eval_metrics and compute_metrics is not None:
                 self._student_metrics = copy_of_metrics(compute_metrics)
-            for argument, dataset in datasets.items():
-                check_dataset(dataset, argument)
         if isinstance(model, NAME_OR_PATH):
             set_seed(seed)  # the head may be new
             model = load_model(model, "model", frozen=paired and TEACHER in self.graph.frozen)
@@ -160,22 +161,20 @@ class CoDistillationTrainer(PairSearchTrainer):
 
         def make_learners(teacher: PreTrainedModel) -> dict[str, nn.Module]:
             self.task, learners = self._sources.learners(teacher)
-            two_tokenizers = student_processing_class is not None
-            check_augmentation(augmentation, augmented, self.task, teacher, self.distillation, two_tokenizers)
-            others = {"student_model": learners[STUDENT], "pretrained_teacher": self._sources.pretrained}
-            for argument, other in others.items():
-                if argument == "student_model" and two_tokenizers:
-                    check_student_inputs(self.task, datasets, self.distillation.share)
-                    own = getattr(student_processing_class, "tokenizer", student_processing_class)
-                    remedy = "Pass the tokenizer that the student was trained with."
-                    check_tokenizer(other, argument, own, "`student_processing_class`", remedy)
-                else:
-                    check_vocabularies(teacher, other, argument, tokenizer)
-            check_optimizer(optimizers[0], {name: learners[name] for name in self.graph.trained}, args)
-            for argument, dataset in datasets.items():
-                check_labels(self.task, dataset, argument, sorted({e.learner for e in self.graph.edges}))
-            if args is not None and args.load_best_model_at_end:
-                check_prompts(learners, "`load_best_model_at_end=True`")
+            check_setup(
+                self.task,
+                self.distillation,
+                args,
+                learners,
+                self._sources.pretrained,
+                datasets,
+                processing_class=tokenizer,
+                student_processing_class=student_processing_class,
+                augmentation=augmentation,
+                augmented=augmented,
+                optimizer=optimizers[0],
+                optimizer_cls=None if optimizer_cls_and_kwargs is None else optimizer_cls_and_kwargs[0],
+            )
             if self.distillation.pretrained_cache_dir is not None:
                 self._pretrained_cache = PretrainedCache(
                     self.distillation.pretrained_cache_dir, self.pretrained_teacher, self.task, args.mixed_precision
@@ -203,7 +202,7 @@ class CoDistillationTrainer(PairSearchTrainer):
                 **kwargs,
             )
         if paired:
-            check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share)
+            check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher; from here on its
             # model is the pair.
@@ -313,19 +312,22 @@ class CoDistillationTrainer(PairSearchTrainer):
             # With a cache a process runs it only for rows that it has not seen: sharded, it would wait for the others.
             self._move_model_to_device(model, self.args.device)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """A training step, on the batch as `augmentation` changes it; see `Trainer.training_step`."""
         if self.pair is None or self.augmentation is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        per_token = bool(self.task.per_token)
-        inputs = augmented_batch(self._prepare_inputs(inputs), self.augmentation, self.augmented, per_token)
+            return super().training_step(model, inputs, num_items_in_batch)
+        before = self._prepare_inputs(inputs)
+        inputs = augmented_batch(before, self.augmentation, self.augmented, self.task)
+        number = recounted(num_items_in_batch, self.augmentation, self.task, before, inputs)
         models = [
             *self.pair.learners.values(),
             *([] if self.pretrained_teacher is None else [self.pretrained_teacher]),
         ]
         within = self.augmentation.within(models) if isinstance(self.augmentation, Mixup) else nullcontext()
         with within:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, inputs, number)
 
     # ---- Logs ----
 

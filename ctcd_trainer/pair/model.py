@@ -137,7 +137,7 @@ class CoDistillationModel(PreTrainedModel):
         return {name: run(name) for name in self.learners}
 
     def _run(self, name: str, inputs: Mapping[str, Any], labelled: bool, head_at: ScoredPositions | None) -> Any:
-        inputs = inputs_of_learner(name, inputs, self.task.label_names, self.two_tokenizers)
+        inputs = inputs_of_learner(name, inputs, self.task.label_names, self.known_inputs, self.two_tokenizers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
             tap = None if head_at is None else self.taps[name]
             return self.run(self.learners[name], inputs, labelled, tap, head_at)

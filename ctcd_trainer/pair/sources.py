@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import number_of_arguments
 
 from ..arguments import DistillationArguments
-from ..checks.arguments import check_roles
-from ..checks.models import check_adapters, check_frozen, check_models, check_trainable
+from ..checks import check_learners
 from ..graph import STUDENT, TEACHER
 from ..tasks.base import Task
 from .loading import load_model
@@ -50,22 +49,6 @@ class ModelSources:
         """Whether there is any model besides the teacher."""
         return any(source is not None for source in (self.student, self.student_init, self.pretrained))
 
-    def check_roles(self, has_model_init: bool) -> None:
-        """The models that are given must be those that the mode uses; see `checking_arguments.check_roles`.
-
-        Args:
-            has_model_init: Whether the teacher is made by `model_init`.
-        """
-        if self.student is not None and self.student_init is not None:
-            raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
-        if has_model_init and self.student_init is None and self.student is not None:
-            raise ValueError(
-                "`model_init` makes a new teacher for each training, and the student must be new as well: pass "
-                "`student_model_init` instead of `student_model`."
-            )
-        has_student = self.student is not None or self.student_init is not None
-        check_roles(self.arguments.distillation_mode, self.arguments.graph, has_student, self.pretrained is not None)
-
     def learners(self, teacher: PreTrainedModel, trial: Any = None) -> tuple[Task, dict[str, nn.Module]]:
         """Load or make the other models, and check that all fit together.
 
@@ -88,17 +71,8 @@ class ModelSources:
             student = self.student
         if isinstance(self.pretrained, NAME_OR_PATH):
             self.pretrained = load_model(self.pretrained, "pretrained_teacher", like=teacher, frozen=True)
-        others = {"student_model": student}
-        if self.pretrained is not None:
-            others["pretrained_teacher"] = self.pretrained
-        check_adapters("model", teacher)
-        check_adapters("student_model", student)
-        share = self.arguments.share
-        task = check_models(teacher, others, self.task, self.has_soft_loss, may_share=share is not None)
-        self.shared_layers = [] if share is None else share_modules(teacher, student, share)
         learners = {TEACHER: teacher, STUDENT: student}
-        for name in self.arguments.graph.trained:
-            check_trainable(name, learners[name], self.arguments.distillation_mode)
-        for name in self.arguments.graph.frozen:
-            check_frozen(name, learners[name], self.arguments.distillation_mode)
+        task = check_learners(self.arguments, learners, self.pretrained, self.task, self.has_soft_loss)
+        share = self.arguments.share
+        self.shared_layers = [] if share is None else share_modules(teacher, student, share)
         return task, learners

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, sort_checkpoints
 
 from ..cards.card import save_model_cards
-from ..checks.models import check_prompts
+from ..checks import check_prompts
 from ..graph import STUDENT
 from ..model_structure import is_peft_model, is_quantised
 from ..pair.model import CoDistillationModel

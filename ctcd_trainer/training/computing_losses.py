@@ -158,7 +158,7 @@ class PairLossTrainer(PairEvaluationTrainer):
     ) -> Any:
         """What is compared of the outputs of the frozen teacher; it runs at most once per batch."""
         model, cache = self.pretrained_teacher, self._pretrained_cache
-        inputs = inputs_of_learner(PRETRAINED, inputs, self.label_names)
+        inputs = inputs_of_learner(PRETRAINED, inputs, self.task.label_names, self.pair.known_inputs)
 
         def run(inputs: dict[str, Tensor | Any], head_at: ScoredPositions | None) -> Any:
             labelled = self.task.needs_labels(base_model(model), inputs)
