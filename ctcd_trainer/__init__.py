@@ -5,9 +5,8 @@ Change the class name of your `Trainer`, add a `student_model`, and get two mode
 
 from .arguments import CoDistillationTrainingArguments
 from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
+from .students.costs import Estimate, estimate, estimate_memory
 from .students.cutting import create_student
-from .students.estimating import Estimate, estimate
-from .students.memory import estimate_memory
 from .tasks.two_tokenizers import PairDataCollator
 from .trainer import CoDistillationTrainer
 from .training.augmentation import Mixup, TokenMasking, WordDropout

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..graph import PRETRAINED
 from ..model_structure import count_parameters, is_peft_model
-from ..students.measuring import Latencies, latencies_of, weight_bytes
+from ..students.costs import Latencies, latencies_of, weight_bytes
 from . import facts, tables
 from .figures import COMPARISON, CURVES, draw_pictures
 from .results import Metrics, Results, baseline_of, is_agreement, lower_is_better
