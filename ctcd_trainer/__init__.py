@@ -8,9 +8,8 @@ from .pair.assembly import make_pair
 from .pair.model import CoDistillationModel
 from .pair.output import CoDistillationOutput
 from .seq2seq import CoDistillationSeq2SeqTrainer, CoDistillationSeq2SeqTrainingArguments
+from .students.costs import Estimate, estimate, estimate_memory
 from .students.cutting import create_student
-from .students.estimating import Estimate, estimate
-from .students.memory import estimate_memory
 from .tasks.two_tokenizers import PairDataCollator
 from .trainer import CoDistillationMixin, CoDistillationTrainer
 from .training.augmentation import Mixup, TokenMasking, WordDropout

@@ -39,7 +39,7 @@ from transformers.utils import logging
 from .arguments import DistillationArguments
 from .cards.card import CardOptions, save_model_cards, write_model_cards
 from .cards.facts import CardFacts
-from .checks.arguments import check_strategy
+from .checks import check_strategy
 from .graph import LEARNERS, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction
@@ -53,7 +53,7 @@ from .saving.weights import check_written_with_fsdp
 from .tasks import Task
 from .tasks.two_tokenizers import PREFIX
 from .training import search
-from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, check_augmentation
+from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, recounted
 from .training.evaluation import CoDistillationEvalLoopOutput, CoDistillationPredictionOutput, PairEvaluation
 from .training.meters import LossMeter
 from .training.optimizer import (
@@ -148,7 +148,7 @@ class CoDistillationMixin:
         with hidden_quantisation(teacher) if frozen else nullcontext():
             super().__init__(**given)
         if self._paired:
-            check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share)
+            check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
             self.evaluation.args = self.args
             learners = learners or self._checked_learners(self.model, given)
@@ -189,15 +189,7 @@ class CoDistillationMixin:
     def _checked_learners(self, teacher: PreTrainedModel, given: dict[str, Any]) -> dict[str, nn.Module]:
         """Make the other models, and refuse what does not fit them."""
         learners = self._sources.learners(teacher)
-        check_augmentation(
-            self.augmentation,
-            self.augmented,
-            self._sources.task,
-            teacher,
-            self.distillation,
-            self.student_processing_class is not None,
-        )
-        self._sources.check_data(learners, given)
+        self._sources.check_setup(learners, given, self.augmentation, self.augmented)
         return learners
 
     def _install_pair(self, learners: dict[str, nn.Module]) -> None:
@@ -299,16 +291,19 @@ class CoDistillationMixin:
             super()._run_epoch(*args, **kwargs)
 
     @for_pairs
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Do a training step on the batch as `augmentation` changes it; see `Trainer.training_step`."""
         if self.augmentation is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        inputs = self._prepare_inputs(inputs)
-        inputs = augmented_batch(inputs, self.augmentation, self.augmented, bool(self.task.per_token))
+            return super().training_step(model, inputs, num_items_in_batch)
+        before = self._prepare_inputs(inputs)
+        inputs = augmented_batch(before, self.augmentation, self.augmented, self.task)
+        number = recounted(num_items_in_batch, self.augmentation, self.task, before, inputs)
         models = list(self.pair.models.values())
         within = self.augmentation.within(models) if isinstance(self.augmentation, Mixup) else nullcontext()
         with within:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, inputs, number)
 
     @for_pairs
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..graph import PRETRAINED
 from ..model_structure import base_model, count_parameters, is_peft_model
-from ..students.measuring import Latencies, weight_bytes
+from ..students.costs import Latencies, weight_bytes
 from .facts import NOT_MEASURED, CardFacts, repo_id
 from .figures import draw_curves
 from .results import Metrics, baseline_of, heads, is_agreement, lower_is_better, markdown_table, words

@@ -17,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from ..arguments import DistillationArguments, ModeDefault
 from ..graph import EDGES
 from ..model_structure import base_model, is_peft_model
-from ..students.measuring import Latencies, cpu_name, latencies_of
+from ..students.costs import Latencies, cpu_name, latencies_of
 from ..tasks.base import Task
 from .results import Results
 

@@ -1,1 +1,138 @@
-"""Every reason for which a training is refused before it starts."""
+"""Every reason for which a training is refused, checked in four steps before any work starts.
+
+1. `check_before_loading`: the arguments, which models are given, whether the data sets have examples.
+2. `check_learners`: whether the models fit together; again for the new models of each trial of a search.
+3. `check_setup`: the models with the data, the tokenizers, the optimizer and the augmentation.
+4. `check_strategy`: the ways of `accelerate` to distribute the work, which Trainer has set up.
+
+`check_prompts` is for models whose adapters are about to be loaded again. Each error names the argument, its value and
+a remedy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..arguments import DistillationArguments
+from ..graph import PRETRAINED
+from ..tasks.base import Task
+from .arguments import check_arguments, check_optimizer, check_roles, check_strategy
+from .data import check_augmentation, check_dataset, check_labels, check_own_inputs
+from .models import argument_of, check_adapters, check_frozen, check_models, check_prompts, check_trainable
+from .tokens import check_tokenizer, check_vocabularies
+
+__all__ = ["check_before_loading", "check_learners", "check_prompts", "check_setup", "check_strategy"]
+
+
+def check_before_loading(
+    arguments: DistillationArguments,
+    args: TrainingArguments | None,
+    given: Mapping[str, Any],
+    datasets: Mapping[str, Any],
+) -> None:
+    """Check what can be told without the models.
+
+    Args:
+        arguments: The distillation arguments; the defaults where `args` has none.
+        args: The trainer's arguments, `None` for the defaults.
+        given: The trainer's arguments `student_model`, `student_model_init`, `pretrained_teacher`, `model_init` and
+            `soft_loss_func` by name, `None` where they are not given.
+        datasets: The data sets by name of their argument.
+
+    Raises:
+        ValueError: The training is refused.
+    """
+    check_roles(arguments, given)
+    check_arguments(args)
+    for argument, dataset in datasets.items():
+        check_dataset(dataset, argument)
+
+
+def check_learners(
+    arguments: DistillationArguments,
+    learners: Mapping[str, PreTrainedModel],
+    pretrained: PreTrainedModel | None = None,
+    task: Task | str | None = None,
+    has_soft_loss: bool = False,
+) -> Task:
+    """Check that the models fit together and to the mode, before any part of them is shared.
+
+    Args:
+        arguments: The distillation arguments.
+        learners: The learners by name, the primary one first.
+        pretrained: The frozen pre-trained teacher.
+        task: The user's task, or its name; by default it is recognised by the class of the models.
+        has_soft_loss: Whether the user's function compares the outputs, so that any head will do.
+
+    Returns:
+        The task of all models.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    for name, model in learners.items():
+        check_adapters(argument_of(name), model)
+    models = dict(learners) if pretrained is None else {**learners, PRETRAINED: pretrained}
+    task = check_models(models, task, has_soft_loss, may_share=arguments.share is not None)
+    for name in arguments.graph.trained:
+        check_trainable(name, learners[name], arguments.distillation_mode)
+    for name in arguments.graph.frozen:
+        check_frozen(name, learners[name], arguments.distillation_mode)
+    return task
+
+
+def check_setup(
+    task: Task,
+    arguments: DistillationArguments,
+    args: TrainingArguments | None,
+    learners: Mapping[str, nn.Module],
+    pretrained: PreTrainedModel | None,
+    datasets: Mapping[str, Any],
+    processing_class: Any = None,
+    student_processing_class: Any = None,
+    augmentation: Any = None,
+    augmented: str = "both",
+    optimizer: Optimizer | None = None,
+    optimizer_cls: Any = None,
+) -> None:
+    """Check the models with all that the trainer is given beside them.
+
+    Args:
+        task: The task of the models.
+        arguments: The distillation arguments.
+        args: The trainer's arguments, `None` for the defaults.
+        learners: The learners by name, the primary one first.
+        pretrained: The frozen pre-trained teacher.
+        datasets: The data sets by name of their argument.
+        processing_class: The tokenizer or processor of the trainer, or of its collator.
+        student_processing_class: The tokenizer of the learners other than the primary one, if it is another one.
+        augmentation: Changes the batches.
+        augmented: The models that get the changed batches.
+        optimizer: The first of the trainer's `optimizers`.
+        optimizer_cls: The first of `optimizer_cls_and_kwargs`, `None` if these are not given.
+
+    Raises:
+        ValueError: The training is refused.
+    """
+    primary, *others = learners
+    teacher = learners[primary]
+    two_tokenizers = student_processing_class is not None
+    check_augmentation(augmentation, augmented, task, teacher, arguments, two_tokenizers)
+    for name in others:
+        if two_tokenizers:
+            check_own_inputs(name, learners[name], task, datasets, arguments.share)
+            named, remedy = f"`{name}_processing_class`", "Pass the tokenizer that the model was trained with."
+            check_tokenizer(learners[name], argument_of(name), student_processing_class, named, remedy)
+        else:
+            check_vocabularies(teacher, learners[name], argument_of(name), processing_class)
+    if pretrained is not None:
+        check_vocabularies(teacher, pretrained, argument_of(PRETRAINED), processing_class)
+    check_optimizer(optimizer, optimizer_cls, {name: learners[name] for name in arguments.graph.trained}, args)
+    learning = sorted({edge.learner for edge in arguments.graph.edges})
+    for argument, dataset in datasets.items():
+        check_labels(task, dataset, argument, learning)
+    if args is not None and args.load_best_model_at_end:
+        check_prompts(learners, "`load_best_model_at_end=True`")

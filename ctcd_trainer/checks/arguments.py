@@ -1,6 +1,7 @@
-"""Checks of the arguments, made before any work starts. Each error names both values and a remedy."""
+"""Checks of the arguments and of the strategy to distribute the work."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -8,88 +9,111 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainingArguments
 
-from ..arguments import EMBEDDINGS, DistillationArguments
-from ..graph import Graph
+from ..arguments import EMBEDDINGS, PER_LEARNER, DistillationArguments
+from ..graph import EDGES, LEARNERS, PRETRAINED
+
+#: Sizes in a `ParallelismConfig` of groups of processes that get the same rows, or parts of them.
+_PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 
-def check_roles(mode: str, graph: Graph, has_student: bool, has_pretrained: bool) -> None:
+def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> None:
     """The models that are given must be those that the mode uses.
 
     Args:
-        mode: The `distillation_mode`.
-        graph: The graph that the arguments describe.
-        has_student: Whether a student is given.
-        has_pretrained: Whether a frozen pre-trained teacher is given.
+        arguments: The distillation arguments.
+        given: `student_model`, `student_model_init`, `pretrained_teacher`, `model_init` and `soft_loss_func` by name.
 
     Raises:
-        ValueError: A model is missing or has no use.
+        ValueError: A model is missing, given twice or has no use.
     """
-    if not has_student:
+    mode, has = f"`distillation_mode='{arguments.distillation_mode}'`", {n for n, v in given.items() if v is not None}
+    if {"student_model", "student_model_init"} <= has:
+        raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
+    if {"student_model", "model_init"} <= has:
         raise ValueError(
-            f"`distillation_mode='{mode}'` needs a student, and `student_model` is None. Pass `student_model` (a "
-            "model, a name or a path) or `student_model_init`, or set `distillation_mode='standalone'` to train the "
-            "teacher alone."
+            "`model_init` makes a new teacher for each training, and the student must be new as well: pass "
+            "`student_model_init` instead of `student_model`."
         )
-    if graph.uses_pretrained and not has_pretrained:
+    if not has & {"student_model", "student_model_init"}:
         raise ValueError(
-            f"`distillation_mode='{mode}'` with its weights needs a frozen teacher, and `pretrained_teacher` is None. "
-            "Pass `pretrained_teacher`, or set `student_from_pretrained_weight` and `teacher_from_pretrained_weight` "
-            "to 0."
+            f"{mode} needs a student, and `student_model` is None. Pass `student_model` (a model, a name or a path) "
+            "or `student_model_init`, or set `distillation_mode='standalone'` to train the teacher alone."
         )
-    if has_pretrained and not graph.uses_pretrained:
+    weights = " and ".join(f"`{edge.weight_name}`" for edge in EDGES if edge.source == PRETRAINED)
+    if arguments.graph.uses_pretrained and "pretrained_teacher" not in has:
         raise ValueError(
-            f"A `pretrained_teacher` is given, but with `distillation_mode='{mode}'` nothing learns from it. Set "
-            "`distillation_mode='community'` (or one of `student_from_pretrained_weight` and "
-            "`teacher_from_pretrained_weight`), or leave it out."
+            f"{mode} with its weights needs a frozen teacher, and `pretrained_teacher` is None. Pass "
+            f"`pretrained_teacher`, or set {weights} to 0."
+        )
+    if "pretrained_teacher" in has and not arguments.graph.uses_pretrained:
+        raise ValueError(
+            f"A `pretrained_teacher` is given, but with {mode} nothing learns from it. Set "
+            f"`distillation_mode='community'` (or one of {weights}), or leave it out."
+        )
+    if arguments.pretrained_cache_dir is not None and "soft_loss_func" in has:
+        raise ValueError(
+            f"`soft_loss_func` takes all outputs of the frozen teacher, and `pretrained_cache_dir="
+            f"{arguments.pretrained_cache_dir!r}` keeps the logits alone. Leave out one of them."
         )
 
 
 def check_arguments(args: TrainingArguments | None) -> None:
     """Arguments of Trainer that cannot hold for two models at once.
 
+    Args:
+        args: The arguments, `None` for the defaults.
+
     Raises:
-        ValueError: `use_liger_kernel` is set, one process would drive several devices (`nn.DataParallel`), a best
-            student is to be kept without any evaluation, or the student is to be clipped by a norm of its own where
-            DeepSpeed clips.
+        ValueError: An argument is refused.
     """
     if args is None:
         return
+    _check_devices(args)
     metric = getattr(args, "student_metric_for_best_model", None)
     if metric is not None and args.eval_strategy == "no":
         raise ValueError(
             f"`student_metric_for_best_model={metric!r}` has no effect with `eval_strategy='no'`: nothing is ever "
             "evaluated. Set `eval_strategy` to 'steps' or 'epoch', or leave the metric out."
         )
-    if getattr(args, "student_max_grad_norm", None) is not None and args.deepspeed_plugin is not None:
-        raise ValueError(
-            f"`student_max_grad_norm={args.student_max_grad_norm}` has no effect with DeepSpeed, which clips both "
-            f"models by one norm (`max_grad_norm={args.max_grad_norm}`). Leave it out, or use FSDP."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "
-            "Start one process per device with `torchrun` or `accelerate launch`, or show it one device with "
-            "`CUDA_VISIBLE_DEVICES=0`."
-        )
     if args.use_liger_kernel:
         raise ValueError(
             "`use_liger_kernel=True` replaces the loss inside one model, and co-distillation compares the logits of "
             "two. Set it to False."
         )
+    if args.deepspeed_plugin is None:
+        return
+    set_by_learner = _set_by_learner(args)
+    for name in (name for name in set_by_learner if name.endswith("max_grad_norm")):
+        raise ValueError(
+            f"`{name}={set_by_learner[name]}` has no effect with DeepSpeed, which clips both models by one norm "
+            f"(`max_grad_norm={args.max_grad_norm}`). Leave it out, or use FSDP."
+        )
+    config = getattr(args.deepspeed_plugin, "deepspeed_config", None) or {}
+    for name in set_by_learner if "optimizer" in config else ():
+        raise ValueError(
+            f"`{name}={set_by_learner[name]}` has no effect with the `optimizer` of the DeepSpeed config "
+            f"({config['optimizer'].get('type')!r}), which has one setting for all parameters. Leave out one of them: "
+            "without `optimizer` in the config Trainer makes it."
+        )
 
 
-def check_strategy(accelerator: Accelerator, has_pretrained: bool, share: str | None) -> None:
-    """Ways to shard that cannot hold for two models at once.
+def check_strategy(
+    accelerator: Accelerator, has_pretrained: bool, share: str | None, args: TrainingArguments | None = None
+) -> None:
+    """Ways to distribute the work that cannot hold for two models at once.
 
     Args:
         accelerator: Trainer's, with the plugins that the arguments or `accelerate launch` have made.
         has_pretrained: Whether there is a frozen teacher outside of the pair.
         share: The argument of this name.
+        args: Trainer's, which it makes itself where the user gives none.
 
     Raises:
-        ValueError: FSDP1 without `use_orig_params`, DeepSpeed ZeRO-3 with a frozen teacher, parameters that both
-            models have and that each of them would be sharded with, or shared layers that would be compiled.
+        ValueError: A strategy is refused.
     """
+    if args is not None:
+        _check_devices(args)
+    _check_parallelism(accelerator)
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.fsdp_version == 1 and not fsdp.use_orig_params:
         raise ValueError(
@@ -106,8 +130,8 @@ def check_strategy(accelerator: Accelerator, has_pretrained: bool, share: str | 
     dynamo = getattr(accelerator.state, "dynamo_plugin", None)
     if dynamo is not None and dynamo.backend != DynamoBackend.NO and share not in (None, EMBEDDINGS):
         raise ValueError(
-            f"`share={share!r}` and `torch_compile` (backend {dynamo.backend.value.lower()!r}): the student is handed "
-            "what a shared layer has given to the teacher, which `torch.compile` does not follow. Leave one of them "
+            f"`share={share!r}` and `torch_compile` (backend {dynamo.backend.value.lower()!r}): the student takes the "
+            "outputs of a shared layer from the teacher, which `torch.compile` does not follow. Leave one of them "
             f"out, or set `share={EMBEDDINGS!r}`."
         )
     if zero3 and has_pretrained:
@@ -117,37 +141,26 @@ def check_strategy(accelerator: Accelerator, has_pretrained: bool, share: str | 
         )
 
 
-def check_pretrained_cache(arguments: DistillationArguments, has_soft_loss: bool) -> None:
-    """The cache of the frozen teacher keeps what the tasks compare, and no more.
-
-    Args:
-        arguments: The distillation arguments.
-        has_soft_loss: Whether the user's own function compares the outputs.
-
-    Raises:
-        ValueError: Such a function is given with a cache.
-    """
-    if arguments.pretrained_cache_dir is not None and has_soft_loss:
-        raise ValueError(
-            f"`soft_loss_func` takes all outputs of the frozen teacher, and `pretrained_cache_dir="
-            f"{arguments.pretrained_cache_dir!r}` keeps the logits alone. Leave out one of them."
-        )
-
-
 def check_optimizer(
-    optimizer: torch.optim.Optimizer | None, trained: Mapping[str, nn.Module], args: TrainingArguments | None
+    optimizer: torch.optim.Optimizer | None,
+    optimizer_cls: Any,
+    trained: Mapping[str, nn.Module],
+    args: TrainingArguments | None,
 ) -> None:
-    """An optimizer that the user passes must hold the parameters of every learner that is trained.
+    """One optimizer must hold the parameters of every learner that is trained.
 
     Args:
-        optimizer: The optimizer, `None` if Trainer makes it.
+        optimizer: The optimizer that the user passes, `None` if Trainer makes it.
+        optimizer_cls: The class that Trainer makes it of, `None` for the argument `optim`.
         trained: The learners that are trained, by name.
         args: The arguments.
 
     Raises:
-        ValueError: It has none of a learner's parameters, or arguments are set that it does not heed.
+        ValueError: It has none of a learner's parameters, or arguments are set that it does not heed; or an optimizer
+            that Trainer makes is more than a list of parameter groups, so that those of two models cannot be joined.
     """
     if optimizer is None:
+        _check_optimizer_class(getattr(args, "optim", None), optimizer_cls)
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, model in trained.items():
@@ -157,9 +170,54 @@ def check_optimizer(
                 "Build it over both models, e.g. `AdamW([*teacher.parameters(), *student.parameters()])`, or pass "
                 "`optimizer_cls_and_kwargs` and let the trainer build it."
             )
-    for name in ("student_learning_rate", "student_weight_decay"):
-        if getattr(args, name, None) is not None:
+    for name, value in _set_by_learner(args).items():
+        if not name.endswith("max_grad_norm"):
             raise ValueError(
-                f"`{name}={getattr(args, name)}` has no effect on the optimizer that is passed as `optimizers`. Set "
-                "it in the parameter groups of that optimizer, or pass `optimizer_cls_and_kwargs`."
+                f"`{name}={value}` has no effect on the optimizer that is passed as `optimizers`. Set it in the "
+                "parameter groups of that optimizer, or pass `optimizer_cls_and_kwargs`."
+            )
+
+
+def _set_by_learner(args: TrainingArguments | None) -> dict[str, float]:
+    """The arguments of one learner alone that are set (`student_learning_rate`, ...)."""
+    values = {f"{each}_{name}": getattr(args, f"{each}_{name}", None) for each in LEARNERS for name in PER_LEARNER}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_devices(args: TrainingArguments) -> None:
+    """One process must not drive several devices."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "
+            "Start one process per device with `torchrun` or `accelerate launch`, or show it one device with "
+            "`CUDA_VISIBLE_DEVICES=0`."
+        )
+
+
+def _check_optimizer_class(optim: Any, optimizer_cls: Any) -> None:
+    """Trainer's optimizer must be a class over parameter groups (no LOMO, layer-wise GaLore or factory as of Muon)."""
+    optim = getattr(optim, "value", optim)
+    if optimizer_cls is not None:
+        if isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer):
+            return
+        named = f"`optimizer_cls_and_kwargs` has {optimizer_cls!r}, which is no subclass of `torch.optim.Optimizer`"
+    elif str(optim).endswith(("lomo", "_layerwise")):
+        named = f"`optim={optim!r}` is more than a list of parameter groups"
+    else:
+        return
+    raise ValueError(
+        f"{named}, and co-distillation joins the parameter groups of two models. Choose another one, such as "
+        "`optim='adamw_torch'`, or pass an optimizer over both models as `optimizers`."
+    )
+
+
+def _check_parallelism(accelerator: Accelerator) -> None:
+    """Every process must have rows of its own: losses are divided by counts over all processes."""
+    config = getattr(accelerator, "parallelism_config", None)
+    for size, kind in _PARALLEL.items():
+        if (getattr(config, size, None) or 1) > 1:
+            raise ValueError(
+                f"`parallelism_config` has `{size}={getattr(config, size)}`, and co-distillation does not support "
+                f"{kind} parallelism: losses and gradient norms would be counted several times. Set it to 1, and "
+                "train with DDP, FSDP or DeepSpeed ZeRO."
             )

@@ -1,119 +1,20 @@
-"""Checks of tokens and data, made before any work starts. Each error names both values and a remedy."""
+"""Checks of the data: examples, labels, inputs of a second tokenizer, and augmentations."""
 
-import os
-from collections.abc import Collection, Mapping, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
 from transformers.utils import logging
 
+from ..arguments import EMBEDDINGS, DistillationArguments
+from ..graph import LEARNERS
+from ..model_structure import base_model, forward_parameters
 from ..tasks.base import Task
 from ..tasks.labels import LABEL_COLUMNS
+from ..tasks.two_tokenizers import prefix_of
 
 logger = logging.get_logger(__name__)
-
-#: What helps if two models have not one tokenizer.
-_CHOOSE = "Choose a model that shares the tokenizer, or cut one from the teacher with `create_student`."
-
-
-def check_vocabularies(
-    teacher: PreTrainedModel, other: PreTrainedModel | None, argument: str, processing_class: Any
-) -> None:
-    """Both models receive the same token ids, so the ids must mean the same to both.
-
-    Models whose embeddings are padded to different sizes over one tokenizer are accepted. Nothing is fetched: the
-    other model's tokenizer is compared where it lies in the folder that the model was loaded from or in the cache.
-
-    Args:
-        teacher: The teacher.
-        other: The model that is paired with it, if there is one.
-        argument: Name of the argument that gave it.
-        processing_class: The trainer's; it counts if it is a tokenizer or has one. Without one, the tokenizer that the
-            teacher was saved with stands for it.
-
-    Raises:
-        ValueError: The tokenizers differ, or the sizes do and the difference is no padding.
-    """
-    if other is None:
-        return
-    sizes = {"model": vocabulary_size(teacher), argument: vocabulary_size(other)}
-    if None in sizes.values():
-        return
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    named = "`processing_class`"
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer, named = _saved_tokenizer(teacher), "`model`"
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        check_tokenizer(other, argument, tokenizer, named, _CHOOSE)
-        if all(_is_padded(size, len(tokenizer)) for size in sizes.values()):
-            return
-        check_tokenizer(teacher, "model", tokenizer, named, _CHOOSE)
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"`model` has `vocab_size={sizes['model']}` and `{argument}` has `vocab_size={sizes[argument]}`: they "
-            f"receive the same token ids, which would mean different tokens to them. {_CHOOSE}"
-        )
-
-
-def check_tokenizer(
-    model: PreTrainedModel, argument: str, tokenizer: PreTrainedTokenizerBase, named: str, remedy: str
-) -> None:
-    """The ids that a tokenizer gives must be those that a model was trained with, as far as that can be told.
-
-    Args:
-        model: The model.
-        argument: Name of the argument that gave it.
-        tokenizer: The tokenizer.
-        named: What the message calls the argument that gave it.
-        remedy: What the message advises.
-
-    Raises:
-        ValueError: The model was saved with a tokenizer to which an id is another token, or it has fewer ids.
-    """
-    own = _saved_tokenizer(model)
-    tokens, own_tokens = (
-        {index: token for token, index in one.get_vocab().items()} if one is not None else {}
-        for one in (tokenizer, own)
-    )
-    # Ids that only one of them has are added tokens; whether the embeddings reach that far is checked below.
-    different = [index for index in sorted(tokens.keys() & own_tokens.keys()) if tokens[index] != own_tokens[index]]
-    if different:
-        first = "; ".join(
-            f"id {index} is {own_tokens[index]!r} for one and {tokens[index]!r} for the other"
-            for index in different[:3]
-        )
-        raise ValueError(
-            f"`{argument}` was trained with another tokenizer than {named}: {own.name_or_path!r} has "
-            f"{len(own_tokens)} tokens and {tokenizer.name_or_path!r} has {len(tokens)}, and {first}. {remedy}"
-        )
-    size = vocabulary_size(model)
-    if size is not None and size < len(tokenizer):
-        raise ValueError(
-            f"`{argument}` has `vocab_size={size}`, and the tokenizer has {len(tokenizer)} tokens ({named}): ids "
-            f"beyond the embeddings of `{argument}` would occur. {remedy}"
-        )
-
-
-def vocabulary_size(model: PreTrainedModel) -> int | None:
-    """Number of token ids that a model's config states; `None` for a model of other inputs (images, audio)."""
-    return getattr(model.config.get_text_config(), "vocab_size", None)
-
-
-def _is_padded(size: int, num_tokens: int) -> bool:
-    """Whether a vocabulary size is the tokenizer's, or that one rounded up as is usual (to multiples of 8 or more)."""
-    return size == num_tokens or (size % 8 == 0 and 0 < size - num_tokens < 1024)
-
-
-def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a model was saved with, if it is in a local folder or in the cache of the Hub."""
-    name = getattr(model.config, "name_or_path", "")
-    if not name or (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json"))):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):  # the folder or the cache has none
-        return None
 
 
 def check_dataset(dataset: Any, argument: str) -> None:
@@ -122,54 +23,174 @@ def check_dataset(dataset: Any, argument: str) -> None:
     Raises:
         ValueError: It is empty.
     """
-    if isinstance(dataset, Mapping):
-        for name, part in dataset.items():
-            check_dataset(part, f"{argument}[{name!r}]")
-    elif isinstance(dataset, Sized) and len(dataset) == 0:
-        raise ValueError(f"`{argument}` is empty (0 examples). Check the file, the split or the filter it comes from.")
+    for name, part in _parts(dataset, argument):
+        if isinstance(part, Sized) and len(part) == 0:
+            raise ValueError(f"`{name}` is empty (0 examples). Check the file, the split or the filter it comes from.")
 
 
 def check_labels(task: Task, dataset: Any, argument: str, learning: Collection[str] = ()) -> None:
-    """The labels of a data set that has them at hand (a `datasets.Dataset` or a list of dicts) must fit the task.
+    """The labels of a `datasets.Dataset` or a list of dicts must fit the task.
 
     Other data sets (iterable, or computed on the fly) would have to be read whole, so they are not checked here.
 
     Args:
         task: The task.
-        dataset: The data set.
+        dataset: The data set, or a dict of data sets.
         argument: Name of the argument that gave it.
         learning: The models that learn from others, and so from rows without a label too.
 
     Raises:
-        ValueError: A label does not fit the task, or there is none and nothing else to learn from; the message has the
-            row and the value.
+        ValueError: A label does not fit the task, or a row has none and no model learns from another one; the message
+            has the row and the value.
     """
-    if isinstance(dataset, Mapping):
-        for name, part in dataset.items():
-            check_labels(task, part, f"{argument}[{name!r}]", learning)
-        return
-    labels = None
-    if hasattr(dataset, "column_names") and isinstance(dataset, Sized):
-        column = next((name for name in LABEL_COLUMNS if name in (dataset.column_names or ())), None)
-        labels = dataset.with_format(None)[column] if column else None
-    elif isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
-        column = next((name for name in LABEL_COLUMNS if name in dataset[0]), None)
-        labels = [row[column] for row in dataset] if column else None
-    if labels is not None:
+    for name, part in _parts(dataset, argument):
+        labels = _labels_of(part)
+        if labels is None:
+            continue
         try:
             task.check_labels(labels)
             unlabelled = np.flatnonzero(task.unlabelled_rows(labels)) if task.per_row else ()
-            if len(unlabelled) and argument == "train_dataset" and not learning:
-                raise ValueError(
-                    f"Row {unlabelled[0]} and {len(unlabelled) - 1} more have no label ({labels[unlabelled[0]]!r}), "
-                    "and no model learns from another one in this mode. Drop these rows, or choose a mode with soft "
-                    "losses (`distillation_mode='ctcd'`)."
-                )
             if len(unlabelled):
-                logger.warning(
-                    "%d of %d rows of `%s` have no label (%r): only the soft losses use them%s.",
-                    *(len(unlabelled), len(labels), argument, labels[unlabelled[0]]),
-                    f", which train the {' and the '.join(learning)}" if argument == "train_dataset" else "",
-                )
+                _check_unlabelled(labels, unlabelled, name, learning if name == "train_dataset" else None)
         except ValueError as error:
-            raise ValueError(f"`{argument}`: {error}") from error
+            raise ValueError(f"`{name}`: {error}") from error
+
+
+def _check_unlabelled(
+    labels: Sequence[Any], unlabelled: Sequence[int], argument: str, learning: Collection[str] | None
+) -> None:
+    """Report rows without a label; refuse them in the training data if nothing learns from them (`learning`)."""
+    label = labels[unlabelled[0]]
+    if learning is not None and not learning:
+        raise ValueError(
+            f"Row {unlabelled[0]} and {len(unlabelled) - 1} more have no label ({label!r}), and no model learns from "
+            "another one in this mode. Drop these rows, or choose a mode with soft losses "
+            "(`distillation_mode='ctcd'`)."
+        )
+    logger.warning(
+        "%d of %d rows of `%s` have no label (%r): only the soft losses use them%s.",
+        *(len(unlabelled), len(labels), argument, label),
+        f", which train the {' and the '.join(learning)}" if learning else "",
+    )
+
+
+def check_own_inputs(
+    learner: str, model: nn.Module, task: Task, datasets: Mapping[str, Any], share: str | None = None
+) -> None:
+    """A learner with a second tokenizer needs a task of whole rows, and its own inputs in the data.
+
+    Args:
+        learner: Its name.
+        model: The learner.
+        task: The task.
+        datasets: The data sets by name of their argument.
+        share: The argument of this name.
+
+    Raises:
+        ValueError: The task compares tokens, the models share parts, or a data set has no inputs of the learner.
+    """
+    given = f"`{learner}_processing_class`"
+    if share is not None:
+        raise ValueError(
+            f"`share={share!r}` and {given} are both given: models of two tokenizers have different inputs, so that "
+            "no output of a shared part is the same. Leave out one of them."
+        )
+    if not task.per_row:
+        raise ValueError(
+            f"{given} is given, and {task.name} compares the predictions for each token: with two tokenizers these "
+            f"are not the same tokens. Choose a {learner} of the teacher's tokenizer."
+        )
+    prefix = prefix_of(learner)
+    wanted = {f"{prefix}{name}" for name in forward_parameters(model)}
+    for argument, dataset in datasets.items():
+        for name, part in _parts(dataset, argument):
+            columns = _columns_of(part)
+            if columns and not wanted & set(columns):
+                raise ValueError(
+                    f"{given} is given, and `{name}` has no inputs of the {learner}, only {columns}. Add the output "
+                    f"of its tokenizer, with {prefix!r} before each name."
+                )
+
+
+def check_augmentation(
+    augmentation: Any,
+    views: str,
+    task: Task,
+    teacher: nn.Module,
+    arguments: DistillationArguments,
+    two_tokenizers: bool,
+) -> None:
+    """An augmentation must fit the task, the models and the other arguments.
+
+    Args:
+        augmentation: The augmentation. Those that change tokens say so by `changes_tokens`, those that mix rows inside
+            of the models by `mixes_rows`.
+        views: The models that get the changed batch, `"both"` or the name of a learner.
+        task: The task.
+        teacher: The teacher.
+        arguments: The distillation arguments.
+        two_tokenizers: Whether a learner has a second tokenizer.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    valid = ("both", *LEARNERS)
+    if views not in valid:
+        raise ValueError(f"`augmented={views!r}` is unknown. Valid values: {', '.join(valid)}.")
+    if augmentation is None and views != "both":
+        raise ValueError(f"`augmented={views!r}` has no effect without `augmentation` (None). Give both, or none.")
+    if augmentation is not None and two_tokenizers:
+        raise ValueError(
+            "`augmentation` and `student_processing_class` are both given, and it would change the tokens of one "
+            "tokenizer as those of the other. Change the texts instead, before they are tokenized."
+        )
+    if views != "both" and arguments.share not in (None, EMBEDDINGS):
+        raise ValueError(
+            f"`augmented={views!r}` and `share={arguments.share!r}`: the shared layers are run once for both models, "
+            f"which would see different inputs. Use `augmented='both'`, or `share={EMBEDDINGS!r}`."
+        )
+    name, main_input = type(augmentation).__name__, base_model(teacher).main_input_name
+    if getattr(augmentation, "changes_tokens", False) and main_input != "input_ids":
+        raise ValueError(
+            f"`{name}` changes tokens, and a {type(base_model(teacher)).__name__} takes `{main_input}`. Use `Mixup`, "
+            "or a function that changes these."
+        )
+    if getattr(augmentation, "mixes_rows", False):
+        _check_mixing(name, views, task, arguments.pretrained_cache_dir)
+
+
+def _check_mixing(name: str, views: str, task: Task, cache: str | None) -> None:
+    if cache is not None:
+        raise ValueError(
+            f"`{name}` and `pretrained_cache_dir={cache!r}`: rows are mixed inside of the models, so that the cache "
+            "would take mixed rows for plain ones. Leave out one of them."
+        )
+    if views != "both" or not task.per_row:
+        raise ValueError(
+            f"`{name}` with `augmented={views!r}` for {task.name}: it mixes whole rows with their labels, for both "
+            "models. Use it with `augmented='both'` and a task of whole rows, or mask tokens instead."
+        )
+
+
+def _parts(dataset: Any, argument: str) -> list[tuple[str, Any]]:
+    """The data sets of a dict of data sets with their names for a message, or the one itself."""
+    if not isinstance(dataset, Mapping):
+        return [(argument, dataset)]
+    return [pair for name, part in dataset.items() for pair in _parts(part, f"{argument}[{name!r}]")]
+
+
+def _columns_of(dataset: Any) -> list[str]:
+    """The columns of a data set, as far as it tells them."""
+    if isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
+        return list(dataset[0])
+    return getattr(dataset, "column_names", None) or []
+
+
+def _labels_of(dataset: Any) -> Sequence[Any] | None:
+    """The labels of a data set that has them at hand."""
+    column = next((name for name in LABEL_COLUMNS if name in _columns_of(dataset)), None)
+    if column is None or not isinstance(dataset, Sized):
+        return None
+    if isinstance(dataset, (list, tuple)):
+        return [row[column] for row in dataset]
+    return dataset.with_format(None)[column]

@@ -1,11 +1,13 @@
-"""Checks of the models, made before any work starts. Each error names both values and a remedy."""
+"""Checks of the models: heads, shared parameters, adapters and quantised weights."""
 
 from collections.abc import Mapping
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..graph import LEARNERS, PRETRAINED
 from ..model_structure import count_parameters, is_peft_model, is_quantised, memory_of
 from ..tasks import UnknownHead, find_task, named_task
 from ..tasks.base import Task
@@ -13,9 +15,13 @@ from ..tasks.base import Task
 logger = logging.get_logger(__name__)
 
 
+def argument_of(name: str) -> str:
+    """The trainer's argument that gives a model: of a learner, or of the frozen pre-trained teacher."""
+    return {LEARNERS[0]: "model", PRETRAINED: "pretrained_teacher"}.get(name, f"{name}_model")
+
+
 def check_models(
-    teacher: PreTrainedModel,
-    others: Mapping[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
     given_task: Task | str | None = None,
     has_soft_loss: bool = False,
     may_share: bool = False,
@@ -23,52 +29,69 @@ def check_models(
     """The models must be distinct and their predictions comparable.
 
     Args:
-        teacher: The teacher.
-        others: The other models by the name of their argument.
+        models: The models by name, the primary learner first.
         given_task: The user's task, or the name of one; by default it is recognised by the class of the models.
         has_soft_loss: Whether the user's own function compares the outputs, so that any head will do.
-        may_share: Whether teacher and student may have parameters in common (`share`).
+        may_share: Whether learners may have parameters in common (`share`).
 
     Returns:
         The task of all of them.
 
     Raises:
-        ValueError: One is no model with a supported head, one is given twice, two train the same parameter, or their
-            heads do not fit together.
+        ValueError: One is no model with a supported head, is divided among processes or given twice; two train the
+            same parameter, or their heads do not fit together.
     """
+    primary, *others = models
+    teacher = models[primary]
     task = task_of(teacher, "model", given_task, has_soft_loss)
-    models = {"model": teacher}
-    owners = _storage_of(teacher, "model")
-    for argument, model in others.items():
+    _check_whole(teacher, "model")
+    for index, name in enumerate(others):
+        model, argument = models[name], argument_of(name)
         if type(task_of(model, argument, given_task, has_soft_loss)) is not type(task):
             raise ValueError(
                 f"`model` is a {type(teacher).__name__} and `{argument}` is a {type(model).__name__}: their heads are "
                 "for different tasks. Load both with the same `AutoModelFor...` class."
             )
-        for other, value in models.items():
-            if value is model:
-                raise ValueError(
-                    f"`{other}` and `{argument}` are the same object: a model cannot learn from itself. Pass two "
-                    "models, e.g. `student_model=create_student(model, num_hidden_layers=3)`."
-                )
-        own = _storage_of(model, argument)
-        # Frozen ones may be the base of adapters of both.
-        shared = next((each for each in own if each in owners and (own[each][2] or owners[each][2])), None)
-        if shared is not None and not (may_share and argument == "student_model"):
-            (other, other_name, _), (_, name, _) = owners[shared], own[shared]
-            raise ValueError(
-                f"`{other}` and `{argument}` share a parameter (`{other_name}` and `{name}`): each step would update "
-                "it for both. Copy the weights instead, e.g. with `copy.deepcopy`, or set `share`."
-            )
-        models[argument] = model
-        owners |= own
-        if argument == "student_model" and count_parameters(model) > count_parameters(teacher):
+        _check_whole(model, argument)
+        before = {argument_of(other): models[other] for other in [primary, *others[:index]]}
+        _check_distinct(before, model, argument, may_share and name in LEARNERS)
+        if name in LEARNERS and count_parameters(model) > count_parameters(teacher):
             logger.warning(
-                "`student_model` has %d parameters, more than the %d of `model`: are they the wrong way round?",
-                *(count_parameters(model), count_parameters(teacher)),
+                "`%s` has %d parameters, more than the %d of `model`: are they the wrong way round?",
+                *(argument, count_parameters(model), count_parameters(teacher)),
             )
         task.check_pair(teacher.config, model.config, argument)
     return task
+
+
+def _check_distinct(before: Mapping[str, nn.Module], model: nn.Module, argument: str, may_share: bool) -> None:
+    """A model must be another object than the ones before it, and train no parameter that one of them has."""
+    for other, value in before.items():
+        if value is model:
+            raise ValueError(
+                f"`{other}` and `{argument}` are the same object: a model cannot learn from itself. Pass two models, "
+                "e.g. `student_model=create_student(model, num_hidden_layers=3)`."
+            )
+    own = _storage_of(model)
+    for other, value in before.items():
+        theirs = {} if may_share else _storage_of(value)
+        # Frozen parameters may be shared: the base of adapters of both.
+        for memory in (memory for memory in own if memory in theirs and (own[memory][1] or theirs[memory][1])):
+            raise ValueError(
+                f"`{other}` and `{argument}` share a parameter (`{theirs[memory][0]}` and `{own[memory][0]}`): each "
+                "step would update it for both. Copy the weights instead, e.g. with `copy.deepcopy`, or set `share`."
+            )
+
+
+def _check_whole(model: nn.Module, argument: str) -> None:
+    """A model must not have been divided among processes when it was loaded (tensor or expert parallelism)."""
+    name = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    if name is not None:
+        raise ValueError(
+            f"`{argument}` is divided among processes: its parameter `{name}` is a DTensor. Losses and gradient norms "
+            "would be counted several times. Load it without `distributed_config` or `tp_plan`, and train with DDP, "
+            "FSDP or DeepSpeed ZeRO."
+        )
 
 
 def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None, has_soft_loss: bool) -> Task:
@@ -83,17 +106,17 @@ def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None
         raise
 
 
-def _storage_of(model: nn.Module, argument: str) -> dict[int, tuple[str, str, bool]]:
-    """The memory that a model's parameters lie in, with the argument, the name of one, and whether it is trained."""
+def _storage_of(model: nn.Module) -> dict[int, tuple[str, bool]]:
+    """The memory that a model's parameters lie in, with the name of one, and whether it is trained."""
     return {
-        memory_of(parameter): (argument, name, parameter.requires_grad)
+        memory_of(parameter): (name, parameter.requires_grad)
         for name, parameter in model.named_parameters()
         if parameter.device.type != "meta" and parameter.numel() > 0
     }
 
 
 def check_adapters(argument: str, model: nn.Module) -> None:
-    """Adapters must be PEFT's own model around the one that they are for.
+    """Adapters must be in a PEFT model around the model that they are for.
 
     Raises:
         ValueError: They were added by transformers, whose Trainer saves them and cannot load them again.
@@ -127,7 +150,7 @@ def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
 
 
 def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
-    """Adapters are there to be trained, so a learner that the mode freezes may have none that waits for it.
+    """A learner that the mode freezes must have no adapters to train, and weights that can be saved.
 
     Raises:
         ValueError: It has adapters with parameters that require gradients, weights that cannot be saved, or an

@@ -27,21 +27,6 @@ logger = logging.get_logger(__name__)
 
 #: Changes with what is stored, and with how keys are made.
 _FORMAT = 1
-#: Inputs that have a value for each token of the attention mask. Padding is cut off from these alone: to know one more
-#: row than there is costs a forward, to take two rows for one would be wrong.
-_TOKENS = frozenset(
-    [
-        "attention_mask",
-        "input_ids",
-        "inputs_embeds",
-        "token_type_ids",
-        "position_ids",
-        "input_values",
-        "input_features",
-    ]
-)
-#: The same for the labels of an encoder-decoder, whose decoder looks at nothing behind a position.
-_DECODER_TOKENS = frozenset(["decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"])
 #: Entries of the config of a model or an adapter that do not change a prediction (or are seen in the weights).
 _OF_NO_ACCOUNT = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
@@ -177,9 +162,9 @@ class _Batch:
             counts = mask.ne(0)
             if scored.shape == mask.shape:  # labels of padding: strange, but they are scored
                 counts = counts | scored
-            self._cut(_TOKENS, counts)
+            self._cut(task.token_inputs, counts)  # a row that is cut too short would be taken for another one
         if fused:
-            self._cut(_DECODER_TOKENS, scored)
+            self._cut(task.decoder_token_inputs, scored)
         #: The number of tokens of each row and of the batch, if there is a prediction for each.
         self._tokens: list[int] | None = None
         if task.per_token and not fused and "attention_mask" in self._lengths and mask.ndim == 2:

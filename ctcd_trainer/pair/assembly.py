@@ -10,14 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import number_of_arguments
 
 from ..arguments import DistillationArguments
-from ..checks.arguments import check_arguments, check_optimizer, check_pretrained_cache, check_roles
-from ..checks.data import check_dataset, check_labels, check_tokenizer, check_vocabularies
-from ..checks.models import check_adapters, check_frozen, check_models, check_prompts, check_trainable
+from ..checks import check_before_loading, check_learners, check_setup
 from ..graph import STUDENT, TEACHER
 from ..losses.objective import SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
 from ..tasks import Task
-from ..tasks.two_tokenizers import PairDataCollator, check_student_inputs
+from ..tasks.two_tokenizers import PairDataCollator
 from .loading import load_model
 from .model import CoDistillationModel
 from .shared_layers import SharedRun, share_modules
@@ -68,19 +66,14 @@ class PairSources:
         Raises:
             ValueError: A model is missing or has no use, arguments contradict each other, or a data set is empty.
         """
-        if self.student is not None and self.student_init is not None:
-            raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
-        if given.get("model_init") is not None and self.student_init is None and self.student is not None:
-            raise ValueError(
-                "`model_init` makes a new teacher for each training, and the student must be new as well: pass "
-                "`student_model_init` instead of `student_model`."
-            )
-        has_student = self.student is not None or self.student_init is not None
-        check_roles(self.arguments.distillation_mode, self.arguments.graph, has_student, self.pretrained is not None)
-        check_arguments(given.get("args"))
-        check_pretrained_cache(self.arguments, self.soft_loss_func is not None)
-        for argument in ("train_dataset", "eval_dataset"):
-            check_dataset(given.get(argument), argument)
+        models = {
+            "student_model": self.student,
+            "student_model_init": self.student_init,
+            "pretrained_teacher": self.pretrained,
+            "model_init": given.get("model_init"),
+            "soft_loss_func": self.soft_loss_func,
+        }
+        check_before_loading(self.arguments, given.get("args"), models, _datasets(given))
 
     def load_teacher(self, name: str | os.PathLike, alone: bool = False) -> PreTrainedModel:
         """Load the teacher by name or path.
@@ -114,7 +107,7 @@ class PairSources:
         Raises:
             ValueError: The models do not fit together or cannot be trained as the mode asks.
         """
-        arguments, graph = self.arguments, self.arguments.graph
+        graph = self.arguments.graph
         set_seed(self.seed)  # a new head, or a student from a config
         if self.student_init is not None:
             student = self.student_init(trial) if number_of_arguments(self.student_init) else self.student_init()
@@ -124,51 +117,47 @@ class PairSources:
             student = self.student
         if isinstance(self.pretrained, NAME_OR_PATH):
             self.pretrained = load_model(self.pretrained, "pretrained_teacher", like=teacher, frozen=True)
-        others = {"student_model": student}
-        if self.pretrained is not None:
-            others["pretrained_teacher"] = self.pretrained
-        check_adapters("model", teacher)
-        check_adapters("student_model", student)
-        self.task = check_models(
-            teacher, others, self.task, self.soft_loss_func is not None, may_share=arguments.share is not None
-        )
-        self._shared_layers = [] if arguments.share is None else share_modules(teacher, student, arguments.share)
         learners = {TEACHER: teacher, STUDENT: student}
-        for name in graph.trained:
-            check_trainable(name, learners[name], arguments.distillation_mode)
-        for name in graph.frozen:
-            check_frozen(name, learners[name], arguments.distillation_mode)
+        self.task = check_learners(
+            self.arguments, learners, self.pretrained, self.task, self.soft_loss_func is not None
+        )
+        share = self.arguments.share
+        self._shared_layers = [] if share is None else share_modules(teacher, student, share)
         return learners
 
-    def check_data(self, learners: Mapping[str, nn.Module], given: Mapping[str, Any]) -> None:
-        """Refuse tokenizers, data and an optimizer that do not fit the models; open the cache of the frozen teacher.
+    def check_setup(
+        self,
+        learners: Mapping[str, nn.Module],
+        given: Mapping[str, Any],
+        augmentation: Callable | None = None,
+        augmented: str = "both",
+    ) -> None:
+        """Refuse what does not fit the models, and open the cache of the frozen teacher.
 
         Args:
             learners: The learners by name.
             given: The arguments of Trainer by name.
+            augmentation: The trainer's argument.
+            augmented: The trainer's argument.
 
         Raises:
-            ValueError: They do not fit.
+            ValueError: Data, tokenizers, the optimizer, the augmentation or the cache do not fit the models.
         """
         args = given.get("args")
-        datasets = {argument: given.get(argument) for argument in ("train_dataset", "eval_dataset")}
-        tokenizer = given.get("processing_class") or getattr(given.get("data_collator"), "tokenizer", None)
-        if self.student_processing_class is not None:
-            check_student_inputs(self.task, datasets, self.arguments.share)
-            own = getattr(self.student_processing_class, "tokenizer", self.student_processing_class)
-            remedy = "Pass the tokenizer that the student was trained with."
-            check_tokenizer(learners[STUDENT], "student_model", own, "`student_processing_class`", remedy)
-        else:
-            check_vocabularies(learners[TEACHER], learners[STUDENT], "student_model", tokenizer)
-        check_vocabularies(learners[TEACHER], self.pretrained, "pretrained_teacher", tokenizer)
-        graph = self.arguments.graph
-        check_optimizer(
-            (given.get("optimizers") or (None,))[0], {name: learners[name] for name in graph.trained}, args
+        check_setup(
+            self.task,
+            self.arguments,
+            args,
+            learners,
+            self.pretrained,
+            _datasets(given),
+            processing_class=given.get("processing_class") or getattr(given.get("data_collator"), "tokenizer", None),
+            student_processing_class=self.student_processing_class,
+            augmentation=augmentation,
+            augmented=augmented,
+            optimizer=(given.get("optimizers") or (None,))[0],
+            optimizer_cls=(given.get("optimizer_cls_and_kwargs") or (None,))[0],
         )
-        for argument, dataset in datasets.items():
-            check_labels(self.task, dataset, argument, sorted({edge.learner for edge in graph.edges}))
-        if args is not None and args.load_best_model_at_end:
-            check_prompts(learners, "`load_best_model_at_end=True`")
         if self.arguments.pretrained_cache_dir is not None:
             precision = "no" if args is None else args.mixed_precision
             self.cache = PretrainedCache(self.arguments.pretrained_cache_dir, self.pretrained, self.task, precision)
@@ -185,6 +174,10 @@ class PairSources:
         if self._shared_layers:
             pair.shared_run = SharedRun(self._shared_layers, pair.own_parameters(STUDENT))
         return pair
+
+
+def _datasets(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {argument: given.get(argument) for argument in ("train_dataset", "eval_dataset")}
 
 
 def make_pair(
@@ -242,5 +235,5 @@ def make_pair(
     given = {"args": arguments if hasattr(arguments, "output_dir") else None, "processing_class": processing_class}
     sources.check_before_loading(given)
     learners = sources.learners(teacher)
-    sources.check_data(learners, given)
+    sources.check_setup(learners, given)
     return sources.pair_of(learners).train()

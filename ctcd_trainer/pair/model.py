@@ -286,7 +286,7 @@ class CoDistillationModel(PreTrainedModel):
         compute = labelled and self.objective.models_compute_loss(batch)
         if compute:
             batch = {**batch, **self.task.trainable_labels(batch)}
-        batch = inputs_of_learner(name, batch, self.task.label_names, self.two_tokenizers)
+        batch = inputs_of_learner(name, batch, self.task.label_names, self.known_inputs, self.two_tokenizers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
             output = self.run(self.learners[name], batch, compute, head_at and self.fused_heads.taps[name], head_at)
         # As accelerate does with the outputs of a model under autocast: the loss functions expect fp32.
@@ -297,7 +297,7 @@ class CoDistillationModel(PreTrainedModel):
         """Run the frozen models outside of the pair, or look their predictions up."""
         outputs = {}
         for name, model in self.sources.items():
-            inputs = inputs_of_learner(name, batch, self.task.label_names)
+            inputs = inputs_of_learner(name, batch, self.task.label_names, self.known_inputs)
             tap = head_at and self.fused_heads.taps[name]
             labelled = self.task.needs_labels(base_model(model), inputs)
             run = partial(self._run_frozen, model, labelled, tap)

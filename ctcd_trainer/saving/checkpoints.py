@@ -14,7 +14,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from ..checks.models import check_prompts
+from ..checks import check_prompts
 from ..model_structure import is_peft_model, is_quantised
 from ..pair.model import CoDistillationModel
 from .atomic_folders import clean_up, place_to_write, put_in_place, remove

@@ -38,6 +38,15 @@ class Task:
     model_names: ClassVar[frozenset[str]]
     #: The inputs that are labels.
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    #: The inputs that have a value for each token of the attention mask.
+    token_inputs: ClassVar[tuple[str, ...]] = (
+        *("attention_mask", "input_ids", "inputs_embeds", "token_type_ids", "position_ids"),
+        *("input_values", "input_features"),
+    )
+    #: The same for the labels of an encoder-decoder, whose decoder sees nothing behind a position.
+    decoder_token_inputs: ClassVar[tuple[str, ...]] = (
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    )
     #: Whether the classes are the tokens of a vocabulary.
     language_model: ClassVar[bool] = False
     #: Whether the models shift the labels, so that a position predicts the next label.

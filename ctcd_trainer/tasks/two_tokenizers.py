@@ -1,17 +1,25 @@
-"""A student with a tokenizer of its own, for tasks whose labels do not depend on tokens."""
+"""Inputs for one learner alone: those of a student with a second tokenizer, or one learner's view of a batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from ..graph import STUDENT
-from .base import Task
+from ..graph import LEARNERS, STUDENT
 from .labels import LABEL_COLUMNS
 
-#: How the names of the student's own inputs begin, in examples and in batches.
-PREFIX = f"{STUDENT}_"
+
+def prefix_of(learner: str) -> str:
+    """Start of the names of a learner's own inputs, in examples and in batches (`student_input_ids`).
+
+    The inputs of the primary learner have their plain names.
+    """
+    return "" if learner == LEARNERS[0] else f"{learner}_"
+
+
+#: The prefix of the student's own inputs.
+PREFIX = prefix_of(STUDENT)
 
 
 @dataclass
@@ -43,77 +51,59 @@ class PairDataCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of both models' inputs."""
-        both = [own_inputs(feature) for feature in features]
-        # Some collators (of multiple choice) cannot do without labels; the batch has the teacher's.
-        students = [{**own, **{n: teacher[n] for n in LABEL_COLUMNS if n in teacher}} for teacher, own in both]
-        batch = dict(self.teacher([teacher for teacher, _ in both]))
-        own = {name: value for name, value in self.student(students).items() if name not in LABEL_COLUMNS}
-        return batch | {f"{PREFIX}{name}": value for name, value in own.items()}
-
-
-def own_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inputs of the teacher with the labels, and those of the student without `student_`."""
-    teacher = {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
-    student = {name.removeprefix(PREFIX): value for name, value in inputs.items() if name.startswith(PREFIX)}
-    return teacher, student
+        teachers, students = [], []
+        for feature in features:
+            students.append({n.removeprefix(PREFIX): v for n, v in feature.items() if n.startswith(PREFIX)})
+            teachers.append({name: value for name, value in feature.items() if not name.startswith(PREFIX)})
+            # Some collators (of multiple choice) need labels; the batch has the teacher's.
+            students[-1] |= {name: feature[name] for name in LABEL_COLUMNS if name in feature}
+        batch = dict(self.teacher(teachers))
+        own = self.student(students)
+        return batch | {f"{PREFIX}{name}": value for name, value in own.items() if name not in LABEL_COLUMNS}
 
 
 def inputs_of_learner(
-    learner: str, inputs: Mapping[str, Any], label_names: Sequence[str], two_tokenizers: bool = False
+    learner: str,
+    inputs: Mapping[str, Any],
+    label_names: Sequence[str],
+    known: Collection[str],
+    two_tokenizers: bool = False,
 ) -> dict[str, Any]:
-    """The part of a batch that is for a learner: for a student with inputs of its own, these and the labels.
+    """The part of a batch that is for one model: its own inputs and the labels if it has any, else the common inputs.
 
     Args:
-        learner: Its name.
+        learner: Name of the model.
         inputs: The batch.
         label_names: The inputs that are labels.
-        two_tokenizers: Whether the student must have inputs of its own.
+        known: The inputs that a model names. `student_input_ids` is the student's own input; another column that
+            happens to begin with `student_`, such as `student_id`, is left as it is.
+        two_tokenizers: Whether every learner but the primary one must have its own inputs.
 
     Raises:
-        ValueError: It has none, and would take the tokens of another tokenizer for its own.
+        ValueError: It must have its own inputs, and the batch has none.
     """
-    teacher, student = own_inputs(inputs)
-    if learner == STUDENT and two_tokenizers and not student:
+    own, common = {}, {}
+    for name, value in inputs.items():
+        owner = _owner_of(name, known)
+        if owner is None:
+            common[name] = value
+        elif owner == learner:
+            own[name.removeprefix(prefix_of(owner))] = value
+    if own:
+        return own | {name: inputs[name] for name in label_names if name in inputs}
+    if two_tokenizers and learner in LEARNERS[1:]:
         raise ValueError(
-            f"`student_processing_class` is given, and a batch has no inputs of the student, only {sorted(inputs)}. "
-            f"Add what its tokenizer gives to the data, with {PREFIX!r} before each name, and keep it in the "
-            "`data_collator` (`PairDataCollator`)."
+            f"`{learner}_processing_class` is given, and a batch has no inputs of the {learner}, only "
+            f"{sorted(inputs)}. Add the output of its tokenizer to the data, with {prefix_of(learner)!r} before each "
+            "name, and keep it in the `data_collator` (`PairDataCollator`)."
         )
-    if learner != STUDENT or not student:
-        return teacher
-    return student | {name: inputs[name] for name in label_names if name in inputs}
+    return common
 
 
-def check_student_inputs(task: Task, datasets: Mapping[str, Any], share: str | None = None) -> None:
-    """A student with a tokenizer of its own needs a task of whole rows, and its inputs in the data.
-
-    Args:
-        task: The task.
-        datasets: The data sets by name of their argument.
-        share: What the models have in common.
-
-    Raises:
-        ValueError: The task compares tokens, the models share parts, or a data set has no inputs of the student.
-    """
-    if share is not None:
-        raise ValueError(
-            f"`share={share!r}` and `student_processing_class` are both given: models of two tokenizers have "
-            "different inputs, so that nothing they compute is the same. Leave out one of them."
-        )
-    if not task.per_row:
-        raise ValueError(
-            f"`student_processing_class` is given, and {task.name} compares what the models say of each token: with "
-            "two tokenizers these are not the same tokens. Choose a student of the teacher's tokenizer."
-        )
-    for argument, dataset in datasets.items():
-        if isinstance(dataset, Mapping):
-            check_student_inputs(task, {f"{argument}[{name!r}]": part for name, part in dataset.items()})
-            continue
-        columns = getattr(dataset, "column_names", None)
-        if columns is None and isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
-            columns = list(dataset[0])
-        if columns and not any(name.startswith(PREFIX) for name in columns):
-            raise ValueError(
-                f"`student_processing_class` is given, and `{argument}` has no inputs of the student, only {columns}. "
-                f"Add what its tokenizer gives, with {PREFIX!r} before each name."
-            )
+def _owner_of(name: str, known: Collection[str]) -> str | None:
+    """The only learner that an input is for; `None` if it is common to all models."""
+    for learner in LEARNERS[1:]:
+        prefix = prefix_of(learner)
+        if name.startswith(prefix) and name.removeprefix(prefix) in known:
+            return learner
+    return None

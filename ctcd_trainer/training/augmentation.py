@@ -1,52 +1,88 @@
-"""Changes to the batches of a training: for both models alike, or for one while the other one's view stays clean."""
+"""Changes to the batches of a training, for all models alike or for one of them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arguments import EMBEDDINGS, DistillationArguments
+from ..graph import LEARNERS
 from ..model_structure import base_model
 from ..tasks.base import Task
-from ..tasks.two_tokenizers import PREFIX
+from ..tasks.labels import IGNORE_INDEX, LABEL_COLUMNS
+from ..tasks.two_tokenizers import prefix_of
 
-#: Takes a batch and gives the changed one, with the same rows and labels; it may be called several times a step.
+#: Takes a batch and returns the changed one, with the same rows. It may be called several times a step. With the
+#: attribute `changes_tokens`, it is refused for models of images and audio; with `mixes_rows`, for tasks of tokens.
 Augmentation = Callable[[dict[str, Any]], dict[str, Any]]
-Views = Literal["both", "teacher", "student"]
+#: The models that get the changed batch: `"both"`, or the name of a learner.
+Views = str
 
 
 def augmented_batch(
-    inputs: Mapping[str, Any], augmentation: Augmentation, views: Views, per_token: bool = False
+    inputs: Mapping[str, Any], augmentation: Augmentation, views: Views, task: Task | None = None
 ) -> dict[str, Any]:
-    """A batch in which both models, or one of them, get the changed inputs.
+    """A batch in which all models, or one of them, get the changed inputs.
 
     Args:
         inputs: The batch.
-        augmentation: What changes it.
-        views: Who gets the changed one. Labels are those of the change if both do, and the batch's own otherwise.
-        per_token: Whether the models are compared token by token, so that two views must be of the same tokens.
+        augmentation: Changes it.
+        views: The models that get the changed batch. The labels are the changed ones if all do, else the batch's own.
+        task: Its `label_names` are the labels, and with `per_token` two views must have the same tokens.
 
     Raises:
-        ValueError: They are of another length.
+        ValueError: They have other lengths.
     """
     changed = augmentation(dict(inputs))
     if views == "both":
         return changed
-    clean = {name: value for name, value in inputs.items() if "label" not in name}
+    labels = (Task if task is None else task).label_names
+    clean = {name: value for name, value in inputs.items() if name not in labels}
     changed = {name: value for name, value in changed.items() if name in clean}
-    for name in changed if per_token else ():
+    for name in changed if task is not None and task.per_token else ():
         own, other = (getattr(each[name], "shape", None) for each in (clean, changed))
         if own != other:
             raise ValueError(
                 f"`augmented={views!r}`: `augmentation` makes `{name}` {tuple(other)} of {tuple(own)}, and the models "
                 "are compared token by token. Keep the length, or use `augmented='both'` and change the labels, too."
             )
-    teachers, students = (changed, clean) if views == "teacher" else (clean, changed)
-    return {**inputs, **teachers, **{f"{PREFIX}{name}": value for name, value in students.items()}}
+    batch = dict(inputs)
+    for learner in LEARNERS:
+        view = changed if learner == views else clean
+        batch |= {f"{prefix_of(learner)}{name}": value for name, value in view.items()}
+    return batch
+
+
+def recounted(
+    number: Tensor | int | None,
+    augmentation: Augmentation,
+    task: Task,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> Tensor | int | None:
+    """The count of scored items that a changed batch is divided by.
+
+    Trainer counts before the batches are changed. Where an augmentation changes labels, the batch keeps the weight
+    that it had: its losses are means over what is scored now. `Mixup` keeps the count: it draws each label from two
+    rows, so with unlabelled rows a batch has more or fewer labels than before, but as many on average.
+
+    Args:
+        number: Number of scored items in the accumulated batch; `(2,)` with the number of compared rows.
+        augmentation: The augmentation.
+        task: Counts.
+        before: The batch.
+        after: The changed batch.
+    """
+    same = all(before.get(name) is after.get(name) for name in task.label_names)
+    if number is None or same or getattr(augmentation, "mixes_rows", False):
+        return number
+    old, new = (task.counted(batch).ne(IGNORE_INDEX).sum() for batch in (before, after))
+    ratio = new / old.clamp(min=1)
+    number = torch.as_tensor(number, device=ratio.device)
+    return number * (ratio if number.ndim == 0 else torch.stack([ratio, torch.ones_like(ratio)]))
 
 
 def _maskable(inputs: Mapping[str, Any], special: frozenset[int]) -> Tensor:
@@ -68,6 +104,7 @@ class TokenMasking:
         ValueError: The tokenizer has no mask token, or the rate is none.
     """
 
+    changes_tokens: ClassVar[bool] = True
     tokenizer: PreTrainedTokenizerBase
     rate: float = 0.15
 
@@ -99,6 +136,7 @@ class WordDropout:
         ValueError: The rate is none.
     """
 
+    changes_tokens: ClassVar[bool] = True
     tokenizer: PreTrainedTokenizerBase
     rate: float = 0.1
 
@@ -128,6 +166,7 @@ class Mixup:
         ValueError: `alpha` is not above 0.
     """
 
+    mixes_rows: ClassVar[bool] = True
     alpha: float = 0.2
     _share: Tensor | None = field(default=None, init=False, repr=False)
     _order: Tensor | None = field(default=None, init=False, repr=False)
@@ -149,7 +188,7 @@ class Mixup:
         if "attention_mask" in inputs:
             changed["attention_mask"] = torch.maximum(inputs["attention_mask"], inputs["attention_mask"][self._order])
         first = torch.rand(count, device=device) < self._share
-        for name in (name for name in inputs if "label" in name):
+        for name in (name for name in LABEL_COLUMNS if name in inputs):
             value = inputs[name]
             changed[name] = torch.where(first.reshape(-1, *[1] * (value.ndim - 1)), value, value[self._order])
         return changed
@@ -169,63 +208,6 @@ class Mixup:
                 handle = module.register_forward_hook(lambda _module, _arguments, output: self._mix(output))
                 hooks.callback(handle.remove)
             yield
-
-
-def check_augmentation(
-    augmentation: Augmentation | None,
-    views: str,
-    task: Task,
-    teacher: PreTrainedModel,
-    arguments: DistillationArguments,
-    two_tokenizers: bool,
-) -> None:
-    """An augmentation must fit the task, the models and the other arguments.
-
-    Args:
-        augmentation: The augmentation.
-        views: Who gets the changed batch.
-        task: The task.
-        teacher: The teacher.
-        arguments: The distillation arguments.
-        two_tokenizers: Whether the student has a tokenizer of its own.
-
-    Raises:
-        ValueError: The views are unknown or nothing is augmented, tokens are mixed up whose labels are not, or tokens
-            are changed where there are none; the student has a tokenizer of its own; models that compute layers once
-            for both would see different inputs; or a cache would take mixed rows for plain ones.
-    """
-    if views not in get_args(Views):
-        raise ValueError(f"`augmented={views!r}` is unknown. Valid values: {', '.join(get_args(Views))}.")
-    if augmentation is None:
-        if views != "both":
-            raise ValueError(f"`augmented={views!r}` has no effect without `augmentation` (None). Give both, or none.")
-        return
-    if two_tokenizers:
-        raise ValueError(
-            "`augmentation` and `student_processing_class` are both given, and it would change the tokens of one "
-            "tokenizer as those of the other. Change the texts instead, before they are tokenized."
-        )
-    if views != "both" and arguments.share not in (None, EMBEDDINGS):
-        raise ValueError(
-            f"`augmented={views!r}` and `share={arguments.share!r}`: the shared layers are run once for both models, "
-            f"which would see different inputs. Use `augmented='both'`, or `share={EMBEDDINGS!r}`."
-        )
-    main_input = base_model(teacher).main_input_name
-    if isinstance(augmentation, (TokenMasking, WordDropout)) and main_input != "input_ids":
-        raise ValueError(
-            f"`{type(augmentation).__name__}` changes tokens, and a {type(base_model(teacher)).__name__} takes "
-            f"`{main_input}`. Use `Mixup`, or a function of your own."
-        )
-    if isinstance(augmentation, Mixup) and arguments.pretrained_cache_dir is not None:
-        raise ValueError(
-            f"`Mixup` and `pretrained_cache_dir={arguments.pretrained_cache_dir!r}`: rows are mixed inside of the "
-            "models, so that the cache would take mixed rows for plain ones. Leave out one of them."
-        )
-    if isinstance(augmentation, Mixup) and (views != "both" or not task.per_row):
-        raise ValueError(
-            f"`Mixup` with `augmented={views!r}` for {task.name}: it mixes whole rows with their labels, for both "
-            "models. Use it with `augmented='both'` and a task of whole rows, or mask tokens instead."
-        )
 
 
 def _check_rate(rate: float) -> None:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import Trainer
 
-from ctcd_trainer.students.measuring import cpu_name
+from ctcd_trainer.students.costs import cpu_name
 
 #: Columns of `comparison_row`.
 COMPARISON_HEADER = [

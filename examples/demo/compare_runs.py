@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from ctcd_trainer.model_structure import count_parameters
-from ctcd_trainer.students.measuring import measure_latencies, weight_bytes
+from ctcd_trainer.students.costs import measure_latencies, weight_bytes
 
 MODELS = ("teacher", "student")
 #: Keys of an evaluation that say how fast it was, not how good the model is.

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
-from ctcd_trainer.students.measuring import cpu_name
+from ctcd_trainer.students.costs import cpu_name
 from examples.demo.compare_runs import measure_latencies
 
 #: Heads and poolers change the number of parameters by less than this share.

@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, create_student
 from ctcd_trainer.graph import STUDENT, TEACHER
-from ctcd_trainer.students.measuring import cpu_name
+from ctcd_trainer.students.costs import cpu_name
 
 from .cells import METHODS, MLM, Cell
 from .data import PARTS, Masking, Prepared, Schedule, collate

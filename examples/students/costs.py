@@ -36,7 +36,7 @@ from transformers import (
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from ctcd_trainer.graph import TEACHER
 from ctcd_trainer.model_structure import count_parameters, is_peft_model
-from ctcd_trainer.students.measuring import measure_latencies
+from ctcd_trainer.students.costs import measure_latencies
 from examples.benchmarks.measuring import describe_machine, in_turns, optimizer_step, peak_memory_of
 from examples.common.models import LabelledModelArguments, load_model, load_models
 

@@ -19,7 +19,7 @@ from transformers import TrainerState, Wav2Vec2FeatureExtractor, default_data_co
 from ctcd_trainer.cards import card as model_card
 from ctcd_trainer.cards.facts import CardFacts
 from ctcd_trainer.cards.results import Results, metrics_of
-from ctcd_trainer.students.measuring import _copy_on, latencies_of
+from ctcd_trainer.students.costs import _on_device, latencies_of
 from ctcd_trainer.tasks import find_task
 
 FOLDERS = {"teacher": "", "student": "student"}
@@ -193,7 +193,7 @@ def test_timing_leaves_modes_and_the_random_state_as_they_were():
 def test_a_model_elsewhere_is_copied_whole_and_stays_as_it_is():
     model = tiny_model("gpt2", "causal-lm")
     before = model.state_dict(keep_vars=True)
-    copied = _copy_on(model, "meta")
+    copied = _on_device(model, "meta")
     assert {tensor.device.type for tensor in copied.state_dict().values()} == {"meta"}
     assert copied.lm_head.weight is copied.transformer.wte.weight  # tied, as they were
     assert all(tensor is before[name] for name, tensor in model.state_dict(keep_vars=True).items())

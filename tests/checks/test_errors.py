@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from transformers import (
     BertModel,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainingArguments,
 )
 
 from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer.checks.arguments import check_arguments, check_strategy
 
 
 def test_a_different_number_of_labels_is_refused(tmp_path):
@@ -402,3 +405,78 @@ def test_the_models_are_untouched_after_a_refusal(tmp_path):
     assert (teacher.config.to_dict(), student.config.to_dict()) == before
     assert all(p.requires_grad for p in teacher.parameters())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_optimizer_in_the_deepspeed_config_has_no_settings_of_the_student(tmp_path):
+    """DeepSpeed makes it, with one rate and one decay for all parameters."""
+    for name in ("student_learning_rate", "student_weight_decay"):
+        args = tiny_args(tmp_path, **{name: 0.02})
+        args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
+        with pytest.raises(ValueError, match=rf"`{name}=0.02` has no effect with the `optimizer` of .*'AdamW'"):
+            check_arguments(args)
+        args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"scheduler": {}})
+        check_arguments(args)
+
+
+def test_several_devices_are_refused_where_trainer_makes_the_arguments(monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    monkeypatch.chdir(tmp_path)
+    rows = tiny_rows(4)
+    with pytest.raises(ValueError, match="One process with 2 devices runs `nn.DataParallel`"):
+        CoDistillationTrainer(tiny_bert(2), None, collate, rows, student_model=tiny_bert(1))
+    with pytest.raises(ValueError, match="One process with 2 devices runs `nn.DataParallel`"):
+        tiny_trainer(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "kind"), [("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")])
+def test_processes_that_share_rows_are_refused(size, kind):
+    config = SimpleNamespace(**{"tp_size": 1, "cp_size": None, "sp_size": 1, "dp_shard_size": 4, size: 2})
+    accelerator = SimpleNamespace(state=SimpleNamespace(), parallelism_config=config)
+    with pytest.raises(ValueError, match=rf"`parallelism_config` has `{size}=2`.* support {kind} parallelism"):
+        check_strategy(accelerator, False, None)
+    setattr(config, size, 1)
+    check_strategy(accelerator, False, None)
+
+
+def test_models_that_are_divided_when_they_are_loaded_are_refused(tmp_path, monkeypatch):
+    class Divided(torch.nn.Parameter):
+        """Stands for a parameter of tensor or expert parallelism."""
+
+    monkeypatch.setattr("ctcd_trainer.checks.models.DTensor", Divided)
+    student = tiny_bert(2, 2)
+    student.classifier.bias = Divided(student.classifier.bias.detach())
+    with pytest.raises(ValueError, match="`student_model` is divided among processes: .*`classifier.bias`"):
+        tiny_trainer(tmp_path, student_model=student)
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_optimizers_that_are_more_than_parameter_groups_are_refused(optim, tmp_path):
+    with pytest.raises(ValueError, match=rf"`optim='{optim}'` is more than a list of parameter groups"):
+        tiny_trainer(tmp_path, optim=optim, optim_target_modules="all-linear")
+
+
+def test_a_factory_of_optimizers_is_refused(tmp_path):
+    class Muon:
+        """As transformers takes it: made without arguments, then called with the model."""
+
+        def __call__(self, model, **options):
+            return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match=r"`optimizer_cls_and_kwargs` has .*Muon.*no subclass of `torch.optim.Optim"):
+        tiny_trainer(tmp_path, optimizer_cls_and_kwargs=(Muon, {}))
+    tiny_trainer(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+
+
+def test_a_tokenizer_that_cannot_be_built_does_not_stop_a_training(tmp_path, monkeypatch):
+    """It is wanted for a comparison alone; a library that it needs may be missing."""
+    tiny_bert(2, 2).save_pretrained(tmp_path / "student")
+    tokenizer_of(48).save_pretrained(tmp_path / "student")
+
+    def broken(*args, **kwargs):
+        raise ImportError("This tokenizer needs the SentencePiece library.")
+
+    monkeypatch.setattr("ctcd_trainer.checks.tokens.AutoTokenizer.from_pretrained", broken)
+    trainer = tiny_trainer(
+        tmp_path, student_model=str(tmp_path / "student"), processing_class=tokenizer_of(48), max_steps=1
+    )
+    trainer.train()

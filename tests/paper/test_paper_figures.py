@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import tiny_bert
 from toy_protocol import call
 
-from ctcd_trainer.students.measuring import cpu_name
+from ctcd_trainer.students.costs import cpu_name
 from examples.paper import ablations, figures, grouping, latency, report
 
 

@@ -12,7 +12,7 @@ from tiny import tiny_args, tiny_trainer
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from ctcd_trainer import CoDistillationTrainer
-from ctcd_trainer.students.memory import estimate_memory
+from ctcd_trainer.students.costs import estimate_memory
 
 ROWS, LENGTH, SCORED = 16, 128, 0.15
 CASES: dict[str, dict[str, Any]] = {

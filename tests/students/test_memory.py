@@ -1,15 +1,28 @@
 """Estimates of memory are what is counted by hand, and close to what trainings take."""
 
 import json
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
 from processes import run_program
 from tiny import tiny_bert
-from tiny_models import tiny_model
+from tiny_models import SIDE, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    T5Config,
+    T5ForSequenceClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
+)
 
-from ctcd_trainer.students.memory import estimate_memory
+from ctcd_trainer.graph import EDGES
+from ctcd_trainer.losses import fused_linear
+from ctcd_trainer.losses.fused_linear import LinearHead, linear_losses
+from ctcd_trainer.students import costs
+from ctcd_trainer.students.costs import estimate_memory
 
 SIZES = {"batch_size": 4, "sequence_length": 16}
 
@@ -59,8 +72,8 @@ def test_strategies_divide_among_the_processes_what_they_shard(strategy, parts):
     assert four.activations == one.activations
 
 
-def test_activations_are_what_a_real_forward_pass_keeps():
-    models = tiny_bert(3).train(), tiny_bert(2).train()
+def kept_by_forward_passes(*models, **inputs) -> int:
+    """Bytes that real forward passes of models keep for the backward pass."""
     kept = {}
     for model in models:
         weights = {parameter.data_ptr() for parameter in model.parameters()}
@@ -71,10 +84,112 @@ def test_activations_are_what_a_real_forward_pass_keeps():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = model(input_ids=torch.zeros(4, 16, dtype=torch.long))
+            outputs = model(**inputs)
         kept[id(model)] = 0, outputs
-    expected = sum(size for size, _ in kept.values())
+    return sum(size for size, _ in kept.values())
+
+
+def test_activations_are_what_a_real_forward_pass_keeps():
+    models = tiny_bert(3).train(), tiny_bert(2).train()
+    expected = kept_by_forward_passes(*models, input_ids=torch.zeros(4, 16, dtype=torch.long))
     assert estimate_memory(*models, **SIZES).activations == pytest.approx(expected, rel=0.02)
+
+
+IDS = torch.zeros(4, 16, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "body", "inputs"),
+    [
+        ("vit", "image-classification", None, {"pixel_values": torch.zeros(4, 3, SIDE, SIDE)}),
+        ("resnet", "image-classification", None, {"pixel_values": torch.zeros(4, 3, 224, 224)}),
+        ("wav2vec2", "audio-classification", None, {"input_values": torch.zeros(4, 16)}),
+        ("t5", "seq2seq-lm", None, {"input_ids": IDS, "decoder_input_ids": IDS}),
+        ("m2m_100", "seq2seq-lm", "model", {"input_ids": IDS, "decoder_input_ids": IDS}),
+        ("bert", "multiple-choice", None, {"input_ids": IDS.unsqueeze(1)}),
+        ("modernbert", "masked-lm", "model", {"input_ids": IDS}),
+    ],
+)
+def test_activations_of_models_that_read_more_or_other_things_than_one_sequence_are_counted(
+    family, head, body, inputs
+):
+    model = tiny_model(family, head)
+    expected = 2 * kept_by_forward_passes(model.get_submodule(body) if body else model, **inputs)
+    assert estimate_memory(model, model, **SIZES).activations == pytest.approx(expected, rel=0.04)
+
+
+def test_a_classifier_with_a_decoder_has_an_estimate():
+    config = T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    model = T5ForSequenceClassification(config)
+    expected = 2 * kept_by_forward_passes(model.transformer, input_ids=IDS, decoder_input_ids=IDS)
+    assert estimate_memory(model, model, **SIZES).activations == pytest.approx(expected, rel=0.02)
+
+
+def test_a_model_that_reads_what_is_not_known_is_refused():
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = WhisperConfig(vocab_size=48, d_model=16, encoder_layers=1, decoder_layers=1, pad_token_id=0, **heads)
+    model = WhisperForAudioClassification(config)
+    with pytest.raises(ValueError, match=r"reads `input_features`.*`input_ids`, `pixel_values` or `input_values`"):
+        estimate_memory(model, model, **SIZES)
+
+
+def test_activations_have_the_dtype_of_the_model():
+    models = tiny_bert(3), tiny_bert(2)
+    whole = estimate_memory(*models, **SIZES)
+    half = estimate_memory(*(model.bfloat16() for model in models), **SIZES)
+    assert half.activations == pytest.approx(0.5 * whole.activations, rel=0.05)
+    assert torch.get_default_dtype() == torch.float32
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made, and the most that are there at a time."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in there}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.seen:
+                self.seen.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
+        return outputs
+
+    def free(self, address, size):
+        self.seen.discard(address)
+        self.now -= size
+
+
+@pytest.mark.parametrize("block", [2**18, 2**10], ids=["as on CUDA", "as on CPUs"])
+def test_the_fused_pass_allocates_what_is_estimated(block, monkeypatch):
+    monkeypatch.setattr(fused_linear, "_CPU_CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(fused_linear, "_CPU_BLOCK_BYTES", block)
+    models = {"teacher": tiny_model("bert", "masked-lm", 2), "student": tiny_model("bert", "masked-lm", 1)}
+    positions = 1200  # more than a chunk
+    heads = {
+        name: LinearHead(torch.randn(positions, 16, requires_grad=True), model.cls.predictions.decoder.weight)
+        for name, model in models.items()
+    }
+    labels = torch.zeros(positions, dtype=torch.long)
+    learners = list(models.values())
+    there = [tensor for head in heads.values() for tensor in (head.hidden, head.weight)]
+    with Allocations(labels, *there) as found:
+        linear_losses(heads, labels, dict.fromkeys(models, 1.0), EDGES[:2], temperature=2.0)
+    hidden = sum(4 * head.hidden.numel() for head in heads.values())  # their gradients
+    estimated = costs._fused_pass_bytes(learners, learners, 2, positions, "cpu")
+    assert estimated + hidden == pytest.approx(found.peak, rel=0.1)
+
+
+def test_chunks_are_larger_on_cuda_and_so_is_their_scratch():
+    teacher, student = (tiny_model("bert", "masked-lm", layers, vocab_size=50_000) for layers in (2, 1))
+    sizes = {"batch_size": 64, "sequence_length": 32}  # more positions than a chunk on CUDA has
+    on = {device: estimate_memory(teacher, student, device=device, **sizes).working for device in ("cpu", "cuda")}
+    assert on["cuda"] - on["cpu"] > 2 * 2**27 + 9 * 2**28
 
 
 def test_activations_grow_with_the_rows_and_shrink_with_checkpointing_and_bf16():
@@ -101,6 +216,7 @@ def test_nothing_is_changed_or_computed():
     [
         ({"strategy": "zero4"}, "`strategy='zero4'` is unknown. Valid values: ddp, zero1"),
         ({"distillation_mode": "both"}, "`distillation_mode='both'` is unknown"),
+        ({"device": "tpu"}, "`device='tpu'` is unknown. Valid values: cpu, cuda"),
         ({"optimizer": "lion"}, "`optimizer='lion'` is unknown. Valid values: adamw, sgd"),
         ({"batch_size": 0}, "`batch_size=0` is not valid: it must be above 0"),
         ({"scored": 0.0}, "`scored=0.0` is not valid"),

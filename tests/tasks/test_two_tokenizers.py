@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import IterableDataset
-from tiny import assert_same_weights, tiny_bert, tiny_rows, tiny_trainer
+from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import tiny_model
 from tiny_tokenizer import bert_tokenizer, gpt2_tokenizer
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ctcd_trainer import PairDataCollator, create_student
+from ctcd_trainer.tasks.two_tokenizers import inputs_of_learner
 
 TEXTS = [
     "the cat sees anna",
@@ -272,3 +273,22 @@ def test_a_tokenizer_that_is_not_the_students_is_refused(size, message, tmp_path
         student.resize_token_embeddings(size)
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, student_model=student, student_processing_class=teachers)
+
+
+def test_a_column_that_only_sounds_like_the_students_is_none_of_its_inputs(tmp_path):
+    """With `remove_unused_columns=False` any column can be in a batch."""
+    trainer = tiny_trainer(tmp_path)
+    inputs = {**collate(tiny_rows(4)), "student_id": torch.arange(4)}
+    for learner in ("teacher", "student", "pretrained"):
+        assert inputs_of_learner(learner, inputs, ("labels",), trainer.pair.known_inputs) == inputs
+    with pytest.raises(ValueError, match="a batch has no inputs of the student"):
+        inputs_of_learner("student", inputs, ("labels",), trainer.pair.known_inputs, two_tokenizers=True)
+    loss = trainer.compute_loss(trainer.pair, inputs)
+    inputs.pop("student_id")
+    torch.testing.assert_close(loss, trainer.compute_loss(trainer.pair, inputs))
+
+
+def test_data_with_a_column_that_only_sounds_like_the_students_are_refused(tmp_path):
+    data = [{**row, "student_id": 3} for row in tiny_rows()]
+    with pytest.raises(ValueError, match=r"`train_dataset` has no inputs of the student, only .*'student_id'"):
+        trainer_of(tmp_path, train_dataset=data)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import default_data_collator
 
 from ctcd_trainer import Mixup, TokenMasking, WordDropout, create_student
-from ctcd_trainer.training.augmentation import augmented_batch
+from ctcd_trainer.tasks import find_task
+from ctcd_trainer.training.augmentation import augmented_batch, recounted
 
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
 
@@ -311,3 +312,53 @@ def test_numbers_that_are_no_probability_are_refused():
         Mixup(0)
     with pytest.raises(ValueError, match="has no mask token"):
         TokenMasking(gpt2_tokenizer())
+
+
+@pytest.mark.parametrize("unscored", [(0, 1), (3,)])
+def test_losses_are_means_over_the_labels_that_an_augmentation_leaves(unscored, tmp_path):
+    """Trainer counts the labels before they are changed."""
+
+    def unscore(inputs):
+        labels = inputs["labels"].clone()
+        labels[list(unscored)] = -100
+        return {**inputs, "labels": labels}
+
+    trainer = tiny_trainer(tmp_path, **SGD, augmentation=unscore, max_steps=1, logging_steps=1)
+    batch = unscore(collate(tiny_rows()[:4]))
+    with torch.no_grad():
+        expected = {name: model(**batch).loss.item() for name, model in trainer.pair.learners.items()}
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    for name, loss in expected.items():
+        assert logs[f"{name}_hard_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_batch_keeps_its_weight_whatever_labels_an_augmentation_leaves():
+    task = find_task(tiny_bert())
+    before = collate(tiny_rows(4))
+    after = {**before, "labels": torch.tensor([0, -100, -100, 1])}
+    number = torch.tensor([8, 12])  # of two micro-batches and some rows without a label
+    assert recounted(number, shift, task, before, after).tolist() == [4.0, 12.0]
+    assert recounted(8, shift, task, before, after) == 4.0
+    assert recounted(number, shift, task, before, shift(before)) is number
+    assert recounted(number, Mixup(), task, before, after) is number
+    assert recounted(None, shift, task, before, after) is None
+
+
+def test_the_answers_of_questions_are_labels(tmp_path):
+    """Both models get the positions of the data, though only one of them gets the changed text."""
+
+    def moved(inputs):
+        return {**shift(inputs), "start_positions": inputs["start_positions"] + 1}
+
+    batch = tiny_batch("question-answering", 4)
+    pair = {
+        "model": tiny_model("bert", "question-answering"),
+        "student_model": tiny_model("bert", "question-answering", 1),
+    }
+    trainer = tiny_trainer(tmp_path, **pair, train_dataset=rows_of(batch), data_collator=default_data_collator)
+    changed = augmented_batch(batch, moved, "teacher", trainer.task)
+    assert torch.equal(changed["start_positions"], batch["start_positions"])
+    assert "student_start_positions" not in changed
+    assert torch.equal(changed["input_ids"], shift(batch)["input_ids"])
+    assert torch.equal(changed["student_input_ids"], batch["input_ids"])

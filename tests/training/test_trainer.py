@@ -526,7 +526,10 @@ def test_batched_metrics_keep_a_state_for_each_model(tmp_path):
         assert metrics[name] == pytest.approx(expected[name])
     first = trainer.compute_metrics.right, trainer.evaluation._stateful["student"].right
     trainer.evaluate()  # this object never starts anew, so both go on, each from its own counts
-    assert (trainer.compute_metrics.right, trainer.evaluation._stateful["student"].right) == (2 * first[0], 2 * first[1])
+    assert (trainer.compute_metrics.right, trainer.evaluation._stateful["student"].right) == (
+        2 * first[0],
+        2 * first[1],
+    )
 
 
 def test_unconcatenated_batches_reach_the_metrics_per_model(tmp_path):

@@ -1,0 +1,481 @@
+"""What a model costs (parameters, bytes, operations, latency), and how much memory a co-training needs."""
+
+import copy
+import math
+import platform
+import re
+import statistics
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
+
+from ..graph import MODES, STUDENT, TEACHER
+from ..losses import fused_linear
+from ..model_structure import (
+    base_model,
+    count_parameters,
+    embeddings_of,
+    forward_parameters,
+    in_evaluation_mode,
+    is_quantised,
+    layer_classes,
+    whole_parameters,
+)
+from ..tasks import find_task
+
+_WARMUPS, _REPEATS, _SEQUENCE_LENGTH = 3, 30, 128
+#: Models that have more parameters together are not timed: copying and running them would take too long.
+_MAX_TIMED_PARAMETERS = 500_000_000
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+#: The parts of the training state of which each process holds a share only.
+_SHARDED: Mapping[str, tuple[str, ...]] = {
+    "ddp": (),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights"),
+    "fsdp": ("optimizer", "gradients", "weights"),
+}
+#: Bytes of optimizer state for each byte of weights.
+_STATES: Mapping[str, float] = {"adamw": 2.0, "sgd": 0.0}
+#: Tensors of the size of the logits that exist at a time where whole logits are used.
+_COPIES = 3.0
+#: Scratch buffers of the fused pass: two log-softmaxes, the scaled logits and the probabilities of each model, and a
+#: difference for each soft loss. Temperature 1 needs two less for each model, `js` one more for each soft loss.
+_BUFFERS_OF_MODEL, _BUFFERS_OF_EDGE = 4, 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a model costs.
+
+    Attributes:
+        parameters: Number of parameters; tied ones count once.
+        bytes: Size of the parameters in memory, which is about the size of the saved files.
+        flops_per_token: Floating-point operations of a forward pass for one token (a multiplication and an addition
+            are two); of an encoder-decoder, for one token read and one written. `None` if they cannot be counted.
+        milliseconds: Median time of one sequence on the CPU; `None` if it was not measured.
+        conditions: How the time was measured, or why it was not.
+    """
+
+    parameters: int
+    bytes: int
+    flops_per_token: float | None
+    milliseconds: float | None
+    conditions: str
+
+    def __str__(self) -> str:
+        flops = "?" if self.flops_per_token is None else f"{self.flops_per_token / 1e6:.2f} MFLOPs"
+        time = "?" if self.milliseconds is None else f"{self.milliseconds:.2f} ms"
+        size = f"{self.parameters / 1e6:.2f} M parameters, {self.bytes / 1e6:.1f} MB"
+        return f"{size}, {flops} a token, {time} a sequence. {self.conditions}"
+
+
+def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float = 1.0) -> Estimate:
+    """Measure what a model costs to keep and to run. The call changes neither the model nor the random state.
+
+    Args:
+        model: The model, on any device. Adapters count in all figures.
+        sequence_length: Number of tokens whose operations are counted together, since attention depends on it;
+            shortened to what the model allows.
+        seconds: No timed call starts after this time.
+
+    Returns:
+        The figures. Operations and latency are `None` for models that do not read tokens, operations also for
+        quantised models, and latency also for encoder-decoders.
+
+    Example:
+        ```python
+        print(estimate(create_student(teacher, num_hidden_layers=3)))
+        ```
+    """
+    with whole_parameters(model):
+        latencies = latencies_of({"model": model}, seconds)
+        return Estimate(
+            parameters=count_parameters(model),
+            bytes=_bytes(model.parameters()),
+            flops_per_token=_flops_per_token(model, sequence_length),
+            milliseconds=latencies.milliseconds.get("model"),
+            conditions=latencies.conditions,
+        )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files in a model's folder; 0 if there are none."""
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    return sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | None:
+    """Operations of a forward pass on one sequence; `None` where they cannot be counted."""
+    inner = base_model(model)
+    # The counter does not know the products of quantised weights.
+    if is_quantised(inner) or inner.main_input_name != "input_ids":
+        return None
+    length = _length_for(inner, sequence_length)
+    implementations = inner.config._attn_implementation, getattr(inner.config, "_experts_implementation", None)
+    try:
+        _set_implementations(inner, "eager", "eager")  # the counter does not know all of the fused ones
+        # The counter's hooks fail on some families without gradients.
+        with in_evaluation_mode([inner]), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            inner(**_dummy_inputs(inner, 1, length))
+    except Exception:  # the model needs other inputs
+        return None
+    finally:
+        _set_implementations(inner, *implementations)
+    return counter.get_total_flops() / length
+
+
+def _set_implementations(model: PreTrainedModel, attention: str, experts: str | None) -> None:
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    if experts is not None and getattr(model.config, "_experts_implementation", experts) != experts:
+        model.set_experts_implementation(experts)
+
+
+def _dummy_inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
+    """A batch of zeros: token ids (for the decoder too), images of the size in the config, or recordings.
+
+    Raises:
+        ValueError: The model reads something else.
+    """
+    config, name = model.config, model.main_input_name
+    if name == "input_ids":
+        ids = torch.zeros(rows, length, dtype=torch.long, device=model.device)
+        has_decoder = config.is_encoder_decoder and "decoder_input_ids" in forward_parameters(model)
+        inputs = {name: ids.unsqueeze(1) if "MultipleChoice" in type(model).__name__ else ids}
+        return inputs | ({"decoder_input_ids": ids} if has_decoder else {})
+    if name not in ("pixel_values", "input_values"):
+        raise ValueError(
+            f"The memory of a {type(model).__name__} cannot be estimated, because it reads `{name}`. Give models that "
+            "read `input_ids`, `pixel_values` or `input_values`."
+        )
+    side = getattr(config, "image_size", 224)
+    image = (getattr(config, "num_channels", 3), *(side if isinstance(side, (list, tuple)) else (side, side)))
+    shape = (rows, *(image if name == "pixel_values" else (length,)))
+    return {name: torch.zeros(shape, dtype=model.dtype, device=model.device)}
+
+
+# ---- Latency ----
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Measured times.
+
+    Attributes:
+        milliseconds: Median time by name of the model; empty if nothing was measured.
+        conditions: A sentence on how the times were measured, or why they were not.
+    """
+
+    milliseconds: Mapping[str, float]
+    conditions: str
+
+
+def latencies_of(models: Mapping[str, nn.Module], seconds: float = 1.0) -> Latencies:
+    """Time models on the CPU, one sequence at a time. The call changes neither the models nor the random state.
+
+    Args:
+        models: Models of token sequences by name, on any device. Other models are not timed.
+        seconds: No call starts after this time.
+    """
+    reason = _why_not_timed(models.values())
+    if reason is not None:
+        return Latencies({}, f"The latency was not measured: {reason}.")
+    length = min(_length_for(model, _SEQUENCE_LENGTH) for model in models.values())
+    try:
+        with in_evaluation_mode(models.values()):
+            timed = [_on_device(model, "cpu") for model in models.values()]
+            times = _time_calls(timed, length, _REPEATS, seconds)
+    except Exception as error:  # a card must not fail after a training
+        return Latencies({}, f"The latency was not measured: a call failed with {type(error).__name__}.")
+    dtypes = " and ".join(sorted({str(model.dtype).removeprefix("torch.") for model in timed}))
+    return Latencies(
+        {name: statistics.median(own) for name, own in zip(models, times, strict=True)},
+        f"Latency: one sequence of {length} random tokens on the CPU ({cpu_name()}, {torch.get_num_threads()} torch "
+        f"thread(s), {dtypes}, PyTorch {torch.__version__}), median of {len(times[0])} call(s) of each model in turn. "
+        "Size on disk: the weight files.",
+    )
+
+
+def measure_latencies(models: Sequence[nn.Module], length: int, repeats: int) -> list[float]:
+    """Median milliseconds of each model for one sequence of random tokens.
+
+    Args:
+        models: The models, in evaluation mode, on the CPU.
+        length: Number of tokens.
+        repeats: Number of timed calls of each model; three untimed calls come first.
+    """
+    return [statistics.median(own) for own in _time_calls(models, length, repeats)]
+
+
+@torch.no_grad()  # `inference_mode` would leave tensors in the models that cannot be trained on
+def _time_calls(
+    models: Sequence[nn.Module], length: int, repeats: int, seconds: float = math.inf
+) -> list[list[float]]:
+    """Milliseconds of the calls of each model. They take turns, so that a busy machine slows all of them alike.
+
+    No call starts after some seconds, except that each model is timed once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    begin = time.perf_counter()
+    times: list[list[float]] = [[] for _ in models]
+    for repeat in range(-_WARMUPS, repeats):
+        late = time.perf_counter() - begin > seconds
+        if late and times[0]:
+            break
+        for model, own in zip(models, times, strict=True):
+            size = model.config.get_text_config().vocab_size
+            input_ids = torch.randint(size, (1, length), generator=generator)
+            start = time.perf_counter()
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+            if repeat >= 0 or late:
+                own.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def _length_for(model: nn.Module, wanted: int) -> int:
+    """The wanted number of tokens, or the largest number that the model allows."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return wanted if longest is None else min(wanted, longest - 2)  # some families number their positions from 2
+
+
+def _why_not_timed(models: Collection[nn.Module]) -> str | None:
+    """Why models cannot be timed with one sequence of tokens; `None` if they can."""
+    for model in map(base_model, models):
+        name = type(model).__name__
+        if getattr(model, "main_input_name", None) != "input_ids" or "MultipleChoice" in name:
+            return f"a {name} does not take one sequence of tokens"
+        if getattr(model.config, "is_encoder_decoder", False):
+            return f"a {name} generates, and its time depends on what"
+        if is_quantised(model):
+            return "quantised models were not moved to the CPU"
+    if sum(map(count_parameters, models)) > _MAX_TIMED_PARAMETERS:
+        return f"the models have more than {_MAX_TIMED_PARAMETERS / 1e6:.0f} M parameters together"
+    return None
+
+
+def _on_device(model: nn.Module, device: str) -> nn.Module:
+    """The model if it is on the device, else a copy there, made without a second copy on the present device."""
+    if all(tensor.device.type == device for tensor in [*model.parameters(), *model.buffers()]):
+        return model
+    memo: dict[int, Tensor] = {id(buffer): buffer.detach().to(device) for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ---- Memory ----
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one process needs, each part at its largest.
+
+    Attributes:
+        weights: Parameters and buffers of all models, frozen ones too.
+        gradients: Gradients of the trained models.
+        optimizer: State of the optimizer.
+        activations: What the forward passes of one batch keep for the backward pass.
+        working: Short-lived tensors: gradients inside a layer, layers that are gathered or computed again, buckets of
+            gradients, the logits of a chunk with their scratch buffers, weights in the dtype of autocast.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts. The real peak is close to it: allocators keep what is freed in other sizes."""
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in asdict(self).items())
+        return f"{self.total / 1e6:,.0f} MB a process ({listed})"
+
+
+def estimate_memory(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    pretrained_teacher: PreTrainedModel | None = None,
+    distillation_mode: str = "ctcd",
+    strategy: Strategy = "ddp",
+    processes: int = 1,
+    scored: float = 1.0,
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    gradient_checkpointing: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
+) -> MemoryEstimate:
+    """Estimate the memory of one process of a co-training, without computing or allocating anything.
+
+    Activations are counted by running the models' code on tensors without data. What Python, the runtime of the device
+    and the allocator take is not included (1 to 2 GB on a GPU).
+
+    Args:
+        teacher: The teacher, in the dtype of the training.
+        student: The student, in the dtype of the training.
+        batch_size: Rows of a batch of one process; each choice of a multiple-choice head counts as a row.
+        sequence_length: Tokens of a row, or samples of a recording. Images have the size in the config.
+        pretrained_teacher: The frozen teacher of Community KD.
+        distillation_mode: The mode, which says what is trained.
+        strategy: How the processes share the work: `ddp`, DeepSpeed's `zero1` to `zero3`, or `fsdp`.
+        processes: Number of processes.
+        scored: Share of the tokens at which a language model is scored (0.15 for a usual masked one).
+        mixed_precision: As in the training arguments.
+        optimizer: The optimizer; `adamw` keeps two numbers for each parameter.
+        gradient_checkpointing: Whether layers keep their inputs only.
+        device: Device of the training: the fused pass over the logits works in larger chunks on `cuda`, which is the
+            default if torch finds it.
+
+    Returns:
+        The estimate, in bytes.
+
+    Raises:
+        ValueError: A choice is unknown, a size is not above 0, or a model reads neither tokens, images nor recordings.
+
+    Example:
+        ```python
+        print(estimate_memory(teacher, student, batch_size=32, sequence_length=128, strategy="fsdp", processes=8))
+        ```
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value, valid in (
+        ("strategy", strategy, _SHARDED),
+        ("distillation_mode", distillation_mode, MODES),
+        ("optimizer", optimizer, _STATES),
+        ("device", device, ("cpu", "cuda")),
+    ):
+        if value not in valid:
+            raise ValueError(f"`{name}={value!r}` is unknown. Valid values: {', '.join(valid)}.")
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "processes": processes, "scored": scored}
+    for name, value in sizes.items():
+        if value <= 0:
+            raise ValueError(f"`{name}={value}` is not valid: it must be above 0.")
+    mode, learners = MODES[distillation_mode], {TEACHER: teacher, STUDENT: student}
+    trained = [learners[name] for name in mode.trained]
+    models = [*learners.values(), *([] if pretrained_teacher is None else [pretrained_teacher])]
+    language_models = find_task(teacher).language_model
+    shares = {part: processes if part in _SHARDED[strategy] else 1 for part in ("weights", "gradients", "optimizer")}
+    trainable = _bytes(parameter for model in trained for parameter in model.parameters() if parameter.requires_grad)
+
+    batch = (batch_size, sequence_length, mixed_precision, language_models)
+    whole = [_activations(model, *batch) for model in trained]
+    # A ResNet does not say how many layers it has.
+    layers = [getattr(model.config.get_text_config(), "num_hidden_layers", 1) for model in trained]
+    layer = max(size // count for size, count in zip(whole, layers, strict=True))
+    working = layer * (
+        2 if gradient_checkpointing else 1
+    )  # the gradients of what it keeps; and what it computes again
+    working += trainable if processes > 1 and strategy in ("ddp", "zero1") else 0  # buckets of gradients
+    working += sum(map(_gathered_bytes, models)) if shares["weights"] > 1 else 0
+    working += max(_bytes(model.parameters()) for model in models) // 2 if mixed_precision != "no" else 0
+    if language_models:
+        positions = int(batch_size * sequence_length * scored)
+        if shares["weights"] > 1:  # the whole logits, of all positions and of the scored ones
+            working += sum(
+                int(4 * positions * size * (_COPIES + _COPIES / scored)) for size in map(_vocabulary, models)
+            )
+        else:
+            working += _fused_pass_bytes(models, trained, len(mode.edges), positions, device)
+    kept = [_activations(model, *batch, checkpointing=True) for model in trained] if gradient_checkpointing else whole
+    return MemoryEstimate(
+        weights=sum(_bytes([*model.parameters(), *model.buffers()]) for model in models) // shares["weights"],
+        gradients=trainable // shares["gradients"],
+        optimizer=int(trainable * _STATES[optimizer]) // shares["optimizer"],
+        activations=sum(kept),
+        working=working,
+    )
+
+
+def _fused_pass_bytes(
+    models: Sequence[PreTrainedModel], trained: Sequence[nn.Module], edges: int, positions: int, device: str
+) -> int:
+    """What the pass of `fused_linear.py` holds: a chunk of logits of each model, scratch, gradients of the heads."""
+    largest = 4 * max(map(_vocabulary, models))  # losses and gradients are computed in fp32
+    chunk = fused_linear._CPU_CHUNK_BYTES if device == "cpu" else fused_linear._CUDA_CHUNK_BYTES
+    rows = min(positions, max(32, chunk // largest // 32 * 32))
+    on_cpu = max(2 * torch.get_num_threads(), fused_linear._CPU_BLOCK_BYTES // largest)
+    scratch = min(rows, on_cpu) if device == "cpu" else rows
+    buffers = _BUFFERS_OF_MODEL * len(models) + _BUFFERS_OF_EDGE * edges
+    heads = [embeddings_of(base_model(model), "get_output_embeddings") for model in trained]
+    gradients = sum(4 * head.weight.numel() for head in heads if head is not None)  # exist before all other gradients
+    return sum(4 * rows * size for size in map(_vocabulary, models)) + buffers * scratch * largest + gradients
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _gathered_bytes(model: nn.Module) -> int:
+    """What is whole at a time of a sharded model: two layers, and all parameters outside of layers."""
+    names = layer_classes([model])
+    sizes = [_bytes(module.parameters()) for module in model.modules() if type(module).__name__ in names]
+    return _bytes(model.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
+
+
+def _activations(
+    model: PreTrainedModel, rows: int, length: int, mixed_precision: str, headless: bool, checkpointing: bool = False
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without weights.
+
+    Args:
+        model: The model.
+        rows: Rows of the batch.
+        length: Tokens of a row.
+        mixed_precision: As in the training arguments.
+        headless: Whether to leave out the output layer, of which the fused pass keeps nothing.
+        checkpointing: Whether layers keep their inputs only.
+    """
+    inner = base_model(model)
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # else another tensor could get the address
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with FakeTensorMode():
+        with local_torch_dtype(inner.dtype), no_init_weights():
+            empty = type(inner)(copy.deepcopy(inner.config)).train()
+        if checkpointing:
+            empty.gradient_checkpointing_enable()
+        # A sequence classifier with a decoder reads the data that these tensors do not have.
+        run = getattr(empty, empty.base_model_prefix, empty) if headless or inner.config.is_encoder_decoder else empty
+        dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+        with (
+            torch.autocast("cpu", dtype=dtype, enabled=mixed_precision != "no"),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            outputs = run(**_dummy_inputs(run, rows, length))
+        weights = {parameter.untyped_storage()._cdata for parameter in empty.parameters()}
+        del outputs
+    return sum(size for key, size in sizes.items() if key not in weights)
