@@ -54,7 +54,7 @@ def uploads_of(output_dir: Path, revision: str | None = None, private: bool | No
         ValueError: The folder holds no models or no arguments, or the Hub refuses the token or a name.
     """
     checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir))]
-    models = next((path for path in (output_dir, *reversed(checkpoints)) if any(path.glob("*config.json"))), None)
+    models = next((path for path in (output_dir, *reversed(checkpoints)) if _holds_model(path)), None)
     if models is None:
         raise ValueError(f"There is no model in {str(output_dir)!r}. Give the `output_dir` of a training.")
     try:
@@ -81,6 +81,10 @@ def uploads_of(output_dir: Path, revision: str | None = None, private: bool | No
     for path in checkpoints:
         uploads += pair.uploads_of_checkpoint(path.name, path.name, str(path), revision=args.hub_revision)
     return list({upload.place: upload for upload in uploads}.values())  # of `last-checkpoint`, the last
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
 
 
 if __name__ == "__main__":

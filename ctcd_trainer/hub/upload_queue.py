@@ -156,7 +156,7 @@ class UploadQueue:
     Uploads run in the background, in rounds. A round tries each pending upload once. What fails stays pending.
 
     Args:
-        output_dir: The output folder, which also holds the snapshots. Snapshots of a killed process are deleted.
+        output_dir: The output folder, which also holds the snapshots.
     """
 
     def __init__(self, output_dir: str | os.PathLike) -> None:
@@ -171,16 +171,18 @@ class UploadQueue:
         self._next_round: Future[None] | None = None
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        for path in self.output_dir.glob(f"{_SNAPSHOT}-*"):
-            if not path.name.startswith(f"{_SNAPSHOT}-{os.getpid()}-"):
-                shutil.rmtree(path, ignore_errors=True)
 
     def add(self, folder: str | os.PathLike, uploads: Iterable[Upload], live: bool = False) -> None:
         """Take a snapshot of a folder and queue uploads of it. The next round makes them.
 
+        Snapshots that a killed process has left are deleted.
+
         Raises:
             OSError: There is no room for the snapshot, for example. Nothing is queued.
         """
+        for path in self.output_dir.glob(f"{_SNAPSHOT}-*"):
+            if not path.name.startswith(f"{_SNAPSHOT}-{os.getpid()}-"):
+                shutil.rmtree(path, ignore_errors=True)
         snapshot = Snapshot(folder, self.output_dir, live)
         uploads = list(uploads)
         for upload in uploads:
