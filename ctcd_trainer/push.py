@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     failed = False
     try:
-        for upload in uploads_of(options.output_dir, options.revision, options.private):
+        for upload in _uploads_of(options.output_dir, options.revision, options.private):
             try:
                 print(f"Uploaded {upload}: {upload.make(token=None).commit_url}")
             except Exception as error:  # the other uploads may succeed
@@ -42,13 +42,8 @@ def main() -> None:
     sys.exit(int(failed))
 
 
-def uploads_of(output_dir: Path, revision: str | None = None, private: bool | None = None) -> list[Upload]:
-    """The uploads that bring the Hub to the state of an output folder; the repositories are made.
-
-    Args:
-        output_dir: The output folder.
-        revision: Branch or pull request; by default `hub_revision` of the training.
-        private: Whether new repositories are private; by default `hub_private_repo` of the training.
+def _uploads_of(output_dir: Path, revision: str | None, private: bool | None) -> list[Upload]:
+    """Make the repositories; return the uploads that bring the Hub to the state of an output folder.
 
     Raises:
         ValueError: The folder holds no models or no arguments, or the Hub refuses the token or a name.
