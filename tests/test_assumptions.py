@@ -62,7 +62,6 @@ USED = {
 }
 #: Private names of other objects that the package uses, and the modules or classes that declare them.
 FOREIGN = {
-    "_GLOBAL_CLIENT_FACTORY": "huggingface_hub.utils._http",
     "_attn_implementation": "transformers.PreTrainedConfig",
     "_cdata": "torch.UntypedStorage",
     "_experts_implementation": "transformers.PreTrainedConfig",
@@ -126,10 +125,8 @@ def private_names_in_package() -> set[str]:
             (defined if isinstance(node.ctx, ast.Store) else used).add(node.attr)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined.add(node.name)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            defined.add(node.target.id)
-        elif isinstance(node, ast.Assign):
-            defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "hasattr"):
             used |= {argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
     of_base = {*re.findall(r"self\.(_[a-z]\w*)", inspect.getsource(Trainer)), *vars(Trainer), *vars(PreTrainedModel)}
@@ -298,7 +295,6 @@ def test_the_name_can_be_imported(module, name):
         ("transformers.integrations.neftune.activate_neftune", {"model", "neftune_noise_alpha"}),
         ("transformers.integrations.neftune.deactivate_neftune", {"model", "hook_handle"}),
         ("accelerate.utils.fsdp2_prepare_model", {"accelerator", "model"}),
-        ("huggingface_hub.utils.build_hf_headers", {"token"}),
     ],
 )
 def test_the_function_has_the_parameters_that_we_pass(function, expected):
