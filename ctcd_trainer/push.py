@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     failed = False
     try:
-        for upload in uploads_of(options.output_dir, options.revision, options.private):
+        for upload in _uploads_of(options.output_dir, options.revision, options.private):
             try:
                 print(f"Uploaded {upload}: {upload.make(token=None).commit_url}")
             except Exception as error:  # the other uploads may succeed
@@ -42,19 +42,14 @@ def main() -> None:
     sys.exit(int(failed))
 
 
-def uploads_of(output_dir: Path, revision: str | None = None, private: bool | None = None) -> list[Upload]:
-    """The uploads that bring the Hub to the state of an output folder; the repositories are made.
-
-    Args:
-        output_dir: The output folder.
-        revision: Branch or pull request; by default `hub_revision` of the training.
-        private: Whether new repositories are private; by default `hub_private_repo` of the training.
+def _uploads_of(output_dir: Path, revision: str | None, private: bool | None) -> list[Upload]:
+    """Make the repositories; return the uploads that bring the Hub to the state of an output folder.
 
     Raises:
         ValueError: The folder holds no models or no arguments, or the Hub refuses the token or a name.
     """
     checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir))]
-    models = next((path for path in (output_dir, *reversed(checkpoints)) if any(path.glob("*config.json"))), None)
+    models = next((path for path in (output_dir, *reversed(checkpoints)) if _holds_model(path)), None)
     if models is None:
         raise ValueError(f"There is no model in {str(output_dir)!r}. Give the `output_dir` of a training.")
     try:
@@ -81,6 +76,10 @@ def uploads_of(output_dir: Path, revision: str | None = None, private: bool | No
     for path in checkpoints:
         uploads += pair.uploads_of_checkpoint(path.name, path.name, str(path), revision=args.hub_revision)
     return list({upload.place: upload for upload in uploads}.values())  # of `last-checkpoint`, the last
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The learners on the Hugging Face Hub: all in one repository, and each but the primary one alone in another."""
 
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -158,7 +158,7 @@ class PairUploads:
         """
         if self.is_main_process and self.queue.pending:
             several = self.args.world_size > 1
-            self.queue.finish(min(_LONGEST_WAIT, self.args.ddp_timeout / 2) if several else _LONGEST_WAIT)
+            wait([self.queue.start()], min(_LONGEST_WAIT, self.args.ddp_timeout / 2) if several else _LONGEST_WAIT)
             if self.missing:
                 logger.warning(self._remedy)
 

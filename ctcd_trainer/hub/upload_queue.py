@@ -3,10 +3,8 @@
 import os
 import shutil
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,48 +49,13 @@ class Repository:
         return self.name
 
 
-class Snapshot:
-    """A copy of a folder, until `delete` is called or the process ends.
-
-    Args:
-        folder: A checkpoint, whose files never change: the copy is made of hard links. With `live` an output folder,
-            whose files may be overwritten: the models in it are copied.
-        output_dir: Folder for the copy.
-        live: Whether the files may be overwritten later.
-
-    Raises:
-        OSError: There is no room, for example.
-    """
-
-    def __init__(self, folder: str | os.PathLike, output_dir: str | os.PathLike, live: bool = False) -> None:
-        self.path = Path(output_dir, f"{_SNAPSHOT}-{os.getpid()}-{time.time_ns()}")
-        self.delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        top, not_models = os.fspath(folder), shutil.ignore_patterns(*NOT_MODELS)
-        try:
-            shutil.copytree(
-                folder,
-                self.path,
-                copy_function=shutil.copy2 if live else _link_or_copy,
-                ignore=lambda path, names: not_models(path, names) if live and path == top else (),
-                ignore_dangling_symlinks=True,
-            )
-        except OSError:
-            self.delete()
-            raise
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether it takes space, because files of it are nowhere else on the disk."""
-        return any(path.is_file() and path.stat().st_nlink == 1 for path in self.path.rglob("*"))
-
-
 @dataclass(eq=False)
 class Upload:
     """An upload of a folder, in one commit.
 
     Attributes:
         repository: The repository. It is made if it does not exist.
-        folder: The folder; for `UploadQueue.add` relative to the folder of which a snapshot is made.
+        folder: The folder.
         message: Commit message.
         path_in_repo: Path of the folder in the repository.
         ignore: Patterns of files that are not uploaded.
@@ -113,7 +76,7 @@ class Upload:
     revision: str | None = None
     keep_card: bool = False
     always: bool = False
-    snapshot: Snapshot | None = None
+    snapshot: TemporaryDirectory | None = None
     error: str = "not uploaded yet"
 
     @property
@@ -156,7 +119,7 @@ class UploadQueue:
     Uploads run in the background, in rounds. A round tries each pending upload once. What fails stays pending.
 
     Args:
-        output_dir: The output folder, which also holds the snapshots. Snapshots of a killed process are deleted.
+        output_dir: The output folder, which also holds the snapshots.
     """
 
     def __init__(self, output_dir: str | os.PathLike) -> None:
@@ -167,24 +130,26 @@ class UploadQueue:
         #: The last commit to each place.
         self.commits: dict[tuple[Repository, str, str], CommitInfo] = {}
         self._current: Upload | None = None
-        self._snapshots: set[Snapshot] = set()
+        self._snapshots: set[TemporaryDirectory] = set()
         self._next_round: Future[None] | None = None
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        for path in self.output_dir.glob(f"{_SNAPSHOT}-*"):
-            if not path.name.startswith(f"{_SNAPSHOT}-{os.getpid()}-"):
-                shutil.rmtree(path, ignore_errors=True)
 
     def add(self, folder: str | os.PathLike, uploads: Iterable[Upload], live: bool = False) -> None:
-        """Take a snapshot of a folder and queue uploads of it. The next round makes them.
+        """Take a snapshot of a folder and queue uploads of it, with folders relative to this one, for the next round.
+
+        Args:
+            folder: A checkpoint, whose files never change; with `live` the output folder, for the models in it.
+            uploads: The uploads.
+            live: Whether the files may be overwritten later.
 
         Raises:
             OSError: There is no room for the snapshot, for example. Nothing is queued.
         """
-        snapshot = Snapshot(folder, self.output_dir, live)
+        snapshot = take_snapshot(folder, self.output_dir, live)
         uploads = list(uploads)
         for upload in uploads:
-            upload.snapshot, upload.folder = snapshot, snapshot.path / upload.folder
+            upload.snapshot, upload.folder = snapshot, Path(snapshot.name, upload.folder)
         places = {upload.place for upload in uploads}
         with self._lock:
             self.pending = [old for old in self.pending if old.always or old.place not in places] + uploads
@@ -199,10 +164,6 @@ class UploadQueue:
             if not waits:
                 self._next_round = self.in_background(self.upload_pending)
             return self._next_round
-
-    def finish(self, timeout: float | None = None) -> None:
-        """Wait until everything is uploaded or has failed in a last round, or until `timeout` seconds have passed."""
-        wait([self.start()], timeout)
 
     def upload_pending(self) -> None:
         """Try each pending upload once, also those that are added meanwhile."""
@@ -254,7 +215,7 @@ class UploadQueue:
         """
         current = self._current.snapshot if self._current is not None else None
         snapshots = dict.fromkeys(upload.snapshot for upload in self.pending if upload.snapshot is not current)
-        alone = [snapshot for snapshot in snapshots if snapshot.is_alone]
+        alone = [snapshot for snapshot in snapshots if _takes_space(snapshot.name)]
         for snapshot in alone[: max(0, len(alone) - _MOST_ALONE + 1)]:
             dropped = [upload for upload in self.pending if upload.snapshot is snapshot]
             self.pending = [upload for upload in self.pending if upload.snapshot is not snapshot]
@@ -268,8 +229,34 @@ class UploadQueue:
     def _delete_unused(self) -> None:
         used = {upload.snapshot for upload in (*self.pending, self._current) if upload is not None}
         for snapshot in self._snapshots - used:
-            snapshot.delete()
+            snapshot.cleanup()
         self._snapshots = used
+
+
+def take_snapshot(folder: str | os.PathLike, output_dir: Path, live: bool) -> TemporaryDirectory:
+    """A copy of a folder in the output folder; see `UploadQueue.add`. Copies that a killed process left are deleted.
+
+    The copy of a checkpoint consists of hard links. The process deletes it at its end at the latest.
+    """
+    own = f"{_SNAPSHOT}-{os.getpid()}-"
+    for path in output_dir.glob(f"{_SNAPSHOT}-*"):
+        if not path.name.startswith(own):
+            shutil.rmtree(path, ignore_errors=True)
+    snapshot = TemporaryDirectory(prefix=own, dir=output_dir, ignore_cleanup_errors=True)
+    top, not_models = os.fspath(folder), shutil.ignore_patterns(*NOT_MODELS)
+    try:
+        shutil.copytree(
+            folder,
+            snapshot.name,
+            copy_function=shutil.copy2 if live else _link_or_copy,
+            ignore=lambda path, names: not_models(path, names) if live and path == top else (),
+            ignore_dangling_symlinks=True,
+            dirs_exist_ok=True,
+        )
+    except OSError:
+        snapshot.cleanup()
+        raise
+    return snapshot
 
 
 def without_token(error: Exception, token: str | None) -> str:
@@ -277,6 +264,11 @@ def without_token(error: Exception, token: str | None) -> str:
     text = f"{type(error).__name__}: {error}"
     token = token or get_token()
     return text.replace(token, "***") if token else text
+
+
+def _takes_space(folder: str) -> bool:
+    """Whether files of a snapshot are nowhere else on the disk."""
+    return any(path.is_file() and path.stat().st_nlink == 1 for path in Path(folder).rglob("*"))
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -10,7 +10,7 @@ from loopback_hub import LoopbackHub, use_hub
 
 from ctcd_trainer.hub import repositories
 from ctcd_trainer.hub.repositories import PairUploads
-from ctcd_trainer.hub.upload_queue import Repository, Snapshot, Upload, UploadQueue
+from ctcd_trainer.hub.upload_queue import Repository, Upload, UploadQueue, take_snapshot
 
 COMMIT = "POST /api/models/{}/commit/"
 
@@ -40,6 +40,9 @@ class Queue(UploadQueue):
         folder.mkdir()
         (folder / "step.txt").write_text(str(step))
         return folder
+
+    def finish(self):
+        self.start().result(60)
 
     def add_step(self, step, *repos, **options):
         found = [self.repositories.setdefault(repo, Repository(repo)) for repo in repos]
@@ -77,7 +80,7 @@ def test_what_fails_is_tried_again_at_the_next_save_and_at_the_end_and_others_go
     assert caplog.text.count("Uploading 'step") == len(hub.requests_like(COMMIT.format("me/a"))) == 2
     assert pushed(hub, "me/b") == [2, 1]
     hub.heal()
-    queue.finish(60)
+    queue.finish()
     assert pushed(hub, "me/a") == [2]
     assert not queue.pending
     assert not snapshots(queue)
@@ -91,7 +94,7 @@ def test_a_last_round_follows_the_one_that_is_running(hub, queue):
     while not hub.requests_like(COMMIT.format("me/a")):
         time.sleep(0.01)
     assert not running.done()
-    queue.finish(60)
+    queue.finish()
     assert pushed(hub, "me/b") == pushed(hub, "me/a") == [1]
 
 
@@ -106,7 +109,7 @@ def test_saves_that_are_faster_than_the_hub_queue_one_round(hub, queue):
         queue.add_step(step, "me/a")
         rounds.add(queue.start())
     assert len(rounds) == 1
-    queue.finish(60)
+    queue.finish()
     assert pushed(hub, "me/a") == [5, 1]
 
 
@@ -289,10 +292,11 @@ def test_snapshots_of_a_killed_process_are_deleted_and_those_of_this_process_are
     queue.add_step(1, "me/a")
     killed = queue.output_dir / "_push-0-1"
     killed.mkdir()
-    Queue(queue.output_dir)
+    other = Queue(queue.output_dir)
+    other.add_step(2, "me/a")
     assert not killed.exists()
-    assert len(snapshots(queue)) == 1
-    left = Snapshot(queue.output_dir / "checkpoint-1", queue.output_dir)
     assert len(snapshots(queue)) == 2
+    left = take_snapshot(queue.output_dir / "checkpoint-1", queue.output_dir, live=False)
+    assert len(snapshots(queue)) == 3
     del left  # as at the end of the process
-    assert len(snapshots(queue)) == 1
+    assert len(snapshots(queue)) == 2
