@@ -49,8 +49,9 @@ def shard_frozen(model: nn.Module, accelerator: Accelerator) -> None:
     own.transformer_cls_names_to_wrap = layer_classes([model])
     accelerator.state.fsdp_plugin = own
     try:
-        with heads_in_root(model):
-            fsdp2_prepare_model(accelerator, model)
+        with heads_in_root(model, all_heads=True):
+            # The fused pass reads the weights of its output layer after its forward, so the root stays gathered.
+            fsdp2_prepare_model(accelerator, model).set_reshard_after_forward(False, recurse=False)
     finally:
         accelerator.state.fsdp_plugin = plugin
 

@@ -8,7 +8,9 @@ from distributed_training import SCENARIOS, train
 from processes import run_program
 from same_training import TOLERANCE, assert_ranks_agree, assert_same
 
-LANGUAGE_MODELS = ("masked_lm", "unused", "causal_lm", "one_way")
+LANGUAGE_MODELS = ("masked_lm", "unused", "causal_lm", "community_lm", "one_way")
+#: Tied heads, and heads that are not tied.
+FULLY_SHARDED = ("masked_lm", "unused")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,9 @@ def two_processes(tmp_path_factory) -> Path:
     jobs = [f"{name} 2 {'plain' if name == 'unused' else 'ddp'} {name}" for name in SCENARIOS]
     one = "saved-by-one 1 plain causal_lm"
     resumed = ["resumed-by-two 2 ddp causal_lm saved-by-one", "resumed-by-one 1 plain causal_lm causal_lm"]
-    run_program("distributed_training.py", folder, one, *jobs, *resumed, "reentrant 2 reentrant classification")
+    sharded = [f"{name}-fsdp2 2 fsdp2 {name}" for name in FULLY_SHARDED]
+    more = [*resumed, *sharded, "reentrant 2 reentrant classification"]
+    run_program("distributed_training.py", folder, one, *jobs, *more)
     return folder
 
 
@@ -29,6 +33,14 @@ def test_two_processes_train_log_and_measure_as_one(scenario, two_processes, tmp
     assert actual["train_loss"] == pytest.approx(expected["train_loss"], rel=TOLERANCE)
     assert actual["fused"] == expected["fused"] == (True if scenario in LANGUAGE_MODELS else None)
     assert_ranks_agree(two_processes, scenario, 2)
+
+
+@pytest.mark.parametrize("scenario", FULLY_SHARDED)
+def test_the_fused_pass_of_fully_sharded_heads_equals_that_of_one_process(scenario, two_processes, tmp_path):
+    actual, expected = torch.load(two_processes / f"{scenario}-fsdp2-0.pt"), train(scenario, tmp_path)
+    assert actual["fused"] and expected["fused"]
+    assert actual["held"]["teacher"] < 0.7  # each process holds its half
+    assert_same(actual, expected)
 
 
 def test_gradient_checkpointing_changes_no_number_of_two_processes(two_processes, tmp_path):

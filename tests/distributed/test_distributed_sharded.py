@@ -9,7 +9,7 @@ from processes import run_program
 from same_training import assert_same, assert_same_weights
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-SHARDED = ("classification", "masked_lm", "causal_lm", "community", "one_way", "adapters")
+SHARDED = ("classification", "masked_lm", "causal_lm", "community", "community_lm", "one_way", "adapters")
 FSDP1 = ("classification", "masked_lm")
 FOUR = ("classification", "masked_lm", "causal_lm")
 #: Settings of FSDP2 that change no number, with the scenario of each.
@@ -99,9 +99,9 @@ def test_each_process_holds_its_share_of_all_models_whose_layers_are_gathered_on
         assert units["FSDPBertLayer"] + units["FSDPTransformerBlock"] == count
 
 
-@pytest.mark.parametrize("name", ["masked_lm-fsdp2", "causal_lm-fsdp2", "masked_lm-fsdp1"])
-def test_language_models_use_whole_logits_where_heads_are_sharded(name, sharded):
-    assert load(sharded, name)["fused"] is False
+@pytest.mark.parametrize("name", ["causal_lm-fsdp2", "community_lm-fsdp2", "offload", "masked_lm-fsdp1"])
+def test_language_models_use_the_fused_pass_where_heads_are_sharded(name, sharded):
+    assert load(sharded, name)["fused"] is True
 
 
 @pytest.mark.parametrize("scenario", FOUR)

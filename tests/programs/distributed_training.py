@@ -115,6 +115,14 @@ def community() -> dict[str, Any]:
     return classification() | own
 
 
+def community_lm() -> dict[str, Any]:
+    """A frozen third language model."""
+    return causal_lm() | {
+        "distillation_mode": "community",
+        "pretrained_teacher": tiny_model("llama", "causal-lm", 2, seed=3, tie_word_embeddings=False),
+    }
+
+
 def one_way() -> dict[str, Any]:
     """The teacher is frozen inside of the pair."""
     return masked_lm() | {"distillation_mode": "kd"}
@@ -134,7 +142,10 @@ def adapters() -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     scenario.__name__: scenario
-    for scenario in (classification, masked_lm, unused, causal_lm, uneven, filled_up, community, one_way, adapters)
+    for scenario in (
+        *(classification, masked_lm, unused, causal_lm, community_lm),
+        *(uneven, filled_up, community, one_way, adapters),
+    )
 }
 
 
