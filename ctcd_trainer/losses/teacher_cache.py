@@ -1,9 +1,9 @@
-"""The predictions of the frozen pre-trained teacher, kept on disk: epochs and trainings to come do not run it.
+"""Keep the predictions of the frozen pre-trained teacher on disk, so that later epochs and trainings do not run it.
 
-A prediction is found by the content of its row: of the inputs that the model takes, without labels and without the
-padding behind them. So a row is found again in another order, in batches of another size and with other padding. What
-is kept is what the losses compare: the logits of the row, or of each of its tokens; of a language model that runs
-without logits, what goes into its output layer at the scored positions.
+A prediction is found by the content of its row: the inputs that the model takes, without labels and without the
+padding behind them. So a row is found again in another order, in batches of another size and with other padding. The
+cache keeps what the losses compare: the logits of each row or of each token; for a language model that runs without
+logits, the hidden states at the scored positions.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from .prediction_store import PredictionStore
 
 logger = logging.get_logger(__name__)
 
-#: Changes with what is stored, and with how keys are made.
-_FORMAT = 1
-#: Entries of the config of a model or an adapter that do not change a prediction (or are seen in the weights).
-_OF_NO_ACCOUNT = {
+#: Raise this when the stored tensors or the keys change.
+_FORMAT = 2
+#: Config entries of a model or an adapter that do not change a prediction, or that the weights show.
+_IGNORED_SETTINGS = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save"),
     *("peft_version", "revision"),
 }
-#: Batches after the first epoch in which no row is found, after which there is no hope.
+#: Give up after this many batches without a hit once the first epoch is over.
 _PATIENCE = 50
 
 #: Runs the model on a batch; with positions, up to its output layer.
@@ -41,23 +41,20 @@ RunModel = Callable[[Mapping[str, Any], ScoredPositions | None], Any]
 
 
 class PretrainedCache:
-    """Looks predictions up, and runs the model on the rows that are missing.
+    """Look predictions up, and run the model on the missing rows.
 
     Args:
-        folder: The folder.
+        folder: The folder, on a disk of this machine.
         model: The frozen teacher.
         task: Its task.
         precision: `mixed_precision` of the training arguments: `"no"`, `"bf16"` or `"fp16"`.
 
     Raises:
-        ValueError: The folder has the predictions of another model, or in another precision.
+        ValueError: The folder has predictions of another model, in another precision or of an older version.
     """
 
     def __init__(self, folder: str | os.PathLike, model: nn.Module, task: Task, precision: str) -> None:
-        fingerprint = fingerprint_of(model, task, precision)
-        self._store = PredictionStore(folder, fingerprint)
-        # Should two trainings of different models begin in one folder at the same time, they will not mix.
-        self._salt = json.dumps(fingerprint).encode()
+        self._store = PredictionStore(folder, fingerprint_of(model, task, precision))
         self._task = task
         self._start_training()
 
@@ -75,23 +72,23 @@ class PretrainedCache:
         head_at: ScoredPositions | None = None,
         epoch: float = 0.0,
     ) -> dict[str, Tensor] | LinearHead:
-        """The outputs of the model that are compared, for a batch.
+        """Return the compared outputs of the model for a batch.
 
         Args:
             run: Runs the model.
             inputs: The batch, with labels.
-            taken: What the model takes of it.
-            tap: The output layer of a language model without logits.
-            head_at: The positions that are scored, with a `tap`.
-            epoch: How far the training is.
+            taken: The part of the batch that the model takes.
+            tap: The output layer of a language model that runs without logits.
+            head_at: The scored positions, with a `tap`.
+            epoch: The epoch that the training is in, as a fraction.
 
         Returns:
-            The outputs by name, 0 at tokens of padding; or, with a `tap`, the head.
+            The outputs by name, 0 at padding tokens; with a `tap`, the head with its hidden states.
         """
         if self._given_up:
             return run(inputs, head_at)
         batch = _Batch(self._task, inputs, taken, fused=tap is not None)
-        keys = batch.keys(self._salt)
+        keys = batch.keys()
         entries = self._store.get(keys)
         missing = [row for row, entry in enumerate(entries) if entry is None]
         self._count(len(keys), len(missing), epoch)
@@ -101,11 +98,10 @@ class PretrainedCache:
             part = inputs if len(missing) == len(keys) else batch.rows_of(inputs, missing)
             if tap is not None and part is not inputs:
                 head_at = ScoredPositions(self._task.targets(part))
-            outputs = run(part, head_at)
-            for row, entry in zip(missing, batch.split(outputs, missing), strict=True):
-                entries[row] = entry
-                if not self._given_up:
-                    self._store.add(keys[row], entry)
+            computed = dict(zip(missing, batch.split(run(part, head_at), missing), strict=True))
+            if not self._given_up:
+                self._store.add({keys[row]: entry for row, entry in computed.items()})
+            entries = [computed.get(row, entry) for row, entry in enumerate(entries)]
         joined = batch.join(entries)
         return joined if tap is None else tap.head(joined["hidden"])
 
@@ -130,16 +126,14 @@ class PretrainedCache:
         )
 
     def finish(self) -> None:
-        """Write what is not yet written, at the end of a training."""
-        self._store.flush()
+        """End a training: close the file, and log how many rows were found."""
+        self._store.close()
         if self._batches_in_vain and not self._given_up:
             self._warn()
         if self._rows:
             logger.info(
                 "Predictions of the frozen teacher: %d of %d rows were found in %s.",
-                self._found,
-                self._rows,
-                self._store.folder,
+                *(self._found, self._rows, self._store.folder),
             )
         self._start_training()
 
@@ -148,24 +142,25 @@ class _Batch:
     """The rows of a batch: their keys, and their parts of the outputs."""
 
     def __init__(self, task: Task, inputs: Mapping[str, Any], taken: Mapping[str, Any], fused: bool) -> None:
-        self._task, self._taken, self._fused = task, taken, fused
-        targets = task.targets(inputs)
-        scored = targets.ne(IGNORE_INDEX)
-        self._count = len(targets)
+        self._task, self._taken = task, taken
+        scored = task.targets(inputs).ne(IGNORE_INDEX)
+        self._count = len(scored)
         #: Whether the model can be run on some of the rows.
         self.divisible = all(self._of_rows(v) or v is None or isinstance(v, (int, float, str)) for v in taken.values())
-        #: Of the inputs that have a value for each token: the axis of the tokens in a row, and how many count.
-        self._lengths: dict[str, tuple[int, list[int]]] = {}
+        #: The scored positions of a language model that runs without logits.
         self._scored = scored.cpu() if fused else None
+        #: By input that has a value for each token: the axis of the tokens in a row, and how many of them count.
+        self._lengths: dict[str, tuple[int, list[int]]] = {}
         mask = taken.get("attention_mask")
         if task.per_token is not None and self._of_rows(mask) and mask.ndim > 1:
             counts = mask.ne(0)
-            if scored.shape == mask.shape:  # labels of padding: strange, but they are scored
+            if scored.shape == mask.shape:  # labels at padding: unusual, but they are scored
                 counts = counts | scored
-            self._cut(task.token_inputs, counts)  # a row that is cut too short would be taken for another one
+            # Trimming too little costs one more forward pass; trimming too much would confuse two rows.
+            self._trim(task.token_inputs, counts)
         if fused:
-            self._cut(task.decoder_token_inputs, scored)
-        #: The number of tokens of each row and of the batch, if there is a prediction for each.
+            self._trim(task.decoder_token_inputs, scored)
+        #: The number of tokens of each row, and of the batch, if each token has a prediction.
         self._tokens: list[int] | None = None
         if task.per_token and not fused and "attention_mask" in self._lengths and mask.ndim == 2:
             self._tokens, self._width = self._lengths["attention_mask"][1], mask.shape[1]
@@ -173,17 +168,17 @@ class _Batch:
     def _of_rows(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.shape[:1] == (self._count,)
 
-    def _cut(self, names: Iterable[str], counts: Tensor) -> None:
-        """Cut inputs behind the last token `(rows, ..., tokens)` that counts."""
+    def _trim(self, names: Iterable[str], counts: Tensor) -> None:
+        """Trim inputs behind the last token that counts; `counts` is bool, `(rows, ..., tokens)`."""
         axis = counts.ndim - 1
         last = torch.arange(1, counts.shape[-1] + 1, device=counts.device).mul(counts).flatten(1).amax(-1).tolist()
         for name in names:
             if self._of_rows(self._taken.get(name)) and self._taken[name].shape[: axis + 1] == counts.shape:
                 self._lengths[name] = (axis - 1, last)
 
-    def keys(self, salt: bytes) -> list[bytes]:
-        """The key of each row."""
-        shared = hashlib.blake2b(salt + (b"hidden" if self._fused else b"outputs"), digest_size=16)
+    def keys(self) -> list[bytes]:
+        """Return the key of each row: a hash of its inputs and of what else the predictions depend on."""
+        shared = hashlib.blake2b(b"outputs" if self._scored is None else b"hidden", digest_size=16)
         columns = {}
         for name, value in sorted(self._taken.items()):
             if self._of_rows(value):
@@ -202,41 +197,40 @@ class _Batch:
         return keys
 
     def rows_of(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-        """A batch of some of the rows."""
+        """Return a batch of some of the rows."""
         return {
             name: value[torch.tensor(rows, device=value.device)] if self._of_rows(value) else value
             for name, value in inputs.items()
         }
 
     def split(self, outputs: Any, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """What is kept of the outputs for some rows, on the CPU."""
+        """Return the parts of the outputs to keep for each of some rows, on the CPU."""
         if self._scored is not None:
             hidden = outputs.hidden.cpu().split(self._scored[list(rows)].sum(-1).tolist())
             return [{"hidden": part.clone()} for part in hidden]
         values = {name: outputs[name].cpu() for name in self._task.compared_outputs}
         if self._tokens is None:
             return [{name: value[i : i + 1].clone() for name, value in values.items()} for i in range(len(rows))]
-        return [
-            {name: value[i, : self._tokens[row]].clone() for name, value in values.items()}
-            for i, row in enumerate(rows)
-        ]
+        lengths = [self._tokens[row] for row in rows]
+        return [{name: value[i, :n].clone() for name, value in values.items()} for i, n in enumerate(lengths)]
 
     def join(self, entries: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The outputs of the batch, from what is kept of all rows."""
+        """Return the outputs of the batch, from the entries of all rows."""
+        device = next(value.device for value in self._taken.values() if isinstance(value, Tensor))
         joined = {}
         for name, first in entries[0].items():
             if self._tokens is None:
-                joined[name] = torch.cat([entry[name] for entry in entries])
-            else:
-                joined[name] = first.new_zeros(self._count, self._width, *first.shape[1:])
-                for values, entry in zip(joined[name], entries, strict=True):
-                    values[: len(entry[name])] = entry[name]
-        device = next(value.device for value in self._taken.values() if isinstance(value, Tensor))
-        return {name: value.to(device) for name, value in joined.items()}
+                joined[name] = torch.cat([entry[name] for entry in entries]).to(device)
+                continue
+            padded = first.new_zeros(self._count, self._width, *first.shape[1:])
+            for values, entry in zip(padded, entries, strict=True):
+                values[: len(entry[name])] = entry[name]
+            joined[name] = padded.to(device)
+        return joined
 
 
 def fingerprint_of(model: nn.Module, task: Task, precision: str) -> dict[str, Any]:
-    """What the predictions of a model depend on besides its inputs.
+    """Return what the predictions of a model depend on besides its inputs.
 
     Args:
         model: The model.
@@ -262,9 +256,9 @@ def fingerprint_of(model: nn.Module, task: Task, precision: str) -> dict[str, An
 
 
 def _plain(value: Any) -> Any:
-    """A config without what does not change a prediction, the same in every process and after saving and loading."""
+    """Drop the settings that do not change a prediction; the rest is the same in every process and after loading."""
     if isinstance(value, Mapping):
-        items = {str(name): own for name, own in value.items() if name not in _OF_NO_ACCOUNT}
+        items = {str(name): own for name, own in value.items() if name not in _IGNORED_SETTINGS}
         return {name: _plain(own) for name, own in items.items() if not name.startswith("_")}
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import sqlite3
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from torch import nn
 
 from ctcd_trainer import CoDistillationTrainer
 from ctcd_trainer.losses import teacher_cache as pretrained_cache
-from ctcd_trainer.losses.prediction_store import PredictionStore
 from ctcd_trainer.losses.teacher_cache import fingerprint_of
 from ctcd_trainer.tasks.base import Task
 
@@ -89,8 +89,21 @@ def assert_same_training(first, second, tolerance=0.0):
     assert_same_weights(first.student_model, second.student_model, tolerance)
 
 
-def shards(folder):
-    return sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+def read(folder, query):
+    """The rows that a query finds in the file of a cache."""
+    connection = sqlite3.connect(folder / "predictions.sqlite")
+    rows = connection.execute(query).fetchall()
+    connection.close()
+    return rows
+
+
+def fingerprint_in(folder):
+    ((text,),) = read(folder, "SELECT json FROM fingerprint")
+    return json.loads(text)
+
+
+def number_kept(folder):
+    return read(folder, "SELECT count(*) FROM predictions")[0][0]
 
 
 # ---- Community KD ----
@@ -324,7 +337,7 @@ def classifiers():
 def test_a_cache_of_other_weights_another_config_or_another_precision_is_refused_with_what_differs(tmp_path):
     models, cache = classifiers(), tmp_path / "cache"
     community(tmp_path, models, cache)
-    there = json.loads((cache / "fingerprint.json").read_text())
+    there = fingerprint_in(cache)
     other = {
         "weights": ({**models, "pretrained": tiny_bert(2, 4)}, {}),
         "config": ({**models, "pretrained": tiny_bert(2, 3, hidden_act="relu")}, {}),
@@ -336,7 +349,7 @@ def test_a_cache_of_other_weights_another_config_or_another_precision_is_refused
         assert str(cache) in str(error.value)
         assert repr(there[part]) in str(error.value)
         assert not any(f"`{name}` is" in str(error.value) for name in there.keys() - {part})
-    assert json.loads((cache / "fingerprint.json").read_text()) == there
+    assert fingerprint_in(cache) == there
     community(tmp_path, models, cache)
 
 
@@ -369,21 +382,18 @@ def test_the_settings_of_an_adapter_belong_to_the_fingerprint_and_the_place_it_w
     assert [name for name in one if one[name] != other[name]] == ["config"]
 
 
-def test_what_a_kill_leaves_of_a_file_is_ignored_and_a_broken_one_is_passed_over(tmp_path, caplog):
+def test_a_damaged_file_is_refused_and_what_a_kill_leaves_beside_it_is_ignored(tmp_path):
     models, cache = classifiers(), tmp_path / "cache"
     options = {"train_dataset": tiny_rows(8), "data_collator": collate, "max_steps": 2}
-    plain, _ = trained(tmp_path, models, **options)
     trained(tmp_path, models, cache, **options)
-    (name,) = shards(cache)
-    whole = (cache / name).read_bytes()
-    (cache / ".half.tmp").write_bytes(whole[: len(whole) // 2])
+    assert os.listdir(cache) == ["predictions.sqlite"]
+    whole = (cache / "predictions.sqlite").read_bytes()
+    (cache / "predictions.sqlite-wal").write_bytes(b"half of what was written")
     _, counts = trained(tmp_path, models, cache, **options)
     assert counts == []
-    (cache / name).write_bytes(whole[: len(whole) // 2])
-    kept, counts = trained(tmp_path, models, cache, **options)
-    assert counts == [4, 4]
-    assert f"{name} cannot be read and is passed over" in caplog.text
-    assert_same_training(kept, plain)
+    (cache / "predictions.sqlite").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged file predictions.sqlite .* Name another folder, or delete this one"):
+        trained(tmp_path, models, cache, **options)
 
 
 def test_a_training_that_ends_in_an_error_keeps_what_it_has(tmp_path):
@@ -427,9 +437,7 @@ def test_inputs_that_are_made_anew_in_each_epoch_are_warned_of_and_at_length_not
     )
     assert counts == [4] * steps
     assert ("made anew in each epoch" in caplog.text) == warned
-    store = PredictionStore(tmp_path / "cache", json.loads((tmp_path / "cache" / "fingerprint.json").read_text()))
-    store.get([b"0" * 16])
-    assert len(store._places) == kept
+    assert number_kept(tmp_path / "cache") == kept
 
 
 def test_it_steps_aside_with_a_warning_where_language_models_need_whole_logits(tmp_path, caplog):
@@ -441,7 +449,7 @@ def test_it_steps_aside_with_a_warning_where_language_models_need_whole_logits(t
     assert "Whole logits are not kept in `pretrained_cache_dir`" in caplog.text
     assert counts == [4, 4, 4]
     assert_same_training(aside, plain)
-    assert shards(tmp_path / "cache") == []
+    assert number_kept(tmp_path / "cache") == 0
 
 
 def test_a_cache_is_refused_where_nothing_learns_from_a_frozen_teacher_or_a_function_takes_all_its_outputs(tmp_path):
