@@ -399,7 +399,7 @@ def estimate_memory(
     working += max(_bytes(model.parameters()) for model in models) // 2 if mixed_precision != "no" else 0
     if language_models:
         positions = int(batch_size * sequence_length * scored)
-        if shares["weights"] > 1:  # the whole logits, of all positions and of the scored ones
+        if strategy == "zero3" and processes > 1:  # the whole logits, of all positions and of the scored ones
             working += sum(
                 int(4 * positions * size * (_COPIES + _COPIES / scored)) for size in map(_vocabulary, models)
             )
