@@ -224,8 +224,8 @@ def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[in
                 axis = Axis(INTERMEDIATE, _layer(name), old if old in intermediates else old // 2)
             if axis is None or old % (axis.units * axis.width):
                 raise ValueError(
-                    f"A {type(model).__name__} cannot be narrowed like this: `{name}` is {tuple(tensor.shape)}, would be "
-                    f"{tuple(smaller[name].shape)}, and counts neither heads nor feed-forward nor hidden units. "
+                    f"A {type(model).__name__} cannot be narrowed like this: `{name}` is {tuple(tensor.shape)}, would "
+                    f"be {tuple(smaller[name].shape)}, and counts neither heads nor feed-forward nor hidden units. "
                     "Make the student from a config alone (`init='random'`), or keep these sizes."
                 )
             if old < new:
