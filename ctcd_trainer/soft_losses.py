@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+#: Returns memory of the shape and dtype of a tensor, its content undefined.
+Buffer = Callable[[Tensor], Tensor]
+
 
 class Prediction(NamedTuple):
     """What the closed form of a soft loss reads of a model.
@@ -56,8 +59,7 @@ class SoftLoss(ABC):
 
     #: What the loss is, for the help text of the argument `soft_loss`.
     summary: ClassVar[str]
-    #: Whether logits are compared and not log-probabilities. The temperature has no effect then: its square, by which
-    #: soft losses are multiplied, cancels the division of the logits.
+    #: Whether logits are compared, and not log-probabilities. The temperature has no effect then.
     of_logits: ClassVar[bool] = False
     #: Whether the sum that `value` returns is divided by the number of outcomes.
     averaged: ClassVar[bool] = False
@@ -75,69 +77,59 @@ class SoftLoss(ABC):
         """
 
     @abstractmethod
-    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
         """The same value with its gradient, without autograd and with no new memory.
 
         Args:
             learner: The model that is trained. Its tensors must not be changed.
             source: The model it learns from. Its tensors must not be changed.
-            buffer: Returns memory of the shape and dtype of a tensor `(rows, outcomes)`, to write results to (`out=`).
-                Its content is undefined.
+            buffer: Gives the memory to write results to (`out=`).
         """
 
 
 class KL(SoftLoss):
-    """The soft loss of arXiv 2311.02849.
-
-    With `q` the learner's probabilities and `r` the source's, the gradient is `q - r`.
-    """
+    """The soft loss of arXiv 2311.02849. Its gradient is `q - r` (learner's minus source's probabilities)."""
 
     summary = "KL(source || learner)"
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """The divergence `(...)` of log-probabilities `(..., outcomes)`."""
+        """See `SoftLoss`."""
         return _kl(learner, source)
 
-    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
-        """The divergence and its gradient; see `SoftLoss.closed_form`."""
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
+        """See `SoftLoss`."""
         difference = torch.sub(source.outcomes, learner.outcomes, out=buffer(learner.outcomes))
         return ClosedForm(_dot(source.probs, difference), source.probs, factor=-1.0, probs_factor=1.0)
 
 
 class ReverseKL(SoftLoss):
-    """The mode-seeking divergence of MiniLLM (arXiv 2306.08543).
-
-    The gradient is `q (log q - log r - KL(q || r))`.
-    """
+    """Mode-seeking, as in MiniLLM (arXiv 2306.08543). Its gradient is `q (log q - log r - KL(q || r))`."""
 
     summary = "KL(learner || source)"
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """The divergence `(...)` of log-probabilities `(..., outcomes)`."""
+        """See `SoftLoss`."""
         return _kl(source, learner)
 
-    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
-        """The divergence and its gradient; see `SoftLoss.closed_form`."""
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
+        """See `SoftLoss`."""
         difference = torch.sub(learner.outcomes, source.outcomes, out=buffer(learner.outcomes))
         value = _dot(learner.probs, difference)
         return ClosedForm(value, difference.sub_(value.unsqueeze(-1)).mul_(learner.probs))
 
 
 class JensenShannon(SoftLoss):
-    """The mean of both KLs to the mixture `m = (q + r) / 2`; at most log 2.
-
-    The gradient is `q / 2 (log q - log m - KL(q || m))`.
-    """
+    """The mean of both KLs to the mixture `m`; at most log 2. Its gradient is `q/2 (log q - log m - KL(q || m))`."""
 
     summary = "Jensen-Shannon divergence"
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """The divergence `(...)` of log-probabilities `(..., outcomes)`."""
+        """See `SoftLoss`."""
         mixture = torch.logaddexp(learner, source) - math.log(2.0)
         return 0.5 * (_kl(mixture, source) + _kl(mixture, learner))
 
-    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
-        """The divergence and its gradient; see `SoftLoss.closed_form`."""
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
+        """See `SoftLoss`."""
         q, r = learner.outcomes, source.outcomes
         mixture, difference = buffer(q), buffer(q)
         torch.logaddexp(q, r, out=mixture).sub_(math.log(2.0))
@@ -148,21 +140,17 @@ class JensenShannon(SoftLoss):
 
 
 class MeanSquaredError(SoftLoss):
-    """The mean over the outcomes of the squared difference of the logits.
-
-    The gradient of the sum is twice the difference.
-    """
+    """The mean of the squared differences of the logits. The gradient of their sum is twice the difference."""
 
     summary = "mean squared difference of the logits (no temperature)"
-    of_logits = True
-    averaged = True
+    of_logits = averaged = True
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """The sum of squares `(...)` of logits `(..., outcomes)`."""
+        """See `SoftLoss`."""
         return (learner - source).square().sum(-1)
 
-    def closed_form(self, learner: Prediction, source: Prediction, buffer: Callable[[Tensor], Tensor]) -> ClosedForm:
-        """The sum of squares and its gradient; see `SoftLoss.closed_form`."""
+    def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
+        """See `SoftLoss`."""
         difference = torch.sub(learner.outcomes, source.outcomes, out=buffer(learner.outcomes))
         return ClosedForm(_dot(difference, difference), difference, factor=2.0)
 
@@ -206,7 +194,17 @@ class Family(Protocol):
     """What the logits of a head mean, for the purpose of comparing two models."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
-        """Compare the logits `(..., outputs)` of two models; returns `(...)`."""
+        """Compare the predictions of two models.
+
+        Args:
+            learner: Logits `(..., outputs)` of the model that is trained.
+            source: Logits `(..., outputs)` of the model it learns from, detached by the caller.
+            name: A key of `SOFT_LOSSES`.
+            temperature: Temperature of both predictions; losses `of_logits` do not depend on it.
+
+        Returns:
+            One value per position, `(...)`.
+        """
 
     def same(self, first: Tensor, second: Tensor) -> Tensor | None:
         """Where two models with logits `(..., outputs)` predict the same (bool), `None` if that means nothing."""
@@ -233,20 +231,8 @@ class Categorical:
         return logits if self._possible is None else logits.masked_fill(~self._possible, self._IMPOSSIBLE)
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
-        """Divergence of the two softmax distributions at this temperature, or mean squared difference of the logits.
-
-        Args:
-            learner: Logits `(..., classes)` of the model that is trained.
-            source: Logits `(..., classes)` of the model it learns from, detached by the caller.
-            name: A key of `SOFT_LOSSES`.
-            temperature: Temperature of both distributions. `mse` does not depend on it: the temperature's square
-                cancels it.
-
-        Returns:
-            One value per position, `(...)`.
-        """
-        loss = find_soft_loss(name)
-        logits = self._masked(learner), self._masked(source)
+        """Compare the two softmax distributions, or the logits; see `Family.soft_loss`."""
+        loss, logits = find_soft_loss(name), (self._masked(learner), self._masked(source))
         if loss.of_logits:
             value = loss.value(*logits)
         else:
@@ -268,19 +254,8 @@ class Bernoulli:
     """Several labels, each present or not: probabilities are the sigmoids of the logits."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
-        """Sum over the labels of the divergences of the per-label Bernoulli distributions (or squared differences).
-
-        Args:
-            learner: Logits `(..., labels)` of the model that is trained.
-            source: Logits `(..., labels)` of the model it learns from, detached by the caller.
-            name: A key of `SOFT_LOSSES`.
-            temperature: Temperature of both distributions; `mse` does not depend on it.
-
-        Returns:
-            One value per position, `(...)`.
-        """
-        loss = find_soft_loss(name)
-        logits = _upcast(learner), _upcast(source)
+        """Sum over the labels of the comparisons of each; see `Family.soft_loss`."""
+        loss, logits = find_soft_loss(name), (_upcast(learner), _upcast(source))
         if loss.of_logits:  # one outcome per label
             return loss.value(*(z.unsqueeze(-1) for z in logits)).sum(-1)
         log_probs = (
@@ -298,15 +273,12 @@ class Point:
     """A number, or several: the logits are the predictions themselves."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
-        """Mean squared error between the predictions `(..., outputs)`, whatever the soft loss and the temperature.
+        """Mean squared error between the predictions, whatever the soft loss and the temperature.
 
         Both KLs between two normal distributions of the same fixed variance are this error times a constant.
-
-        Returns:
-            One value per position, `(...)`.
         """
         return (_upcast(learner) - _upcast(source)).square().mean(-1)
 
     def same(self, first: Tensor, second: Tensor) -> None:
-        """Two real numbers are never the same: there is no agreement to report."""
+        """`None`: two real numbers are never the same, so there is no agreement to report."""
         return None

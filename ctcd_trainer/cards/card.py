@@ -4,18 +4,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 from transformers.modelcard import METRIC_TAGS, TASK_TAG_TO_NAME_MAPPING
 from transformers.utils import logging
 
 from ..graph import PRETRAINED
-from ..model_structure import base_model, count_parameters, is_peft_model
+from ..model_structure import base_model, count_parameters, forward_parameters, is_peft_model
 from ..students.costs import Latencies, weight_bytes
 from .facts import NOT_MEASURED, CardFacts, repo_id
 from .figures import draw_curves
@@ -153,7 +152,7 @@ class _Card:
         folder.mkdir(parents=True, exist_ok=True)
         if self.figure is not None:
             (folder / FIGURE).write_bytes(self.figure[0])
-        text = str(ModelCard(_template().render(card=self, facts=self.facts, results=self.facts.results)))
+        text = _template().render(card=self, facts=self.facts, results=self.facts.results)
         (folder / FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
 
     @property
@@ -288,7 +287,7 @@ class _Card:
             lines.append(f"{'tokenizer' if tokenized else 'processor'} = {imports[-1]}.from_pretrained({where})")
         tag = facts.task.pipeline_tag
         classifies = tokenized and tag in ("text-classification", "token-classification")
-        if classifies and set(processing_class.model_input_names) <= signature(kind.forward).parameters.keys():
+        if classifies and set(processing_class.model_input_names) <= forward_parameters(model):
             imports.append("pipeline")
             lines.append(f'classify = pipeline("{tag}", model=model, tokenizer=tokenizer)')
             lines.append('print(classify("Put your own text here."))')

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -100,7 +101,7 @@ class CardFacts:
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else cpu_name()
         processes = f" in {args.world_size} processes" if args.world_size > 1 else ""
         time = f"{seconds[-1] / 60:,.1f} minutes" if seconds[-1] >= 60 else f"{seconds[-1]:.1f} seconds"
-        return f"{text} After its last start it ran for {time}{processes} on {device}."
+        return f"{text} The last run took {time}{processes} on {device}."
 
     @property
     def shown_arguments(self) -> dict[str, str]:
@@ -116,17 +117,11 @@ class CardFacts:
             if value is not None and value != field.default and not isinstance(value, ModeDefault)
         }
 
-    @cached_property
+    @property
     def versions(self) -> dict[str, str]:
-        """Versions of the packages by name, of those that are installed; PEFT's only if it was used."""
-        found = {}
-        for package in _PACKAGES:
-            if package != "peft" or any(map(is_peft_model, self.learners.values())):
-                try:
-                    found[package] = version(package)
-                except PackageNotFoundError:
-                    continue
-        return found
+        """Versions of the installed packages by name; PEFT's only if a learner is an adapter."""
+        adapters = any(map(is_peft_model, self.learners.values()))
+        return {name: found for name, found in _versions().items() if adapters or name != "peft"}
 
     def started_from(self, learner: str) -> str:
         """The model whose weights a learner started from, as its config names it; empty for random weights."""
@@ -144,6 +139,15 @@ class CardFacts:
         if self.sharded:
             return Latencies({}, "The latency was not measured: the models are divided among processes.")
         return latencies_of(self.learners)
+
+
+@cache  # reading them takes longer than writing a short card
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def repo_id(name: Any) -> str | None:

@@ -17,15 +17,7 @@ _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 
 def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> None:
-    """The models that are given must be those that the mode uses.
-
-    Args:
-        arguments: The distillation arguments.
-        given: `student_model`, `student_model_init`, `pretrained_teacher`, `model_init` and `soft_loss_func` by name.
-
-    Raises:
-        ValueError: A model is missing, given twice or has no use.
-    """
+    """Refuse a model that is missing, given twice or has no use in the mode; see `check_before_loading`."""
     mode, has = f"`distillation_mode='{arguments.distillation_mode}'`", {n for n, v in given.items() if v is not None}
     if {"student_model", "student_model_init"} <= has:
         raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
@@ -58,14 +50,7 @@ def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> N
 
 
 def check_arguments(args: TrainingArguments | None) -> None:
-    """Arguments of Trainer that cannot hold for two models at once.
-
-    Args:
-        args: The arguments, `None` for the defaults.
-
-    Raises:
-        ValueError: An argument is refused.
-    """
+    """Refuse arguments of Trainer that cannot hold for two models at once."""
     if args is None:
         return
     _check_devices(args)
@@ -100,7 +85,7 @@ def check_arguments(args: TrainingArguments | None) -> None:
 def check_strategy(
     accelerator: Accelerator, has_pretrained: bool, share: str | None, args: TrainingArguments | None = None
 ) -> None:
-    """Ways to distribute the work that cannot hold for two models at once.
+    """Refuse ways to distribute the work that cannot hold for two models at once.
 
     Args:
         accelerator: Trainer's, with the plugins that the arguments or `accelerate launch` have made.
@@ -147,18 +132,7 @@ def check_optimizer(
     trained: Mapping[str, nn.Module],
     args: TrainingArguments | None,
 ) -> None:
-    """One optimizer must hold the parameters of every learner that is trained.
-
-    Args:
-        optimizer: The optimizer that the user passes, `None` if Trainer makes it.
-        optimizer_cls: The class that Trainer makes it of, `None` for the argument `optim`.
-        trained: The learners that are trained, by name.
-        args: The arguments.
-
-    Raises:
-        ValueError: It has none of a learner's parameters, or arguments are set that it does not heed; or an optimizer
-            that Trainer makes is more than a list of parameter groups, so that those of two models cannot be joined.
-    """
+    """Refuse an optimizer that lacks a trained learner, ignores arguments, or cannot be joined of several models."""
     if optimizer is None:
         _check_optimizer_class(getattr(args, "optim", None), optimizer_cls)
         return
@@ -179,13 +153,13 @@ def check_optimizer(
 
 
 def _set_by_learner(args: TrainingArguments | None) -> dict[str, float]:
-    """The arguments of one learner alone that are set (`student_learning_rate`, ...)."""
+    """The arguments for one learner that are set (`student_learning_rate`, ...)."""
     values = {f"{each}_{name}": getattr(args, f"{each}_{name}", None) for each in LEARNERS for name in PER_LEARNER}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_devices(args: TrainingArguments) -> None:
-    """One process must not drive several devices."""
+    """Refuse several devices of one process."""
     if args.n_gpu > 1:
         raise ValueError(
             f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "
@@ -195,7 +169,7 @@ def _check_devices(args: TrainingArguments) -> None:
 
 
 def _check_optimizer_class(optim: Any, optimizer_cls: Any) -> None:
-    """Trainer's optimizer must be a class over parameter groups (no LOMO, layer-wise GaLore or factory as of Muon)."""
+    """Refuse optimizers of Trainer that are more than a class over parameter groups: LOMO, layer-wise ones, Muon."""
     optim = getattr(optim, "value", optim)
     if optimizer_cls is not None:
         if isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer):
@@ -212,7 +186,7 @@ def _check_optimizer_class(optim: Any, optimizer_cls: Any) -> None:
 
 
 def _check_parallelism(accelerator: Accelerator) -> None:
-    """Every process must have rows of its own: losses are divided by counts over all processes."""
+    """Refuse processes that share rows: losses are divided by counts over all processes."""
     config = getattr(accelerator, "parallelism_config", None)
     for size, kind in _PARALLEL.items():
         if (getattr(config, size, None) or 1) > 1:

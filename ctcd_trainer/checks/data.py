@@ -18,20 +18,16 @@ logger = logging.get_logger(__name__)
 
 
 def check_dataset(dataset: Any, argument: str) -> None:
-    """A data set, or each of a dict of data sets, must have examples.
-
-    Raises:
-        ValueError: It is empty.
-    """
+    """Refuse a data set, or one of a dict of data sets, without examples."""
     for name, part in _parts(dataset, argument):
         if isinstance(part, Sized) and len(part) == 0:
             raise ValueError(f"`{name}` is empty (0 examples). Check the file, the split or the filter it comes from.")
 
 
 def check_labels(task: Task, dataset: Any, argument: str, learning: Collection[str] = ()) -> None:
-    """The labels of a `datasets.Dataset` or a list of dicts must fit the task.
+    """Refuse labels of a `datasets.Dataset` or a list of dicts that do not fit the task.
 
-    Other data sets (iterable, or computed on the fly) would have to be read whole, so they are not checked here.
+    Other data sets (iterable, or computed on the fly) would have to be read whole, so they are not checked.
 
     Args:
         task: The task.
@@ -77,18 +73,7 @@ def _check_unlabelled(
 def check_own_inputs(
     learner: str, model: nn.Module, task: Task, datasets: Mapping[str, Any], share: str | None = None
 ) -> None:
-    """A learner with a second tokenizer needs a task of whole rows, and its own inputs in the data.
-
-    Args:
-        learner: Its name.
-        model: The learner.
-        task: The task.
-        datasets: The data sets by name of their argument.
-        share: The argument of this name.
-
-    Raises:
-        ValueError: The task compares tokens, the models share parts, or a data set has no inputs of the learner.
-    """
+    """Refuse a second tokenizer where models share parts, tokens are compared, or the data have no inputs of it."""
     given = f"`{learner}_processing_class`"
     if share is not None:
         raise ValueError(
@@ -120,19 +105,9 @@ def check_augmentation(
     arguments: DistillationArguments,
     two_tokenizers: bool,
 ) -> None:
-    """An augmentation must fit the task, the models and the other arguments.
+    """Refuse an augmentation that does not fit the task, the models or the other arguments.
 
-    Args:
-        augmentation: The augmentation. Those that change tokens say so by `changes_tokens`, those that mix rows inside
-            of the models by `mixes_rows`.
-        views: The models that get the changed batch, `"both"` or the name of a learner.
-        task: The task.
-        teacher: The teacher.
-        arguments: The distillation arguments.
-        two_tokenizers: Whether a learner has a second tokenizer.
-
-    Raises:
-        ValueError: It does not fit.
+    Augmentations that change tokens have the attribute `changes_tokens`, those that mix rows `mixes_rows`.
     """
     valid = ("both", *LEARNERS)
     if views not in valid:

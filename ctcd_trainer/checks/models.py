@@ -26,7 +26,7 @@ def check_models(
     has_soft_loss: bool = False,
     may_share: bool = False,
 ) -> Task:
-    """The models must be distinct and their predictions comparable.
+    """Refuse models that are not distinct or whose predictions cannot be compared.
 
     Args:
         models: The models by name, the primary learner first.
@@ -65,7 +65,7 @@ def check_models(
 
 
 def _check_distinct(before: Mapping[str, nn.Module], model: nn.Module, argument: str, may_share: bool) -> None:
-    """A model must be another object than the ones before it, and train no parameter that one of them has."""
+    """Refuse a model that is one of those before it, or trains a parameter of one of them."""
     for other, value in before.items():
         if value is model:
             raise ValueError(
@@ -84,7 +84,7 @@ def _check_distinct(before: Mapping[str, nn.Module], model: nn.Module, argument:
 
 
 def _check_whole(model: nn.Module, argument: str) -> None:
-    """A model must not have been divided among processes when it was loaded (tensor or expert parallelism)."""
+    """Refuse a model that was divided among processes when it was loaded (tensor or expert parallelism)."""
     name = next((name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
     if name is not None:
         raise ValueError(
@@ -116,11 +116,7 @@ def _storage_of(model: nn.Module) -> dict[int, tuple[str, bool]]:
 
 
 def check_adapters(argument: str, model: nn.Module) -> None:
-    """Adapters must be in a PEFT model around the model that they are for.
-
-    Raises:
-        ValueError: They were added by transformers, whose Trainer saves them and cannot load them again.
-    """
+    """Refuse adapters that transformers has added: its Trainer saves them and cannot load them again."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"`{argument}` has the adapters {sorted(model.peft_config)} inside of it, as `add_adapter` or "
@@ -130,11 +126,7 @@ def check_adapters(argument: str, model: nn.Module) -> None:
 
 
 def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
-    """A learner that the mode trains must have something to train.
-
-    Raises:
-        ValueError: None of its parameters requires gradients, or it is quantised and has no adapters.
-    """
+    """Refuse a learner that the mode trains and that has no parameter to train."""
     if is_quantised(model) and not is_peft_model(model):
         raise ValueError(
             f"`distillation_mode='{mode}'` trains the {learner}, whose weights are quantised "
@@ -150,12 +142,7 @@ def check_trainable(learner: str, model: nn.Module, mode: str) -> None:
 
 
 def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
-    """A learner that the mode freezes must have no adapters to train, and weights that can be saved.
-
-    Raises:
-        ValueError: It has adapters with parameters that require gradients, weights that cannot be saved, or an
-            AdaLoRA that was loaded to predict only.
-    """
+    """Refuse a learner that the mode freezes and that has adapters to train, or cannot be run or saved."""
     if is_peft_model(model) and model.peft_type == "ADALORA" and not hasattr(model.base_model, "rankallocator"):
         raise ValueError(
             f"The {learner} has an AdaLoRA that was loaded with `is_trainable=False`, of which PEFT computes no loss, "
@@ -176,7 +163,7 @@ def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
 
 
 def check_prompts(learners: Mapping[str, nn.Module], why: str) -> None:
-    """Models whose adapters are loaded again must have adapters that PEFT saves whole.
+    """Refuse adapters that PEFT does not save whole, where adapters are loaded again.
 
     Args:
         learners: The models by name.

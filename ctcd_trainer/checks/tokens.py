@@ -13,7 +13,7 @@ _CHOOSE = "Choose a model that shares the tokenizer, or cut one from the teacher
 
 
 def check_vocabularies(teacher: PreTrainedModel, other: PreTrainedModel, argument: str, processing_class: Any) -> None:
-    """Both models receive the same token ids, so the ids must mean the same to both.
+    """Refuse two models of different tokenizers: they receive the same token ids.
 
     Embeddings may be padded to different sizes over one tokenizer. Nothing is downloaded: the other model's tokenizer
     is compared if it is in the folder that the model was loaded from, or in the cache.
@@ -55,7 +55,7 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
 def check_tokenizer(
     model: PreTrainedModel, argument: str, tokenizer: PreTrainedTokenizerBase, named: str, remedy: str
 ) -> None:
-    """The ids that a tokenizer gives must be those that a model was trained with, as far as can be told.
+    """Refuse a tokenizer other than the one that a model was trained with, as far as can be told.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Where a student comes from: a teacher with some of its layers left out, made narrower, or a config alone."""
+"""Create a student: leave out layers of the teacher, make it narrower, or start from its config."""
 
 import copy
 import re
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..model_structure import depth_attributes, is_peft_model, is_quantised, layer_stacks, whole_parameters
 from .narrowing import Widths, narrow, new_model
 
-#: What loading a quantised model has noted of it, by which PEFT and Trainer know it.
+#: Attributes that `from_pretrained` sets on a quantised model; PEFT and Trainer read them.
 _QUANTISED = ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
@@ -37,33 +37,33 @@ def create_student(
     init: Literal["copy", "shared", "random"] = "copy",
     calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> PreTrainedModel:
-    """A smaller model of the teacher's class and head, cut from the teacher or made from its config.
+    """Create a smaller model of the teacher's class and head, cut from the teacher or made from its config.
 
-    Layers are left out first (DistilBERT, arXiv 1910.01108, section 3). Then narrower widths keep the most important
-    heads, feed-forward units and hidden units; see `narrowing.py`.
+    Layers are left out first (DistilBERT, arXiv 1910.01108, section 3). Then smaller widths keep the most important
+    heads, feed-forward units and hidden units (`narrowing.py`).
 
     Args:
-        teacher: A transformers model with `config.num_hidden_layers` layers in one stack, or in one stack each of an
-            encoder and a decoder. It is not changed, and shares no parameter with the student.
-        num_hidden_layers: Number of layers of the student (of each of two stacks); by default as many as the teacher
-            has, or as `layers` lists.
+        teacher: A transformers model with `config.num_hidden_layers` layers in one stack, or with an encoder and a
+            decoder. It is not changed. It shares parameters with the student only if `init="shared"`.
+        num_hidden_layers: Number of layers of the student, in each stack; by default the teacher's, or the length of
+            `layers`.
         hidden_size: Width of the hidden states; by default the teacher's.
         intermediate_size: Width of the feed-forward layers; by default the teacher's.
         num_attention_heads: Number of heads. By default the teacher's, or, in families whose heads are
             `hidden_size / num_attention_heads` wide, as many of that width as `hidden_size` holds.
-        layers: Which layers are kept: spread evenly with the first and the last one (`uniform_layers`), the first
-            ones, the last ones, or these, counted from 0.
-        init: "copy" for the teacher's weights, "random" for new ones (from the random state of torch), "shared" for
-            the teacher's own tensors: a frozen base of which both have a part, with adapters for each (PEFT).
-        calibration: Some batches of inputs, for the importance of units: the mean size of what they pass on (Minitron,
-            arXiv 2407.14679). By default, the size of their weights.
+        layers: The layers to keep: "uniform" (evenly spread, see `uniform_layers`), "first", "last", or their indices
+            from 0.
+        init: "copy" copies the teacher's weights, "random" draws new ones from the random state of torch, "shared"
+            uses the teacher's own tensors (one frozen base for the PEFT adapters of both models).
+        calibration: Batches of inputs. With them the importance of a unit is the mean size of what it passes on
+            (Minitron, arXiv 2407.14679), otherwise the size of its weights.
 
     Returns:
         An ordinary model of the teacher's class, in the teacher's dtype and on its device.
 
     Raises:
-        ValueError: A size is out of range or does not divide, the layers are not the teacher's, the model is of a
-            family in which that cannot be cut, or it is quantised and would be copied.
+        ValueError: A size is out of range or does not divide, the teacher has no such layers, the model cannot be cut
+            like this, is wrapped by PEFT, or is quantised and would be copied.
 
     Example:
         ```python
@@ -84,7 +84,7 @@ def create_student(
             "`init='shared'`, for adapters of both models on one frozen base."
         )
     widths = Widths(hidden_size, intermediate_size, num_attention_heads)
-    if init == "shared" and widths.any:
+    if init == "shared" and widths:
         raise ValueError(f"`init='shared'` has the teacher's own tensors, which {widths} would cut. Leave layers out.")
     kept = {
         attribute: _kept_layers(getattr(teacher.config, attribute), num_hidden_layers, layers)
@@ -93,15 +93,15 @@ def create_student(
     if init == "random":
         config = _cut_config(teacher.config, kept)
         widths.apply(config)
-        vars(config).pop("quantization_config", None)  # new weights are whole
+        vars(config).pop("quantization_config", None)  # new weights are not quantised
         return type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
     with whole_parameters(teacher):
         student = _cut(teacher, kept, shared=init == "shared")
-    return narrow(student, widths, calibration) if widths.any else student
+    return narrow(student, widths, calibration) if widths else student
 
 
 def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int]) -> list[int]:
-    """Indices of the layers that are kept of a stack.
+    """Indices of the layers that a stack keeps.
 
     Raises:
         ValueError: The number or the indices are not valid.
@@ -135,7 +135,7 @@ def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int
 
 
 def _cut_config(config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> PreTrainedConfig:
-    """The config of a model with the layers that are kept, by the attribute that counts them."""
+    """A config of fewer layers; `kept` has the indices of each stack, by the attribute that counts its layers."""
     config = copy.deepcopy(config)
     first, *_ = kept.values()
     num_layers = getattr(config, next(iter(kept)))
@@ -148,7 +148,7 @@ def _cut_config(config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> PreT
 
 
 def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) -> PreTrainedModel:
-    """A copy of the teacher with the layers that are kept, or a model that has the same tensors."""
+    """A copy of the teacher with some layers only, or a model that shares the teacher's tensors."""
     student = new_model(teacher, _cut_config(teacher.config, kept))
     stacks = dict(zip(layer_stacks(teacher), kept.values(), strict=False))  # no stack: ALBERT
     quantised = _share_quantised(teacher, student, stacks) if is_quantised(teacher) else ()
@@ -160,7 +160,7 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
         for name, match in own.items():
             layers.setdefault(int(match[1]), {})[match[2]] = state.pop(name)
         for new, old in enumerate(indices):
-            # What only the first layer has (position biases that all layers use, say) is its, whichever comes first.
+            # Parameters that only layer 0 has (T5's position bias) go to the student's layer 0, whichever it was.
             parameters = layers.get(old, {}) | (
                 {name: value for name, value in layers[0].items() if name not in layers[old]} if new == 0 else {}
             )
@@ -168,11 +168,11 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
     names = student.state_dict().keys()
     own = {name: value for name, value in state.items() if name in names and not name.startswith(quantised)}
     report = student.load_state_dict(own, strict=False, assign=shared)
-    # A norm that only layers other than the first one have begins as it is made.
+    # A norm that only layers after the first one have (ModernBERT) keeps its initial values.
     missing = [n for n in report.missing_keys if "norm" not in n.lower() and not n.startswith(quantised)]
     if missing:
-        raise ValueError(f"A {type(teacher).__name__} cannot be cut so: its layers have no {missing}.")
-    if is_quantised(teacher):  # all its tensors are the teacher's, and are where they are
+        raise ValueError(f"A {type(teacher).__name__} cannot be cut like this: its layers have no {missing}.")
+    if is_quantised(teacher):  # all tensors are the teacher's, on their devices
         vars(student).update({name: value for name, value in vars(teacher).items() if name in _QUANTISED})
         return student
     return student.to(device=teacher.device, dtype=teacher.dtype)
@@ -181,12 +181,15 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
 def _share_quantised(
     teacher: PreTrainedModel, student: PreTrainedModel, stacks: Mapping[str, list[int]]
 ) -> tuple[str, ...]:
-    """Put the teacher's quantised modules in the place of the student's plain ones; how their parameters' names begin.
+    """Replace the student's plain modules by the teacher's quantised ones.
 
     Args:
         teacher: The teacher.
         student: The student.
-        stacks: The layers that are kept of each stack.
+        stacks: Indices of the layers that each stack keeps.
+
+    Returns:
+        Prefixes of the names of the parameters in these modules.
     """
     found = []
     for name, module in list(student.named_modules()):

@@ -1,9 +1,9 @@
-"""A narrower copy of a model: which heads, feed-forward units and hidden units it keeps, and their weights.
+"""Make a narrower copy of a model, which keeps the most important heads, feed-forward units and hidden units.
 
-Nothing here knows a family. The narrower model is made from its config, and every dimension of a parameter whose size
-differs is one of three axes: hidden units, which are the same in the whole model; feed-forward units of a layer; heads
-of an attention. Only the projections into and out of heads are told by their names, since they are as wide as the
-hidden states in many families.
+The code knows no model family. The narrower model is made from its config. Every dimension of a parameter whose size
+differs then belongs to one of three axes: hidden units, which are the same in the whole model; feed-forward units of a
+layer; heads of an attention. Only the projections into and out of heads are recognised by their names, because many
+families make them as wide as the hidden states.
 """
 
 import copy
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from ..model_structure import in_evaluation_mode
 
 _INTERMEDIATE_SIZES = ("intermediate_size", "n_inner", "hidden_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
@@ -37,7 +39,7 @@ _BIAS = "relative_attention_bias"
 
 @dataclass(frozen=True)
 class Widths:
-    """Sizes of a narrower model; `None` for those that stay.
+    """Sizes of a narrower model; `None` for a size that stays. True if any size is given.
 
     Attributes:
         hidden_size: Width of the hidden states.
@@ -49,27 +51,25 @@ class Widths:
     intermediate_size: int | None = None
     num_attention_heads: int | None = None
 
-    @property
-    def any(self) -> bool:
-        """Whether any is given."""
-        return any(size is not None for size in (self.hidden_size, self.intermediate_size, self.num_attention_heads))
+    def __bool__(self) -> bool:
+        return any(size is not None for size in vars(self).values())
 
     def apply(self, config: PreTrainedConfig) -> None:
         """Set the sizes in a config, under the names that its family has for them.
 
         Raises:
-            ValueError: They do not divide, or the family has no such size.
+            ValueError: A size is below 1, the sizes do not fit together, or the family has no such size.
         """
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        width = head_width(config)
+        for argument, size in vars(self).items():
+            if size is not None and size < 1:
+                raise ValueError(f"`{argument}={size}` is not valid: it must be at least 1.")
+        self._apply_intermediate_size(config)
+        hidden, heads, width = config.hidden_size, config.num_attention_heads, head_width(config)
         free = any(getattr(config, name, None) is not None for name in _HEAD_WIDTHS)
         new_hidden = hidden if self.hidden_size is None else self.hidden_size
         new_heads = self.num_attention_heads
         if new_heads is None:
             new_heads = heads if free or self.hidden_size is None else max(1, new_hidden // width)
-        for argument, size in vars(self).items():
-            if size is not None and size < 1:
-                raise ValueError(f"`{argument}={size}` is not valid: it is at least 1.")
         if not free and new_hidden != new_heads * width:
             raise ValueError(
                 f"`hidden_size={new_hidden}` and `num_attention_heads={new_heads}` do not fit: the heads of a "
@@ -77,35 +77,36 @@ class Widths:
                 f"which is kept. Give `hidden_size={new_heads * width}`, or `num_attention_heads` = hidden_size / "
                 f"{width}."
             )
-        intermediates = [name for name in _INTERMEDIATE_SIZES if hasattr(config, name)]
-        if self.intermediate_size is not None and not intermediates:
-            raise ValueError(
-                f"`intermediate_size={self.intermediate_size}`: the config of a {config.model_type} has none of "
-                f"{_INTERMEDIATE_SIZES}. Build the student from a smaller config instead."
-            )
-        for name in intermediates:
-            if self.intermediate_size is not None:
-                setattr(config, name, self.intermediate_size)
-            elif getattr(config, name) is None:  # GPT-2: four times the hidden size
-                setattr(config, name, 4 * hidden)
         key_heads = getattr(config, "num_key_value_heads", None)
         if key_heads is not None:
             config.num_key_value_heads = _key_heads(heads, key_heads, new_heads)
-        if free:
-            for name in _HEAD_WIDTHS:
-                if getattr(config, name, None) is not None:
-                    setattr(config, name, width)
+        for name in _HEAD_WIDTHS:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, width)
         for name in _HEADS:
             if hasattr(config, name):
                 setattr(config, name, new_heads)
         config.hidden_size = new_hidden
 
+    def _apply_intermediate_size(self, config: PreTrainedConfig) -> None:
+        names = [name for name in _INTERMEDIATE_SIZES if hasattr(config, name)]
+        if self.intermediate_size is not None and not names:
+            raise ValueError(
+                f"`intermediate_size={self.intermediate_size}`: the config of a {config.model_type} has none of "
+                f"{_INTERMEDIATE_SIZES}. Build the student from a smaller config instead."
+            )
+        for name in names:
+            if self.intermediate_size is not None:
+                setattr(config, name, self.intermediate_size)
+            elif getattr(config, name) is None:  # GPT-2: four times the hidden size, which may change
+                setattr(config, name, 4 * config.hidden_size)
+
 
 def _key_heads(heads: int, key_heads: int, new_heads: int) -> int:
-    """Key-value heads of a model with fewer heads: as many heads share one as before, if that divides.
+    """Number of key-value heads for fewer heads: the same number of heads share one as before, if that divides.
 
     Raises:
-        ValueError: Nothing divides.
+        ValueError: Neither the sharing nor the key-value heads can stay.
     """
     shared = heads // key_heads
     if new_heads % shared == 0:
@@ -125,21 +126,21 @@ def head_width(config: PreTrainedConfig) -> int:
 
 
 def new_model(like: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of the same class whose weights will be overwritten, without a step of the user's random state."""
+    """A model of the same class, whose weights the caller overwrites. The user's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         return type(like)(config)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What a dimension of a parameter counts.
+    """The units that a dimension of a parameter counts.
 
     Attributes:
-        kind: Of which units.
-        scope: Within what they are chosen: the layer or the attention; empty for the whole model.
-        units: Their number.
-        width: Consecutive indices of one unit; the same units may have others elsewhere.
-        groups: Number of groups of as many units each, of which as many are kept each.
+        kind: Kind of the units.
+        scope: The layer or the attention within which units are chosen; empty for the whole model.
+        units: Number of units.
+        width: Number of consecutive indices of a unit; it can differ between parameters with the same units.
+        groups: Units come in this many equal groups; the same number is kept in each.
         kept: Number of units that are kept.
     """
 
@@ -150,26 +151,26 @@ class Axis:
     groups: int = 1
     kept: int = 0
 
-    def of(self, tensor: Tensor, dim: int) -> Tensor:
-        """The slices of each unit, `(units, ...)`; several blocks one after the other count together."""
-        blocks = tensor.movedim(dim, 0).reshape(-1, self.units, self.width, *tensor.movedim(dim, 0).shape[1:])
-        return blocks.movedim(1, 0)
+    def split(self, tensor: Tensor, dim: int) -> Tensor:
+        """The slices of each unit, `(units, blocks, width, ...)`; a dimension can hold several blocks of all units."""
+        moved = tensor.movedim(dim, 0)
+        return moved.reshape(-1, self.units, self.width, *moved.shape[1:]).movedim(1, 0)
 
-    def kept_of(self, tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-        """The tensor with some of the units."""
-        own = self.of(tensor, dim)[kept].movedim(0, 1)
-        return own.flatten(0, 2).movedim(0, dim)
+    def keep(self, tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+        """The tensor with some of the units only."""
+        return self.split(tensor, dim)[kept].movedim(0, 1).flatten(0, 2).movedim(0, dim)
 
 
 def narrow(
     model: PreTrainedModel, widths: Widths, calibration: Iterable[Mapping[str, Any]] | None = None
 ) -> PreTrainedModel:
-    """A copy of a model with fewer heads, feed-forward units and hidden units: the most important ones.
+    """Copy a model with fewer heads, feed-forward units and hidden units: the most important ones.
 
     Args:
         model: The model. It is not changed.
         widths: The sizes.
-        calibration: Batches of inputs, for the importance by what units pass on; by default, by their weights.
+        calibration: Batches of inputs. With them the importance of a unit is the mean size of what it passes on,
+            otherwise the size of its weights.
 
     Raises:
         ValueError: A size is larger than the model's or does not divide, or something in the model cannot be cut.
@@ -185,16 +186,16 @@ def narrow(
     kept = _choose(scores)
     for name, dims in axes.items():
         for dim, axis in dims.items():
-            state[name] = axis.kept_of(state[name], dim, kept[axis].to(state[name].device))
+            state[name] = axis.keep(state[name], dim, kept[axis].to(state[name].device))
     student.load_state_dict(state)
     return student.to(device=model.device, dtype=model.dtype)
 
 
 def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[int, Axis]]:
-    """The axis of each dimension whose size differs, by parameter.
+    """The axis of each dimension whose size differs, by name of the parameter and dimension.
 
     Raises:
-        ValueError: A dimension is none of the axes, is larger than it was, or could be either of two.
+        ValueError: A dimension belongs to no axis, is larger than the model's, or could belong to two axes.
     """
     config = model.config
     intermediates = {value for name in _INTERMEDIATE_SIZES if (value := getattr(config, name, None)) is not None}
@@ -211,7 +212,7 @@ def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[in
             f"A {type(model).__name__} of these sizes has no {gone}, so it would not be the teacher's. Choose another "
             "`hidden_size`, or `init='random'`."
         )
-    biased = {_any(name).partition(f".{_BIAS}")[0] for name in smaller if _BIAS in name}
+    biased = {_unnumbered(name).partition(f".{_BIAS}")[0] for name in smaller if _BIAS in name}
     for name, tensor in model.state_dict().items():
         for dim, (old, new) in enumerate(zip(tensor.shape, smaller[name].shape, strict=True)):
             if old == new:
@@ -219,12 +220,12 @@ def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[in
             axis = _head_axis(model, name, dim, biased)
             if axis is None and old == config.hidden_size:
                 axis = Axis(HIDDEN, "", old)
-            if axis is None and old in intermediates | {2 * each for each in intermediates if _gated(name, dim)}:
+            if axis is None and old in intermediates | {2 * size for size in intermediates if _gated(name, dim)}:
                 axis = Axis(INTERMEDIATE, _layer(name), old if old in intermediates else old // 2)
             if axis is None or old % (axis.units * axis.width):
                 raise ValueError(
-                    f"A {type(model).__name__} cannot be narrowed so: `{name}` is {tuple(tensor.shape)}, would be "
-                    f"{tuple(smaller[name].shape)}, and is not known to be of heads, feed-forward or hidden units. "
+                    f"A {type(model).__name__} cannot be narrowed like this: `{name}` is {tuple(tensor.shape)}, would "
+                    f"be {tuple(smaller[name].shape)}, and counts neither heads nor feed-forward nor hidden units. "
                     "Make the student from a config alone (`init='random'`), or keep these sizes."
                 )
             if old < new:
@@ -237,24 +238,25 @@ def _axes(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[in
 
 
 def _layer(name: str) -> str:
-    """Name of the innermost layer of a stack that a parameter is in."""
+    """Name of the innermost layer that a parameter is in."""
     match = re.match(r"(.*\.\d+)\.", name)
     return match[1] if match else ""
 
 
 def _gated(name: str, dim: int) -> bool:
-    """Whether a parameter holds the gate and the values of a feed-forward layer, one block after the other."""
+    """Tell whether a dimension holds the gates and then the values of a feed-forward layer."""
     return re.search(r"\.(Wi|gate_up_proj)(\.|$)", name) is not None and dim == ("experts" in name)
 
 
 def _head_axis(model: PreTrainedModel, name: str, dim: int, biased: Container[str]) -> Axis | None:
-    """The axis of a dimension that counts heads; `None` if it does not.
+    """The axis of a dimension that counts heads; `None` for another dimension.
 
     Args:
         model: The model.
         name: Name of the parameter.
         dim: The dimension.
-        biased: The attentions whose scores in all layers are added to one bias, so that heads are chosen once.
+        biased: Attentions, without layer numbers, that use one position bias in all layers (T5). Their layers must
+            keep the same heads.
     """
     match = _ATTENTION.fullmatch(name)
     if match is None:
@@ -262,7 +264,7 @@ def _head_axis(model: PreTrainedModel, name: str, dim: int, biased: Container[st
     config, scope, module = model.config, match["scope"], match["module"]
     heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     groups = 1 if key_heads in (None, heads) else key_heads
-    scope = _any(scope) if _any(scope) in biased else scope
+    scope = _unnumbered(scope) if _unnumbered(scope) in biased else scope
     if module == _BIAS:
         return Axis(HEADS, scope, heads) if dim == 1 else None
     out = int(isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and name.endswith("weight"))
@@ -277,17 +279,17 @@ def _head_axis(model: PreTrainedModel, name: str, dim: int, biased: Container[st
     return None
 
 
-def _any(name: str) -> str:
-    """A name without the numbers of layers."""
+def _unnumbered(name: str) -> str:
+    """The name without layer numbers."""
     return re.sub(r"\.\d+", "", name)
 
 
 def _importance_of_weights(state: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, Axis]]) -> dict[Axis, Tensor]:
-    """Sum of squared weights of each unit; every parameter counts the same."""
+    """Sum of the squared weights of each unit, each parameter normalised to count the same."""
     scores: dict[Axis, Tensor] = {}
     for name, dims in axes.items():
         for dim, axis in dims.items():
-            squares = axis.of(state[name].float().cpu(), dim).square().flatten(1).sum(1)
+            squares = axis.split(state[name].float().cpu(), dim).square().flatten(1).sum(1)
             scores[axis] = scores.get(axis, 0.0) + squares / squares.mean().clamp(min=1e-30)
     return scores
 
@@ -296,18 +298,19 @@ def _importance_of_weights(state: Mapping[str, Tensor], axes: Mapping[str, Mappi
 def _importance_of_activations(
     model: PreTrainedModel, axes: Mapping[str, Mapping[int, Axis]], batches: Iterable[Mapping[str, Any]]
 ) -> dict[Axis, Tensor]:
-    """Mean size of what each unit passes on to the projections that read it, over all positions of some batches."""
+    """Mean size of what each unit passes on to the projections that read it, over all positions of some batches.
+
+    Raises:
+        ValueError: No batch reached a projection.
+    """
     sums: dict[tuple[str, Axis], Tensor] = {}
 
     def add(module: nn.Module, arguments: tuple[Tensor, ...], key: tuple[str, Axis]) -> None:
         axis = key[1]
-        sizes = axis.of(arguments[0].float().flatten(0, -2), 1).square().sum((1, 2)).sqrt()  # (units, positions)
+        sizes = axis.split(arguments[0].float().flatten(0, -2), 1).square().sum((1, 2)).sqrt()  # (units, positions)
         sums[key] = sums.get(key, 0.0) + sizes.sum(1).cpu()
 
-    training = model.training
-    model.eval()
-    with ExitStack() as hooks:
-        hooks.callback(model.train, training)
+    with in_evaluation_mode([model]), ExitStack() as hooks:
         for name, dims in axes.items():
             owner = name.rpartition(".")[0]
             module = model.get_submodule(owner)
@@ -326,9 +329,10 @@ def _importance_of_activations(
 
 
 def _choose(scores: Mapping[Axis, Tensor]) -> dict[Axis, Tensor]:
-    """Indices of the units that are kept of each axis, in ascending order.
+    """Choose the units that each axis keeps; indices in ascending order.
 
-    Heads that share key-value heads are kept by whole groups if these are cut as well, or else as many of each group.
+    If key-value heads are cut, the heads that share them stay or go with them. Otherwise each of these groups keeps
+    the same number of heads.
     """
     by_place = {(axis.kind, axis.scope): axis for axis in scores}
     kept = {}

@@ -1,6 +1,6 @@
-"""The tasks that there are, and which one a model is for.
+"""The table of tasks, and the choice of the task of a model.
 
-A new head is a new class in `classification_tasks.py` or `language_tasks.py`, added to `TASKS`.
+To add a head, write a subclass of `Task` in `labelled.py` or `language.py` and put it into `TASKS`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,19 +24,19 @@ from .language import CausalLM, MaskedLM, Seq2SeqLM
 
 
 class UnknownHead(Task):
-    """A head that is compared by the function of the user alone (`soft_loss_func`)."""
+    """A head that only the user's function knows (`soft_loss_func`)."""
 
     name = "unknown"
     model_names = frozenset()
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """Nothing is known that could be checked."""
+        """No check: the meaning of the outputs is unknown."""
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Nothing is known that could be checked."""
+        """No check: the meaning of the outputs is unknown."""
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Integer labels as they are; otherwise 0 for each row."""
+        """Integer labels unchanged; otherwise 0 for each row."""
         labels = inputs.get("labels")
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             return labels
@@ -44,15 +44,15 @@ class UnknownHead(Task):
         return torch.zeros(len(first), dtype=torch.long, device=first.device)
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The labels as they are."""
+        """The labels, unchanged."""
         return {name: inputs[name] for name in self.label_names if name in inputs}
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> None:
-        """None: what a prediction is, is not known."""
+        """`None`: the meaning of the outputs is unknown."""
         return None
 
 
-#: The heads that are recognised, in the order in which they are tried (a BART for translation can fill masks as well).
+#: The known heads, in the order of the search (a BART for translation can fill masks as well).
 TASKS: tuple[type[Task], ...] = (
     SequenceClassification,
     TokenClassification,
@@ -67,7 +67,7 @@ TASKS: tuple[type[Task], ...] = (
 
 
 def find_task(model: nn.Module, argument: str = "model") -> Task:
-    """Recognise the head of a model by its class (or a class it inherits from).
+    """The task of a model, by the name of its class or of a class that it inherits from.
 
     Args:
         model: A model with a head, PEFT-wrapped or not.
@@ -89,7 +89,7 @@ def find_task(model: nn.Module, argument: str = "model") -> Task:
 
 
 def named_task(task: Task | str, config: PreTrainedConfig) -> Task:
-    """The task that the user names, or gives.
+    """The task that the user gives as an object or by name.
 
     Raises:
         ValueError: There is no task of this name.

@@ -1,4 +1,4 @@
-"""A task: what a head's logits mean, which of them are compared, at which positions, and what is counted."""
+"""`Task`: the meaning of a head's logits, the positions that are compared, and the items that are counted."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,21 +20,21 @@ def model_names_of(mapping: str) -> frozenset[str]:
 
 
 class Task:
-    """A head: how the outputs of two models with this head are compared, and what their labels must look like.
+    """A head: the comparison of two models with this head, and the requirements on their labels.
 
-    By default: one of several classes at each position, for labels of the shape of the positions.
+    By default: one of several classes at each position, and labels of the shape of the positions.
 
     Args:
         config: Config of the teacher.
     """
 
-    #: How the task is called, e.g. as the argument `task` of the trainer.
+    #: Name of the task, which the trainer takes as the argument `task`.
     name: ClassVar[str]
     #: The Hub's name of the task, for model cards; `None` if the Hub has none.
     pipeline_tag: ClassVar[str | None] = None
     #: The `AutoModelFor...` class that loads a model of this head by name or path.
     auto_model: ClassVar[type]
-    #: Names of the classes that have this head.
+    #: Names of the model classes that have this head.
     model_names: ClassVar[frozenset[str]]
     #: The inputs that are labels.
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
@@ -53,8 +53,8 @@ class Task:
     shifts_labels: ClassVar[bool] = False
     #: The outputs that `compared` reads.
     compared_outputs: ClassVar[tuple[str, ...]] = ("logits",)
-    #: Whether these have a value for each token, so that they are as long as the padding of the batch; or one for each
-    #: row, which padding does not change; `None` if that is not known.
+    #: Whether these outputs have a value for each token, so that their length depends on the padding; `False` if they
+    #: have one value for each row, `None` if unknown.
     per_token: ClassVar[bool | None] = None
     #: Whether a whole row is one item, so that a row without a label can still be compared.
     per_row: ClassVar[bool] = False
@@ -62,7 +62,7 @@ class Task:
     def __init__(self, config: PreTrainedConfig) -> None:
         self.num_labels: int = getattr(config, "num_labels", 0)
 
-    # ---- Do the models and the labels fit? ----
+    # ---- Checks of models and labels ----
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
@@ -97,7 +97,7 @@ class Task:
             )
 
     def unlabelled_rows(self, rows: Sequence[Any]) -> np.ndarray:
-        """Which rows of a data set have no label, bool `(rows,)`; they are `IGNORE_INDEX`.
+        """Which rows of a data set have no label (`IGNORE_INDEX`), bool `(rows,)`.
 
         Args:
             rows: The label of each row.
@@ -127,10 +127,10 @@ class Task:
                 "ignore one). Correct the data or load both models with a larger `num_labels`."
             )
 
-    # ---- What is scored? ----
+    # ---- Scored positions ----
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The label of each position that the models predict, `IGNORE_INDEX` where none is scored.
+        """The label of each position that the models predict, `IGNORE_INDEX` where it is not scored.
 
         Raises:
             ValueError: The batch has no labels.
@@ -150,7 +150,7 @@ class Task:
         """The labels to give to the model, or class 0 everywhere if nothing is scored.
 
         The mean cross-entropy over nothing is NaN, and so are its gradients even when it is multiplied by 0. The loss
-        of such a batch is counted with weight 0, so it may as well be finite.
+        of such a batch has weight 0, so any finite value will do.
         """
         labels = {name: inputs[name] for name in self.label_names if name in inputs}
         nothing = self.counted(inputs).eq(IGNORE_INDEX).all() if labels else None
@@ -171,24 +171,24 @@ class Task:
         return outputs["logits"]
 
     def scored(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Which of these positions are scored: bool `(rows, *positions)`."""
+        """Which of the compared positions are scored, bool `(rows, *positions)`."""
         return self.targets(inputs).ne(IGNORE_INDEX)
 
     def distilled(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Which of these positions the soft losses compare: the scored ones, or all rows where these are the items."""
+        """Which positions the soft losses compare: the scored ones, or all rows where an item is a row."""
         scored = self.scored(inputs)
         return torch.ones_like(scored) if self.per_row else scored
 
     def family(self, inputs: Mapping[str, Any]) -> Family:
-        """What the logits that are compared mean."""
+        """The meaning of the compared logits."""
         return Categorical()
 
     def hard_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Mean of the loss over the labelled items, as the model has computed it; `None` if it has not."""
+        """Mean of the model's loss over the labelled items; `None` if the model has computed none."""
         return outputs.get("loss")
 
     def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
-        """Mean over the positions that are compared of a soft loss.
+        """Mean of a soft loss over the compared positions.
 
         Args:
             learner: Output of the model that is trained.
@@ -211,7 +211,7 @@ class Task:
         Args:
             first: Output of one model.
             second: Output of the other one.
-            inputs: The batch; without labels all positions count that can be told to be none of padding.
+            inputs: The batch. Without labels, all positions count but for known padding.
 
         Returns:
             Two float tensors `(rows,)`: equal predictions and scored positions of each row; `None` where predictions
@@ -226,5 +226,5 @@ class Task:
         return (same * scored).sum(-1), scored.sum(-1)
 
     def _unlabelled_scored(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The positions that count in an agreement without labels; `None` for all."""
+        """The positions that count in an agreement without labels, `None` for all of them."""
         return None

@@ -24,7 +24,8 @@ from .labels import IGNORE_INDEX, label_array
 class SequenceClassification(Task):
     """One label, several labels or a score for each sequence (`...ForSequenceClassification`).
 
-    A row without a label has the class -100, or NaN for scores and for each of several labels. It is compared only.
+    A row without a label has the class -100, or NaN for scores and for each of several labels. The soft losses compare
+    it, and the hard loss leaves it out.
 
     The problem type is the one of the config or, as in transformers, follows from the number and the dtype of the
     labels: one output is a regression, integers are single labels, floats are multiple labels.
@@ -72,7 +73,7 @@ class SequenceClassification(Task):
         return families[self._problem_type_of(inputs)]()
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """As for every head; the problem types must be the same, too."""
+        """Also check that the problem types are the same; see `Task.check_pair`."""
         # Where a config does not say, one output is a regression and several are none (`problem_type`).
         types = [
             config.problem_type or ("regression" if config.num_labels == 1 else None) for config in (teacher, student)
@@ -124,7 +125,7 @@ class SequenceClassification(Task):
             )
 
     def counted(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Every label that is there counts; a score of -100.0 is one, as only integers can be ignored."""
+        """Every label but NaN counts. A score of -100.0 is a label: only integers are ignored."""
         labels = self.targets(inputs)
         if self._problem_type_of(inputs) == "single_label_classification":
             return labels
@@ -138,18 +139,18 @@ class SequenceClassification(Task):
         return np.isnan(labels.astype(np.float64)).reshape(len(labels), -1).all(axis=1)
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The labels, with 0 in the place of scores that are not there; see `hard_loss`."""
+        """The labels, with 0 in place of missing scores; see `hard_loss`."""
         if self._problem_type_of(inputs) == "single_label_classification":
             return super().trainable_labels(inputs)
         return {"labels": inputs["labels"].nan_to_num()} if "labels" in inputs else {}
 
     def hard_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The loss of the model; over the labelled rows alone where scores are missing, which the models cannot."""
+        """The loss of the model, or a mean over the labelled rows where scores are missing."""
         loss, labels = outputs.get("loss"), inputs.get("labels")
         if loss is None or labels is None or self._problem_type_of(inputs) == "single_label_classification":
             return loss
         there = self.scored(inputs)
-        if there.all() or not there.any():  # of nothing at all, any finite value will do: its weight is 0
+        if there.all() or not there.any():  # without any label the weight is 0, and any finite value will do
             return loss
         logits, labels = outputs["logits"][there], labels[there]
         if self._problem_type_of(inputs) == "regression":
@@ -237,7 +238,7 @@ class QuestionAnswering(Task):
         """Any two models fit: the positions are those of the input."""
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Positions are not checked: those beyond the text are ignored by the models."""
+        """No check: the models ignore positions beyond the text."""
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Start and end `(rows, 2)`; `IGNORE_INDEX` beyond the input, where the models ignore them."""

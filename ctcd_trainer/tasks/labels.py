@@ -1,4 +1,4 @@
-"""Labels: the names that a config gives them, and the numbers that a data set gives."""
+"""Labels: their names in a config, and their numbers in a data set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def own_labels(config: PreTrainedConfig) -> list[str] | None:
-    """Names of the labels in the order of the outputs; `None` if they are the default ones, which mean nothing."""
+    """Names of the labels in the order of the outputs; `None` for the default names, which mean nothing."""
     names = [config.id2label[index] for index in sorted(config.id2label)]
     return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
@@ -26,7 +26,7 @@ def label_array(rows: Sequence[Any], first_row: int = 0) -> np.ndarray:
         first_row: Number of the first row, for the message.
 
     Raises:
-        ValueError: A row has none, a text, or another number of values than the first one; names it.
+        ValueError: A row has no label, a text, or another number of values than the first row; names the row.
     """
     labels = [label.tolist() if hasattr(label, "tolist") else label for label in rows]
     shape = np.shape(labels[0]) if labels and labels[0] is not None else ()

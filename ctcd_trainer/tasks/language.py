@@ -12,16 +12,16 @@ from .labels import IGNORE_INDEX
 
 
 class LanguageModel(Task):
-    """A token of the vocabulary at each position; only scored positions are compared, on the ids that both have."""
+    """A token of the vocabulary at each position. The scored positions are compared, on the common ids."""
 
     language_model = True
     per_token = True
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """What must agree is the tokenizer: see `checking_data.check_vocabularies`."""
+        """No check here: the tokenizers must agree (`checks/tokens.py`)."""
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Not checked: labels are token ids, made by the data collator."""
+        """No check: labels are token ids, made by the data collator."""
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The labels; where nothing is scored, token 0 at every position."""
@@ -31,7 +31,7 @@ class LanguageModel(Task):
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """The logits at the scored positions alone, `(scored, vocabulary)`."""
         logits = outputs["logits"]
-        if logits.ndim == 2:  # a model that has selected them itself (ModernBERT with `sparse_prediction`)
+        if logits.ndim == 2:  # the model has selected them (ModernBERT with `sparse_prediction`)
             return logits
         targets = self.targets(inputs)
         return logits[:, -targets.shape[1] :][targets.ne(IGNORE_INDEX)]  # prompt tuning has put tokens in front
@@ -65,7 +65,7 @@ class Seq2SeqLM(LanguageModel):
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
-        """Some of the classes have a decoder only."""
+        """Whether the model has an encoder: some of the classes have a decoder only."""
         return config.is_encoder_decoder
 
     def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:

@@ -216,6 +216,14 @@ def test_units_that_pass_on_much_are_kept():
         assert kept_units(teacher, student, layer) == largest(scores, 10)
 
 
+def test_a_calibrated_teacher_has_the_modes_of_its_parts_afterwards():
+    teacher = tiny_bert(2, dropout=0.5)
+    teacher.bert.embeddings.eval()
+    modes = [module.training for module in teacher.modules()]
+    create_student(teacher, intermediate_size=10, calibration=[collate(tiny_rows(4))])
+    assert [module.training for module in teacher.modules()] == modes
+
+
 def test_silent_units_cost_nothing_when_calibrated():
     """Heads and hidden units too: what a calibrated student leaves out first is what is always zero."""
     teacher = tiny_model("llama", "causal-lm", num_attention_heads=4, num_key_value_heads=4, head_dim=4).eval()
@@ -314,7 +322,7 @@ def test_a_random_student_has_the_config_and_no_weights_of_the_teacher():
         ("bert", {"intermediate_size": 64}, r"cannot be wider than its teacher: `bert.*intermediate.*\(32, 16\)"),
         ("bert", {"intermediate_size": 0}, r"`intermediate_size=0` is not valid"),
         ("llama", {"num_attention_heads": 3}, r"`num_attention_heads=3` does not fit: 2 of the teacher's 4 heads"),
-        ("wav2vec2", {"hidden_size": 8}, r"cannot be narrowed so: `wav2vec2.*conv.*init='random'"),
+        ("wav2vec2", {"hidden_size": 8}, r"cannot be narrowed like this: `wav2vec2.*conv.*init='random'"),
         ("bert", {"layers": [1, 1]}, r"`layers=\[1, 1\]` are not valid.*0 to 1"),
         ("bert", {"layers": [2]}, r"`layers=\[2\]` are not valid.*0 to 1"),
         ("bert", {"layers": [0], "num_hidden_layers": 2}, r"`num_hidden_layers=2`, but `layers=\[0\]` are 1"),

@@ -71,6 +71,12 @@ def test_a_trial_equals_a_training_with_its_value(name, value, tmp_path):
     assert metrics["eval_loss"] == expected.evaluate()["eval_loss"]
 
 
+def test_a_whole_number_does_not_round_the_values_of_a_trial(tmp_path):
+    space = lambda trial: {"temperature": trial.suggest_categorical("temperature", [2.7])}  # noqa: E731
+    trainer, _, _ = searched(tmp_path, space, temperature=2, max_steps=1)
+    assert trainer.args.temperature == 2.7
+
+
 def test_the_weights_that_are_not_searched_follow_the_mode(tmp_path):
     space = lambda trial: {"student_from_teacher_weight": trial.suggest_float("student_from_teacher_weight", 0.1, 0.9)}  # noqa: E731
     trainer, _, _ = searched(tmp_path, space, n_trials=2)
