@@ -29,7 +29,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer.saving import atomic_folders as whole_folders
 from examples.benchmarks.bench_sequence_classification import CO_TRAINING, STUDENT, TEACHER, VARIANTS, Workload
-from examples.benchmarks.measuring import COMPARISON_HEADER, comparison_row, describe_machine, format_table, in_turns
+from examples.benchmarks.measuring import COMPARISON_HEADER, comparison_row, describe_machine, in_turns
+from examples.common.tables import format_table
 
 TARGET = 1.10
 

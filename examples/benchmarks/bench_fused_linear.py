@@ -42,10 +42,10 @@ from examples.benchmarks.measuring import (
     COMPARISON_HEADER,
     comparison_row,
     describe_machine,
-    format_table,
     in_turns,
     peak_memory_of,
 )
+from examples.common.tables import format_table
 
 NAMES = (TEACHER, STUDENT)
 OURS, NAIVE, PLAIN = COMPARED = ("ours", "naive", "plain")

@@ -51,11 +51,11 @@ from examples.benchmarks.measuring import (
     COMPARISON_HEADER,
     comparison_row,
     describe_machine,
-    format_table,
     in_turns,
     optimizer_step,
     peak_memory_of,
 )
+from examples.common.tables import format_table
 
 OURS, UNFUSED, TEACHER, STUDENT, NAIVE = VARIANTS = ("ours", "unfused", "teacher alone", "student alone", "naive")
 SCORED_SHARE = 0.15  # of the tokens, in masked language modelling

@@ -36,7 +36,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import Trainer
 
 from examples.benchmarks.bench_sequence_classification import CO_TRAINING, TEACHER, Workload
-from examples.benchmarks.measuring import describe_machine, format_ratio, format_table, in_turns, optimizer_step
+from examples.benchmarks.measuring import describe_machine, format_ratio, in_turns, optimizer_step
+from examples.common.tables import format_table
 
 TARGET = 1.7
 #: The teacher alone, and the pair.

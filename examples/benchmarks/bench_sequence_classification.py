@@ -42,12 +42,12 @@ from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from examples.benchmarks.measuring import (
     describe_machine,
     format_ratio,
-    format_table,
     in_turns,
     optimizer_step,
     peak_memory_of,
     verdict,
 )
+from examples.common.tables import format_table
 
 CO_TRAINING, TEACHER, STUDENT = VARIANTS = ("co-training", "teacher alone", "student alone")
 STEP_TARGET, TRAIN_TARGET = 1.03, 1.0

@@ -153,17 +153,6 @@ def comparison_row(
     return [work, other, *medians, format_ratio(ratios), targets[0], *peaks, targets[1], verdict(*judged)]
 
 
-def format_table(lines: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Lines, of which the first is the header, as text in aligned columns or as a Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    header, *rows = lines
-    start, gap, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
-    return "\n".join(
-        start + gap.join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + end
-        for line in [header, ["-" * width for width in widths], *rows]
-    )
-
-
 def describe_machine(device: str = "cpu") -> str:
     """Processor, cores and versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

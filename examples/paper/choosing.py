@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import Comparison, compare
+from examples.common.tables import format_rows as table
 
 from .ablations import reference_cells
 from .cells import METHODS
@@ -25,7 +26,7 @@ from .grouping import (
     scores_of,
     setting_of,
 )
-from .tables import differing, table
+from .tables import differing
 
 #: Said of every setting on a GLUE task.
 LENGTH = ("steps", "epochs", "rows")

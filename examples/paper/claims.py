@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import Comparison, compare
+from examples.common.tables import format_rows as table
 
 from .ablations import CTCD
 from .grouping import (
@@ -21,7 +22,7 @@ from .grouping import (
     plain_method,
     scores_of,
 )
-from .tables import between, labels_used, table
+from .tables import between, labels_used
 
 #: What is claimed of co-training: the better model and the one that it is compared with.
 CLAIMS: tuple[tuple[str, Row, Row], ...] = (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_trainer.graph import TEACHER
+from examples.common.tables import format_rows
 from examples.grid.results import load_results
 
 from . import tables
@@ -208,7 +209,7 @@ def _size_and_latency(experiments: Experiments, latency: Mapping[str, Any]) -> l
     if not rows:
         return []
     rows.sort(key=lambda row: row["model"] != TEACHER)
-    section = ["### Size and latency", tables.table(rows)]
+    section = ["### Size and latency", format_rows(rows)]
     if latency["models"]:
         conditions = latency["conditions"]
         measured = ", ".join(str(conditions[name]) for name in ("device", "date") if name in conditions)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import Interval, paired_differences, summarise
-from examples.demo.compare_runs import format_table
+from examples.common.tables import format_rows as table
 
 from .ablations import differences, left_out, variants
 from .grouping import (
@@ -108,11 +108,6 @@ def _said(setting: Setting) -> list[str]:
         and (setting[name] is not None or name in SAID_OF_NONE)
         and not (same and name == "teacher_soft_weight")
     ]
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table."""
-    return format_table(rows, markdown=True)
 
 
 # ---- Sections ----

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -28,11 +29,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, create_student
 from ctcd_trainer.graph import STUDENT, TEACHER
+from ctcd_trainer.saving.atomic_folders import place_to_write, put_in_place
 from ctcd_trainer.students.costs import cpu_name
+from examples.data.metrics import calibration_error, glue_scores
 
 from .cells import METHODS, MLM, Cell
 from .data import PARTS, Masking, Prepared, Schedule, collate
-from .scores import scores_for
 from .settings import Scale
 
 #: Folder of the finished models of a cell, and of a training that goes on.
@@ -243,12 +245,23 @@ def train_cell(
         },
     }
     if cell.learner is None:  # nothing starts from a model that was fine-tuned by itself
-        partial = folder / f"{MODELS}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_model(str(partial))
-        shutil.rmtree(folder / MODELS, ignore_errors=True)
-        partial.rename(folder / MODELS)
+        written = place_to_write(folder / MODELS)
+        shutil.rmtree(written, ignore_errors=True)
+        trainer.save_model(str(written))
+        put_in_place(folder / MODELS)
     return result
+
+
+def scores_for(task: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A `compute_metrics` of a GLUE task: its scores, and for classes the calibration error."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = prediction.predictions, prediction.label_ids
+        if task == "stsb":
+            return glue_scores(task, logits[:, 0], labels)
+        return glue_scores(task, logits.argmax(-1), labels) | {"calibration_error": calibration_error(logits, labels)}
+
+    return compute
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -38,7 +38,8 @@ from ctcd_trainer.graph import TEACHER
 from ctcd_trainer.model_structure import count_parameters, is_peft_model
 from ctcd_trainer.students.costs import measure_latencies
 from examples.benchmarks.measuring import describe_machine, in_turns, optimizer_step, peak_memory_of
-from examples.common.models import LabelledModelArguments, load_model, load_models
+from examples.common.arguments import LabelledModelArguments
+from examples.common.models import load_model, load_models
 
 from .study import load_study
 
@@ -58,9 +59,12 @@ def make_trainer(arguments: Mapping[str, Any], tokens: int, steps: int, folder: 
     parser = HfArgumentParser((LabelledModelArguments, CoDistillationTrainingArguments))
     model_args, training_args = parser.parse_dict({**arguments, **own, "do_eval": False}, allow_extra_keys=True)
 
-    def load(option: str, frozen: bool) -> PreTrainedModel:
-        return load_model(AutoModelForSequenceClassification, option, model_args, training_args.seed, frozen)
-
+    load = partial(
+        load_model,
+        auto_class=AutoModelForSequenceClassification,
+        model_args=model_args,
+        seed=training_args.seed,
+    )
     models = load_models(model_args, training_args, load)
     generator = torch.Generator().manual_seed(0)
     count, vocabulary = training_args.per_device_train_batch_size, models["model"].config.vocab_size

@@ -15,7 +15,7 @@ from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import compare, summarise
-from examples.demo.compare_runs import format_table
+from examples.common.tables import format_rows
 from examples.paper.tables import between, with_std
 
 from .pareto import TOLERANCE, Point, front
@@ -92,7 +92,7 @@ def quality_table(scores: Scores) -> str:
                 row[f"{learner}, loss"] = scores.mean(variant, task, learner, "loss")
             row["agreement"] = scores.mean(variant, task, STUDENT, "agreement")
             rows.append(row)
-    return format_table(rows, markdown=True)
+    return format_rows(rows)
 
 
 def comparison_table(scores: Scores, reference: str) -> str:
@@ -112,7 +112,7 @@ def comparison_table(scores: Scores, reference: str) -> str:
                         cell += f" {between(found.student_t, digits)}"
                     row[f"{learner} {title}"] = cell
             rows.append(row)
-    return format_table(rows, markdown=True)
+    return format_rows(rows)
 
 
 def choices_table(scores: Scores, costs: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def choices_table(scores: Scores, costs: Mapping[str, Any]) -> str:
         on = [f"{task} ({cost.split('_')[0]})" for (task, cost), names in fronts.items() if variant in names]
         row["on the front of"] = ", ".join(on) or "-"
         rows.append(row)
-    return format_table(rows, markdown=True)
+    return format_rows(rows)
 
 
 def notes(scores: Scores, measured: Mapping[str, Any] | None) -> list[str]:

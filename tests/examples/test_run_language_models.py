@@ -35,9 +35,10 @@ from transformers import (
 
 from examples import run_clm_ctcd, run_mlm_ctcd
 from examples.common import models as script_models
-from examples.common import run as script_common
-from examples.common.language_models import LanguageModelArguments, student_blueprint, teacher_blueprint
+from examples.common.arguments import LanguageModelArguments
+from examples.common.language_models import student_blueprint, teacher_blueprint
 from examples.data import text as language_model_data
+from examples.data.loading import load_raw_data
 from examples.data.text import Blocks, Lines, TextArguments
 
 BERT = "hidden_size=16,num_hidden_layers=3,num_attention_heads=2,intermediate_size=32,max_position_embeddings=32"
@@ -270,7 +271,7 @@ def test_config_file_in_a_process_of_its_own(tmp_path, bert):
 def test_files_of_every_kind(tmp_path, suffix):
     data_args = TextArguments(**save_files(tmp_path, suffix))
     models = SimpleNamespace(cache_dir=str(tmp_path / "cache"))
-    raw = script_common.load_raw_data(models, data_args, streaming=False)
+    raw = load_raw_data(models, data_args, streaming=False)
     splits = language_model_data.select_splits(raw, data_args, SimpleNamespace(do_train=True, do_eval=True))
     assert splits["train"].column_names == ["text"]
     assert list(splits["train"]["text"]) == texts(60)
@@ -281,7 +282,7 @@ def test_files_of_every_kind(tmp_path, suffix):
 def test_causal_models_learn_line_breaks_unless_told_not_to(tmp_path, keep):
     options = {"keep_linebreaks": keep, "train_file": save_texts(tmp_path / "train.txt", ["the cat", "the dog"])}
     data_args = run_clm_ctcd.CausalTextArguments(**options)
-    raw = script_common.load_raw_data(SimpleNamespace(cache_dir=str(tmp_path / "cache")), data_args)
+    raw = load_raw_data(SimpleNamespace(cache_dir=str(tmp_path / "cache")), data_args)
     assert next(iter(raw["train"]["text"])) == ("the cat\n" if keep else "the cat")
 
 
