@@ -58,13 +58,7 @@ def prepare(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script, with the arguments of the command line or of `argv`."""
     run_language_models(
-        CausalTextArguments,
-        AutoModelForCausalLM,
-        "block_size",
-        prepare,
-        next_token_accuracy,
-        "text-generation",
-        argv,
+        CausalTextArguments, AutoModelForCausalLM, "block_size", prepare, next_token_accuracy, "text-generation", argv
     )
 
 

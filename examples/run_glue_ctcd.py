@@ -37,14 +37,7 @@ from transformers import (
 )
 
 from ctcd_trainer import CoDistillationTrainer, Mixup, PairDataCollator, TokenMasking, WordDropout
-from examples.common.arguments import (
-    DataArguments,
-    LabelledModelArguments,
-    check_file,
-    logger,
-    option,
-    start,
-)
+from examples.common.arguments import DataArguments, LabelledModelArguments, check_file, logger, option, start
 from examples.common.models import (
     allowed_length,
     load_config,

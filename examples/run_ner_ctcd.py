@@ -34,13 +34,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from ctcd_trainer import CoDistillationTrainer
 from examples.common.arguments import DataArguments, LabelledModelArguments, logger, option, start
-from examples.common.models import (
-    allowed_length,
-    load_config,
-    load_fast_tokenizer,
-    load_labelled_model,
-    load_models,
-)
+from examples.common.models import allowed_length, load_config, load_fast_tokenizer, load_labelled_model, load_models
 from examples.common.run import card_of, in_order, padding_multiple, run
 from examples.data.loading import load_raw_data, selected_rows, tokenize
 from examples.data.ner import (

@@ -34,12 +34,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForQuestionAnswering,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    default_data_collator,
-)
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, EvalPrediction, default_data_collator
 from transformers.trainer_utils import speed_metrics
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments

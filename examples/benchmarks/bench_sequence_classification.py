@@ -28,12 +28,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Trainer,
-    default_data_collator,
-)
+from transformers import BertConfig, BertForSequenceClassification, Trainer, default_data_collator
 
 from examples.benchmarks.measuring import (
     format_ratio,

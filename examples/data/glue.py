@@ -370,9 +370,6 @@ def metrics_for(labels: Labels, task: str | None) -> Callable[[EvalPrediction], 
             return {"mse": float(np.square(predicted - references).mean())}
         if labels.problem_type == "single_label_classification":
             return {"accuracy": float((predicted == references).mean())}
-        return {
-            "accuracy": float((predicted == references).all(axis=1).mean()),
-            "f1_micro": f1(predicted, references),
-        }
+        return {"accuracy": float((predicted == references).all(axis=1).mean()), "f1_micro": f1(predicted, references)}
 
     return compute_metrics

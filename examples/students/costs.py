@@ -60,10 +60,7 @@ def make_trainer(arguments: Mapping[str, Any], tokens: int, steps: int, folder: 
     model_args, training_args = parser.parse_dict({**arguments, **own, "do_eval": False}, allow_extra_keys=True)
 
     load = partial(
-        load_model,
-        auto_class=AutoModelForSequenceClassification,
-        model_args=model_args,
-        seed=training_args.seed,
+        load_model, auto_class=AutoModelForSequenceClassification, model_args=model_args, seed=training_args.seed
     )
     models = load_models(model_args, training_args, load)
     generator = torch.Generator().manual_seed(0)

@@ -13,16 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from places import ROOT
 from safetensors.torch import load_file
-from script_glue import (
-    GLUE_LABELS,
-    WORDS,
-    glue_rows,
-    save_files,
-    save_glue,
-    save_model,
-    save_rows,
-    sentences,
-)
+from script_glue import GLUE_LABELS, WORDS, glue_rows, save_files, save_glue, save_model, save_rows, sentences
 from script_runs import printed_table, results, save_tokenizer
 from transformers import (
     AutoConfig,
