@@ -1,4 +1,4 @@
-"""What the variants of a study cost: parameters, latency, and time and memory of a step of training.
+"""Costs of the variants of a study: parameters, latency, and time and memory of a step of training.
 
 Text is not needed for that: the rows are random tokens, all of one length. Three things are measured, on the CPU:
 
@@ -50,7 +50,7 @@ def make_trainer(arguments: Mapping[str, Any], tokens: int, steps: int, folder: 
     """A trainer of the models that the arguments choose, on random rows.
 
     Args:
-        arguments: Arguments of `run_glue_ctcd.py`; those that choose data count for nothing.
+        arguments: Arguments of `run_glue_ctcd.py`; arguments of the data have no effect.
         tokens: Length of the rows.
         steps: Number of optimizer steps of a training.
         folder: Output folder that Trainer asks for; nothing is saved.
@@ -81,7 +81,7 @@ def make_trainer(arguments: Mapping[str, Any], tokens: int, steps: int, folder: 
 
 
 def train(arguments: Mapping[str, Any], tokens: int) -> None:
-    """A short training, of which the peak memory is taken."""
+    """A short training, whose peak memory is measured."""
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(arguments, tokens, MEMORY_STEPS, folder).train()
 
