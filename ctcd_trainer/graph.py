@@ -1,7 +1,7 @@
 """Who learns from whom: the modes of co-distillation as settings of one small graph.
 
-Learners are nodes, and an edge `source -> learner` carries the weight of a soft loss. Everything after this file reads
-the graph; nothing else asks which mode is set.
+Learners are nodes, and an edge `source -> learner` carries the weight of a soft loss. All other code reads the graph
+and never asks for the mode.
 """
 
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ TEACHER = "teacher"
 STUDENT = "student"
 #: The models that can be trained, the primary one first.
 LEARNERS = (TEACHER, STUDENT)
-#: A frozen model that is no learner: it only gives soft targets (Community KD).
+#: A frozen model that only gives soft targets (Community KD); it is no learner.
 PRETRAINED = "pretrained"
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A soft loss: `learner` is pulled towards the detached predictions of `source`.
+    """A soft loss, which pulls `learner` towards the detached predictions of `source`.
 
     Attributes:
         source: Name of the model whose predictions are the target.
-        learner: Name of the model that is trained by this edge.
+        learner: Name of the model that this edge trains.
         weight: Weight of the soft loss in the total loss.
     """
 
@@ -40,7 +40,7 @@ class Edge:
         return f"{self.learner}_from_{self.source}_weight"
 
 
-#: Every edge that a pair of models and a frozen teacher can have, and that has a training argument.
+#: All edges between a pair of models and a frozen teacher; each has a training argument.
 EDGES = (
     Edge(TEACHER, STUDENT),
     Edge(STUDENT, TEACHER),
@@ -74,7 +74,7 @@ MODES: Mapping[str, Mode] = {
     "community": Mode(LEARNERS, EDGES, "both from each other and from a frozen pre-trained teacher"),
     "kd": Mode((STUDENT,), EDGES[:1], "the student from the frozen teacher"),
     "reversed": Mode((TEACHER,), EDGES[1:2], "the teacher from the frozen student"),
-    "standalone": Mode(LEARNERS, (), "no model from another one"),
+    "standalone": Mode(LEARNERS, (), "no model from another"),
 }
 
 
@@ -83,7 +83,7 @@ class Graph:
     """The learners with the weights of their hard losses, and the edges between them.
 
     Attributes:
-        hard_weights: Weight of each learner's own task loss; 0 for a learner that the mode freezes.
+        hard_weights: Weight of each learner's task loss; 0 for a learner that the mode freezes.
         edges: The soft losses, only those with a weight other than 0.
     """
 
@@ -98,10 +98,10 @@ class Graph:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The learners that no loss trains: they are not changed and take no optimizer state."""
+        """The learners that no loss trains. They do not change and have no optimizer state."""
         return tuple(name for name in self.hard_weights if name not in self.trained)
 
     @property
     def uses_pretrained(self) -> bool:
-        """Whether any learner learns from the frozen pre-trained teacher."""
+        """Tell whether a learner learns from the frozen pre-trained teacher."""
         return any(edge.source == PRETRAINED for edge in self.edges)

@@ -639,10 +639,11 @@ class CoDistillationMixin:
             return super()._finish_current_push()
         self.uploads.finish()
 
-    @for_pairs
     def create_model_card(self, *args: Any, baseline: Any = None, revision: str | None = None, **kwargs: Any) -> None:
         """Write a model card for each model beside it; see `Trainer` and, for the other arguments, `CardOptions`."""
-        if self.is_world_process_zero():
+        if self.pair is None:  # Trainer has no `baseline` and no `revision`
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
             options = CardOptions(*args, baseline=baseline, revision=revision, **kwargs)
             write_model_cards(self._card_facts(), self.args.output_dir, options, complete=not self.is_in_train)
 

@@ -19,51 +19,28 @@ The teacher is saved in the output folder and the student in its folder `student
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds `examples` from any folder
 
-
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
-from examples.common.language_models import LanguageModelArguments, check_model_arguments, language_models
-from examples.common.models import allowed_length, load_tokenizer
-from examples.common.run import (
-    card_of,
-    checkpoint_to_resume,
-    evaluate,
-    finish,
-    load_raw_data,
-    parse_arguments,
-    set_up_logging,
-    train,
-)
-from examples.data.text import (
-    Blocks,
-    TextArguments,
-    best_tokens,
-    collate_blocks,
-    next_token_accuracy,
-    perplexities,
-    select_splits,
-    tokenize,
-)
+from examples.common.arguments import option
+from examples.common.language_models import run_language_models
+from examples.data.text import Blocks, TextArguments, collate_blocks, next_token_accuracy
 
 
 @dataclass
 class CausalTextArguments(TextArguments):
-    """Which texts the models are trained and evaluated on."""
+    """The texts to train and to evaluate on."""
 
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": "Number of tokens of an example. Default: what tokenizer and models allow, at most 1024."},
+    block_size: int | None = option(
+        None, "Number of tokens of an example. Default: what tokenizer and models allow, at most 1024."
     )
-    keep_linebreaks: bool = field(
-        default=True, metadata={"help": "Whether the lines of a .txt file keep the line break at their end."}
-    )
+    keep_linebreaks: bool = option(True, "Keep the line break at the end of each line of a .txt file.")
 
     @property
     def reader_options(self) -> dict[str, dict[str, Any]]:
@@ -71,36 +48,18 @@ class CausalTextArguments(TextArguments):
         return {"text": {"keep_linebreaks": self.keep_linebreaks}}
 
 
+def prepare(
+    tokenizer: PreTrainedTokenizerBase, data_args: CausalTextArguments, training_args: TrainingArguments
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What turns texts into examples of a given `length`, and the data collator."""
+    return partial(Blocks, tokenizer, masked=False), collate_blocks
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script, with the arguments of the command line or these."""
-    model_args, data_args, training_args = parse_arguments(
-        LanguageModelArguments, CausalTextArguments, CoDistillationTrainingArguments, argv=argv
+    """Run the script, with the arguments of the command line or of `argv`."""
+    run_language_models(
+        CausalTextArguments, AutoModelForCausalLM, "block_size", prepare, next_token_accuracy, "text-generation", argv
     )
-    check_model_arguments(model_args, training_args)
-    set_up_logging(training_args)
-    checkpoint = checkpoint_to_resume(training_args)
-
-    tokenizer = load_tokenizer(model_args)
-    raw = load_raw_data(model_args, data_args, streaming=data_args.streaming)
-    splits = select_splits(raw, data_args, training_args)
-    models = language_models(AutoModelForCausalLM, model_args, training_args, tokenizer)
-    length = allowed_length("block_size", data_args.block_size, tokenizer, models)
-    examples = tokenize(splits, Blocks(tokenizer, length, masked=False), data_args, training_args)
-
-    trainer = CoDistillationTrainer(
-        **models,
-        args=training_args,
-        data_collator=collate_blocks,
-        train_dataset=examples.get("train"),
-        eval_dataset=examples.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=next_token_accuracy,
-        preprocess_logits_for_metrics=best_tokens,
-    )
-    if training_args.do_train:
-        train(trainer, checkpoint)
-    metrics = evaluate(trainer, more_metrics=perplexities) if training_args.do_eval else {}
-    finish(trainer, metrics, card_of(data_args, "text-generation"))
 
 
 if __name__ == "__main__":

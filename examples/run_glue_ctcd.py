@@ -20,12 +20,11 @@ The teacher is saved in the output folder and the student in its folder `student
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds `examples` from any folder
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -37,89 +36,53 @@ from transformers import (
     default_data_collator,
 )
 
-from ctcd_trainer import (
-    CoDistillationTrainer,
-    CoDistillationTrainingArguments,
-    Mixup,
-    PairDataCollator,
-    TokenMasking,
-    WordDropout,
-)
+from ctcd_trainer import CoDistillationTrainer, Mixup, PairDataCollator, TokenMasking, WordDropout
+from examples.common.arguments import DataArguments, LabelledModelArguments, check_file, logger, option, start
 from examples.common.models import (
-    LabelledModelArguments,
     allowed_length,
     load_config,
     load_labelled_model,
     load_models,
     load_student_tokenizer,
     load_tokenizer,
-    logger,
 )
-from examples.common.run import (
-    DataArguments,
-    check_arguments,
-    checkpoint_to_resume,
-    evaluate,
-    file_reader,
-    finish,
-    in_order,
-    load_files,
-    load_raw_data,
-    parse_arguments,
-    set_up_logging,
-    train,
-    wanted_splits,
-)
-from examples.data.glue import TASK_TO_TEXT, Labels, Preprocessor, select_rows, text_columns
-from examples.data.metrics import metrics_for
+from examples.common.run import in_order, padding_multiple, run
+from examples.data.glue import TASK_TO_TEXT, Labels, Preprocessor, metrics_for, select_rows, text_columns
+from examples.data.loading import load_files, load_raw_data, tokenize, wanted_splits
 
 # ---- Arguments ----
 
 
 @dataclass
 class GlueDataArguments(DataArguments):
-    """Which data the models are trained and evaluated on."""
+    """The data to train and to evaluate on."""
 
-    task_name: str | None = field(default=None, metadata={"help": f"The GLUE task: {', '.join(TASK_TO_TEXT)}."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A data set on the Hub, or a folder; with `--task_name`, in the layout of `nyu-mll/glue` (which "
-            "is then the default)."
-        },
+    task_name: str | None = option(None, f"The GLUE task: {', '.join(TASK_TO_TEXT)}.")
+    dataset_name: str | None = option(
+        None,
+        "A data set on the Hub, or a folder; with `--task_name`, in the layout of `nyu-mll/glue` (which is then the "
+        "default).",
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the data set. Default: the task."}
+    dataset_config_name: str | None = option(None, "Configuration of the data set. Default: the task.")
+    max_seq_length: int = option(128, "Number of tokens at which texts are cut.")
+    pad_to_max_length: bool = option(
+        True, "Pad all texts to `max_seq_length` instead of the longest text of the batch."
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Number of tokens at which texts are cut."})
-    pad_to_max_length: bool = field(
-        default=True,
-        metadata={"help": "Whether to pad all texts to `max_seq_length` instead of the longest one of the batch."},
+    max_predict_samples: int | None = option(None, "Use only the first N test rows.")
+    test_file: str | None = option(None, "A file with the test data.")
+    unlabeled_file: str | None = option(
+        None, "A file with more training texts, without labels: on them the models learn only from each other."
     )
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
-    test_file: str | None = field(default=None, metadata={"help": "A file with the test data."})
-    unlabeled_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "A file with more training texts, without labels: on them the models learn from each other alone."
-        },
+    augmentation: Literal["token_masking", "word_dropout", "mixup"] | None = option(
+        None, "Augmentation of the training batches: mask tokens, hide tokens, or mix rows. Default: none."
     )
-    augmentation: Literal["token_masking", "word_dropout", "mixup"] | None = field(
-        default=None,
-        metadata={
-            "help": "How training batches are changed: tokens are masked, or hidden, or rows are mixed. Default: not."
-        },
+    augmentation_rate: float | None = option(
+        None,
+        "Share of the tokens that are masked (default 0.15) or hidden (0.1), or for mixup the parameter of the Beta "
+        "distribution from which the shares of the mixed rows are drawn (0.2).",
     )
-    augmentation_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the tokens that are masked (default 0.15) or hidden (0.1), or the parameter of the Beta "
-            "distribution from which the shares of mixed rows are drawn (0.2)."
-        },
-    )
-    augmented: Literal["both", "teacher", "student"] = field(
-        default="both",
-        metadata={"help": "Which models get the changed batch; the other one keeps the clean one (not with mixup)."},
+    augmented: Literal["both", "teacher", "student"] = option(
+        "both", "The models that get the augmented batch; the other one keeps the clean batch (not with mixup)."
     )
 
     def __post_init__(self) -> None:
@@ -143,9 +106,7 @@ class GlueDataArguments(DataArguments):
             self.dataset_config_name = self.dataset_config_name or self.task_name
         self.check_files()
         if self.unlabeled_file is not None:
-            file_reader(self.unlabeled_file, "unlabeled_file")
-            if not os.path.isfile(self.unlabeled_file):
-                raise ValueError(f"`--unlabeled_file {self.unlabeled_file}` does not exist.")
+            check_file(self.unlabeled_file, "unlabeled_file")
         if self.augmentation is None and self.augmentation_rate is not None:
             raise ValueError(
                 f"`--augmentation_rate {self.augmentation_rate}` has no effect without `--augmentation`: give both."
@@ -173,10 +134,10 @@ def predict(trainer: CoDistillationTrainer, parts: Mapping[str, Dataset], labels
 
 
 def unlabelled_rows(path: str, columns: Sequence[str], model_args: LabelledModelArguments) -> Dataset:
-    """The texts of a file, whose labels, if it has any, are not looked at.
+    """The texts of a file without their labels, if it has any.
 
     Raises:
-        ValueError: It has not the columns of the training data.
+        ValueError: The file lacks a column of the training data.
     """
     rows = load_files({"unlabeled": path}, model_args.cache_dir)["unlabeled"]
     missing = [name for name in columns if name not in rows.column_names]
@@ -189,7 +150,7 @@ def unlabelled_rows(path: str, columns: Sequence[str], model_args: LabelledModel
 
 
 def augmentation_of(data_args: GlueDataArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What changes the training batches; `None` if nothing does."""
+    """The augmentation of the training batches, if there is one."""
     if data_args.augmentation is None:
         return None
     kinds = {
@@ -202,7 +163,7 @@ def augmentation_of(data_args: GlueDataArguments, tokenizer: PreTrainedTokenizer
 
 
 def model_card_settings(data_args: GlueDataArguments) -> dict[str, str | None]:
-    """What the model cards say about task, data and baseline."""
+    """Task, data and baseline for the model cards."""
     settings = {"tasks": "text-classification", "baseline": data_args.baseline}
     if data_args.task_name is not None:
         settings |= {
@@ -215,17 +176,11 @@ def model_card_settings(data_args: GlueDataArguments) -> dict[str, str | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script, with the arguments of the command line or these."""
-    model_args, data_args, training_args = parse_arguments(
-        LabelledModelArguments, GlueDataArguments, CoDistillationTrainingArguments, argv=argv
-    )
-    check_arguments(model_args, training_args)
+    """Run the script, with the arguments of the command line or of `argv`."""
+    model_args, data_args, training_args, checkpoint = start(LabelledModelArguments, GlueDataArguments, argv=argv)
     if training_args.do_predict and data_args.files and data_args.test_file is None:
         raise ValueError("`--do_predict` needs `--test_file`.")
-    set_up_logging(training_args)
     task = data_args.task_name
-    checkpoint = checkpoint_to_resume(training_args)
-
     raw = load_raw_data(model_args, data_args)
     selected = select_rows(raw, task, wanted_splits(data_args, training_args))
     source = raw["train"] if "train" in raw else next(iter(raw.values()))
@@ -246,28 +201,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     pad = data_args.pad_to_max_length
     if pad and training_args.train_sampling_strategy == "group_by_length":
         logger.warning("Grouping by length saves nothing with padding: give `--pad_to_max_length False`.")
-    preprocessor = Preprocessor(tokenizer, columns, labels, max_length, pad, student_tokenizer=student_tokenizer)
+    preprocess = Preprocessor(tokenizer, columns, labels, max_length, pad, student_tokenizer=student_tokenizer)
+    examples = {split: tokenize(parts, preprocess, data_args, training_args) for split, parts in selected.items()}
+    if data_args.unlabeled_file is not None and training_args.do_train:
+        texts = {"unlabelled": unlabelled_rows(data_args.unlabeled_file, columns, model_args)}
+        more = tokenize(texts, replace(preprocess, labelled=False), data_args, training_args)["unlabelled"]
+        for name, rows in examples["train"].items():
+            examples["train"][name] = concatenate_datasets([rows, more.cast(rows.features)])
 
-    def tokenized(rows: Dataset, split: str, labelled: bool = True) -> Dataset:
-        return rows.map(
-            replace(preprocessor, labelled=labelled),
-            batched=True,
-            remove_columns=rows.column_names,
-            load_from_cache_file=not data_args.overwrite_cache,
-            desc=f"Tokenizing {split}",
-        )
-
-    with training_args.main_process_first(desc="tokenizing"):
-        for split, parts in selected.items():
-            for name, rows in parts.items():
-                parts[name] = tokenized(rows, split)
-        if data_args.unlabeled_file is not None and training_args.do_train:
-            texts = unlabelled_rows(data_args.unlabeled_file, columns, model_args)
-            more = tokenized(texts, "unlabelled", labelled=False)
-            for name, rows in selected["train"].items():
-                selected["train"][name] = concatenate_datasets([rows, more.cast(rows.features)])
-
-    multiple = 8 if training_args.fp16 or training_args.bf16 else None  # sizes that tensor cores like
+    multiple = padding_multiple(training_args)
     if pad:
         collator = default_data_collator
     elif student_tokenizer is None:
@@ -278,23 +220,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         **models,
         args=training_args,
         data_collator=collator,
-        train_dataset=next(iter(selected["train"].values())) if training_args.do_train else None,
-        eval_dataset=next(iter(selected["validation"].values())) if training_args.do_eval else None,
+        train_dataset=next(iter(examples["train"].values())) if training_args.do_train else None,
+        eval_dataset=next(iter(examples["validation"].values())) if training_args.do_eval else None,
         processing_class=tokenizer,
         student_processing_class=student_tokenizer,
         augmentation=augmentation_of(data_args, tokenizer),
         augmented=data_args.augmented,
         compute_metrics=metrics_for(labels, task),
     )
-    if training_args.do_train:
-        train(trainer, checkpoint)
-    metrics = {}
-    if training_args.do_eval:
-        parts = selected["validation"].items()
-        metrics = evaluate(trainer, {"_mm" if name == "mnli-mm" else "": rows for name, rows in parts})
-    if training_args.do_predict:
-        predict(trainer, selected["test"], labels)
-    finish(trainer, metrics, model_card_settings(data_args))
+    parts = {"_mm" if name == "mnli-mm" else "": rows for name, rows in examples.get("validation", {}).items()}
+    run(
+        trainer,
+        checkpoint,
+        model_card_settings(data_args),
+        lambda: predict(trainer, examples["test"], labels),
+        parts=parts,
+    )
 
 
 if __name__ == "__main__":

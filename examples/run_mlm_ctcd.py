@@ -20,55 +20,38 @@ The teacher is saved in the output folder and the student in its folder `student
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds `examples` from any folder
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
-
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
-from examples.common.language_models import LanguageModelArguments, check_model_arguments, language_models
-from examples.common.models import allowed_length, load_tokenizer
-from examples.common.run import (
-    card_of,
-    checkpoint_to_resume,
-    evaluate,
-    finish,
-    load_raw_data,
-    parse_arguments,
-    set_up_logging,
-    train,
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
 )
-from examples.data.text import (
-    Blocks,
-    Lines,
-    TextArguments,
-    best_tokens,
-    masked_accuracy,
-    perplexities,
-    select_splits,
-    tokenize,
-)
+
+from examples.common.arguments import option
+from examples.common.language_models import run_language_models
+from examples.common.run import padding_multiple
+from examples.data.text import Blocks, Lines, TextArguments, masked_accuracy
 
 
 @dataclass
 class MaskedTextArguments(TextArguments):
-    """Which texts the models are trained and evaluated on, and what is masked of them."""
+    """The texts to train and to evaluate on, and the masks."""
 
-    max_seq_length: int | None = field(
-        default=None,
-        metadata={"help": "Number of tokens of an example. Default: what tokenizer and models allow, at most 1024."},
+    max_seq_length: int | None = option(
+        None, "Number of tokens of an example. Default: what tokenizer and models allow, at most 1024."
     )
-    line_by_line: bool = field(
-        default=False, metadata={"help": "Whether each text is an example, instead of blocks of joined texts."}
+    line_by_line: bool = option(False, "Take each text as an example, instead of blocks of joined texts.")
+    pad_to_max_length: bool = option(
+        False, "With `--line_by_line`: pad to `max_seq_length` instead of the longest text of the batch."
     )
-    pad_to_max_length: bool = field(
-        default=False,
-        metadata={"help": "With `--line_by_line`: pad to `max_seq_length` instead of the longest text of the batch."},
-    )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
+    mlm_probability: float = option(0.15, "Share of the tokens that are masked.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,16 +61,14 @@ class MaskedTextArguments(TextArguments):
             )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script, with the arguments of the command line or these."""
-    model_args, data_args, training_args = parse_arguments(
-        LanguageModelArguments, MaskedTextArguments, CoDistillationTrainingArguments, argv=argv
-    )
-    check_model_arguments(model_args, training_args)
-    set_up_logging(training_args)
-    checkpoint = checkpoint_to_resume(training_args)
+def prepare(
+    tokenizer: PreTrainedTokenizerBase, data_args: MaskedTextArguments, training_args: TrainingArguments
+) -> tuple[Callable[..., Any], DataCollatorForLanguageModeling]:
+    """What turns texts into examples of a given `length`, and the collator that masks them.
 
-    tokenizer = load_tokenizer(model_args)
+    Raises:
+        ValueError: The tokenizer has no mask token.
+    """
     if tokenizer.mask_token is None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has no mask token, so its models cannot fill in words. Give "
@@ -97,33 +78,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     collator = DataCollatorForLanguageModeling(
         tokenizer,
         mlm_probability=data_args.mlm_probability,
-        # sizes that tensor cores like
-        pad_to_multiple_of=8 if ragged and (training_args.fp16 or training_args.bf16) else None,
+        pad_to_multiple_of=padding_multiple(training_args) if ragged else None,
     )
-    raw = load_raw_data(model_args, data_args, streaming=data_args.streaming)
-    splits = select_splits(raw, data_args, training_args)
-    models = language_models(AutoModelForMaskedLM, model_args, training_args, tokenizer)
-    length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     if data_args.line_by_line:
-        preprocess = Lines(tokenizer, length, data_args.pad_to_max_length)
-    else:
-        preprocess = Blocks(tokenizer, length, masked=True)
-    examples = tokenize(splits, preprocess, data_args, training_args)
+        return partial(Lines, tokenizer, pad=data_args.pad_to_max_length), collator
+    return partial(Blocks, tokenizer, masked=True), collator
 
-    trainer = CoDistillationTrainer(
-        **models,
-        args=training_args,
-        data_collator=collator,
-        train_dataset=examples.get("train"),
-        eval_dataset=examples.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=masked_accuracy,
-        preprocess_logits_for_metrics=best_tokens,
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script, with the arguments of the command line or of `argv`."""
+    run_language_models(
+        MaskedTextArguments, AutoModelForMaskedLM, "max_seq_length", prepare, masked_accuracy, "fill-mask", argv
     )
-    if training_args.do_train:
-        train(trainer, checkpoint)
-    metrics = evaluate(trainer, more_metrics=perplexities) if training_args.do_eval else {}
-    finish(trainer, metrics, card_of(data_args, "fill-mask"))
 
 
 if __name__ == "__main__":

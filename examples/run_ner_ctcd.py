@@ -21,79 +21,52 @@ each row and a label for each word, `_` for words beyond `--max_seq_length`.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds `examples` from any folder
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
-from examples.common.models import (
-    LabelledModelArguments,
-    allowed_length,
-    load_config,
-    load_labelled_model,
-    load_models,
-    load_tokenizer,
-    logger,
+from ctcd_trainer import CoDistillationTrainer
+from examples.common.arguments import DataArguments, LabelledModelArguments, logger, option, start
+from examples.common.models import allowed_length, load_config, load_fast_tokenizer, load_labelled_model, load_models
+from examples.common.run import card_of, in_order, padding_multiple, run
+from examples.data.loading import load_raw_data, selected_rows, tokenize
+from examples.data.ner import (
+    CUT_OFF,
+    FIRST_TOKENS,
+    WordLabels,
+    WordTokenizer,
+    find_column,
+    metrics_for,
+    predicted_labels,
 )
-from examples.common.run import (
-    DataArguments,
-    card_of,
-    check_arguments,
-    checkpoint_to_resume,
-    evaluate,
-    finish,
-    first_rows,
-    in_order,
-    load_raw_data,
-    parse_arguments,
-    set_up_logging,
-    split_of,
-    train,
-    wanted_splits,
-)
-from examples.data.ner import CUT_OFF, FIRST_TOKENS, WordLabels, WordTokenizer, find_column, metrics_for
 
 TASKS = ("ner", "pos", "chunk")
-
-# ---- Arguments ----
 
 
 @dataclass
 class NerDataArguments(DataArguments):
-    """Which data the models are trained and evaluated on."""
+    """The data to train and to evaluate on."""
 
-    task_name: str = field(
-        default="ner", metadata={"help": f"{', '.join(TASKS)}: the labels are in the column `<task_name>_tags`."}
+    task_name: str = option("ner", f"{', '.join(TASKS)}: the labels are in the column `<task_name>_tags`.")
+    test_file: str | None = option(None, "A file with the test data.")
+    text_column_name: str | None = option(None, "Column with the words. Default: `tokens` or `words`.")
+    label_column_name: str | None = option(
+        None, "Column with the labels. Default: `<task_name>_tags`, `tags` or `labels`."
     )
-    test_file: str | None = field(default=None, metadata={"help": "A file with the test data."})
-    text_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the words. Default: `tokens` or `words`."}
+    max_seq_length: int = option(512, "Number of tokens at which rows are cut.")
+    pad_to_max_length: bool = option(
+        False, "Pad all rows to `max_seq_length` instead of the longest row of the batch."
     )
-    label_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the labels. Default: `<task_name>_tags`, `tags` or `labels`."}
-    )
-    max_seq_length: int = field(default=512, metadata={"help": "Number of tokens at which rows are cut."})
-    pad_to_max_length: bool = field(
-        default=False,
-        metadata={"help": "Whether to pad all rows to `max_seq_length` instead of the longest one of the batch."},
-    )
-    label_all_tokens: bool = field(
-        default=False,
-        metadata={"help": "Whether all sub-words of a word are labelled and scored, not the first only."},
-    )
-    return_entity_level_metrics: bool = field(
-        default=False, metadata={"help": "Whether to add the scores of each type of entity, e.g. `eval_PER_f1`."}
-    )
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
+    label_all_tokens: bool = option(False, "Label and score all sub-words of a word, not only the first one.")
+    return_entity_level_metrics: bool = option(False, "Add the scores of each type of entity, e.g. `eval_PER_f1`.")
+    max_predict_samples: int | None = option(None, "Use only the first N test rows.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,15 +78,8 @@ class NerDataArguments(DataArguments):
             )
 
 
-# ---- Data ----
-
-
 def find_columns(selected: Mapping[str, Dataset], data_args: NerDataArguments) -> tuple[str, str]:
-    """The columns of words and of labels. A test set needs no labels.
-
-    Args:
-        selected: The rows by split.
-        data_args: The arguments that may name the columns.
+    """The columns of words and of labels in the rows of all splits. A test set needs no labels.
 
     Raises:
         ValueError: A column is missing.
@@ -127,14 +93,6 @@ def find_columns(selected: Mapping[str, Dataset], data_args: NerDataArguments) -
     return text_column, label_column or usual[0]
 
 
-# ---- The work ----
-
-
-def predicted_labels(logits: Tensor | tuple, labels: Tensor | None) -> Tensor:
-    """Indices of the predicted labels `(rows, tokens)`: all that the metrics need, so that no logits are kept."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
-
-
 def predict(
     trainer: CoDistillationTrainer, rows: Dataset, first_tokens: Sequence[list[int]], labels: WordLabels
 ) -> None:
@@ -144,7 +102,7 @@ def predict(
         trainer: The trainer.
         rows: The tokens.
         first_tokens: Position of the first token of each word of each row, or `CUT_OFF`.
-        labels: What the labels mean.
+        labels: The labels.
     """
     with in_order(trainer):
         output = trainer.predict(rows, metric_key_prefix="predict", student_predictions=True)
@@ -166,27 +124,14 @@ def predict(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script, with the arguments of the command line or these."""
-    model_args, data_args, training_args = parse_arguments(
-        LabelledModelArguments, NerDataArguments, CoDistillationTrainingArguments, argv=argv
-    )
-    check_arguments(model_args, training_args)
-    set_up_logging(training_args)
-    checkpoint = checkpoint_to_resume(training_args)
-
+    """Run the script, with the arguments of the command line or of `argv`."""
+    model_args, data_args, training_args, checkpoint = start(LabelledModelArguments, NerDataArguments, argv=argv)
     raw = load_raw_data(model_args, data_args)
-    wanted = wanted_splits(data_args, training_args)
-    selected = {split: first_rows(split_of(raw, split), limit) for split, limit in wanted.items()}
+    selected = selected_rows(raw, data_args, training_args)
     text_column, label_column = find_columns(selected, data_args)
     labels = WordLabels.of(raw.values(), label_column, load_config(model_args))
 
-    # Padding on the left would move the words away from the positions that `predict` looks them up at.
-    tokenizer = load_tokenizer(model_args, padding_side="right")
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not tell which word a token belongs to: name a model with a fast "
-            "tokenizer in `--tokenizer_name`."
-        )
+    tokenizer = load_fast_tokenizer(model_args, "which word a token belongs to")
     load = partial(
         load_labelled_model,
         auto_class=AutoModelForTokenClassification,
@@ -196,41 +141,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     models = load_models(model_args, training_args, load)
     max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
-    pad = data_args.pad_to_max_length
-    preprocessor = WordTokenizer(
-        tokenizer, labels, text_column, label_column, max_length, pad, data_args.label_all_tokens
-    )
-    with training_args.main_process_first(desc="tokenizing"):
-        tokens = {
-            split: rows.map(
-                preprocessor,
-                batched=True,
-                num_proc=data_args.preprocessing_num_workers,
-                remove_columns=rows.column_names,
-                load_from_cache_file=not data_args.overwrite_cache,
-                desc=f"Tokenizing {split}",
-            )
-            for split, rows in selected.items()
-        }
+    pad, label_all = data_args.pad_to_max_length, data_args.label_all_tokens
+    preprocess = WordTokenizer(tokenizer, labels, text_column, label_column, max_length, pad, label_all)
+    tokens = tokenize(selected, preprocess, data_args, training_args)
     inputs = {split: rows.remove_columns(FIRST_TOKENS) for split, rows in tokens.items()}
-
-    multiple = 8 if training_args.fp16 or training_args.bf16 else None  # sizes that tensor cores like
     trainer = CoDistillationTrainer(
         **models,
         args=training_args,
-        data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple),
+        data_collator=DataCollatorForTokenClassification(
+            tokenizer, pad_to_multiple_of=padding_multiple(training_args)
+        ),
         train_dataset=inputs.get("train"),
         eval_dataset=inputs.get("validation"),
         processing_class=tokenizer,
         compute_metrics=metrics_for(labels, data_args.return_entity_level_metrics),
         preprocess_logits_for_metrics=predicted_labels,
     )
-    if training_args.do_train:
-        train(trainer, checkpoint)
-    metrics = evaluate(trainer) if training_args.do_eval else {}
-    if training_args.do_predict:
-        predict(trainer, inputs["test"], tokens["test"][FIRST_TOKENS], labels)
-    finish(trainer, metrics, card_of(data_args, "token-classification"))
+    run(
+        trainer,
+        checkpoint,
+        card_of(data_args, "token-classification"),
+        lambda: predict(trainer, inputs["test"], tokens["test"][FIRST_TOKENS], labels),
+    )
 
 
 if __name__ == "__main__":

@@ -22,46 +22,26 @@ Answers are written as `eval_predictions.json` and, with `--do_predict`, `predic
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose package `examples` this is in
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds `examples` from any folder
 
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForQuestionAnswering,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedModel,
-    default_data_collator,
-)
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, EvalPrediction, default_data_collator
 from transformers.trainer_utils import speed_metrics
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
-from examples.common.models import ModelArguments, allowed_length, load_model, load_models, load_tokenizer
-from examples.common.run import (
-    DataArguments,
-    card_of,
-    check_arguments,
-    checkpoint_to_resume,
-    evaluate,
-    finish,
-    first_rows,
-    in_order,
-    load_files,
-    load_raw_data,
-    parse_arguments,
-    set_up_logging,
-    split_of,
-    train,
-    wanted_splits,
-)
+from examples.common.arguments import DataArguments, ModelArguments, option, start
+from examples.common.models import allowed_length, load_fast_tokenizer, load_model, load_models
+from examples.common.run import card_of, in_order, padding_multiple, run
+from examples.data.loading import load_files, load_raw_data, selected_rows, tokenize
 from examples.data.qa import WINDOW_COLUMNS, Answer, AnswerFinder, WindowTokenizer, squad_scores
 
 # ---- Arguments ----
@@ -69,28 +49,21 @@ from examples.data.qa import WINDOW_COLUMNS, Answer, AnswerFinder, WindowTokeniz
 
 @dataclass
 class QaDataArguments(DataArguments):
-    """Which data the models are trained and evaluated on."""
+    """The data to train and to evaluate on."""
 
-    test_file: str | None = field(default=None, metadata={"help": "A file with the test data."})
-    max_seq_length: int = field(
-        default=384, metadata={"help": "Number of tokens of a question and a part of its context."}
+    test_file: str | None = option(None, "A file with the test data.")
+    max_seq_length: int = option(384, "Number of tokens of a question and a part of its context.")
+    doc_stride: int = option(128, "Number of tokens that two parts of a context share.")
+    pad_to_max_length: bool = option(True, "Pad all to `max_seq_length` instead of the longest one of the batch.")
+    version_2_with_negative: bool = option(False, "Some questions have no answer, as in SQuAD 2.0.")
+    null_score_diff_threshold: float = option(
+        0.0, 'The score of "no answer" must be above that of the best answer by more than this.'
     )
-    doc_stride: int = field(default=128, metadata={"help": "Number of tokens that two parts of a context share."})
-    pad_to_max_length: bool = field(
-        default=True,
-        metadata={"help": "Whether to pad all to `max_seq_length` instead of the longest one of the batch."},
-    )
-    version_2_with_negative: bool = field(
-        default=False, metadata={"help": "Whether some questions have no answer, as in SQuAD 2.0."}
-    )
-    null_score_diff_threshold: float = field(
-        default=0.0, metadata={"help": "By how much the score of no answer must be above that of the best answer."}
-    )
-    n_best_size: int = field(default=20, metadata={"help": "Number of candidates to keep for each question."})
-    max_answer_length: int = field(default=30, metadata={"help": "Number of tokens that an answer may have."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
+    n_best_size: int = option(20, "Number of candidates to keep for each question.")
+    max_answer_length: int = option(30, "Largest number of tokens of an answer.")
+    max_predict_samples: int | None = option(None, "Use only the first N test rows.")
 
-    #: No CSV, whose cells do not hold answers.
+    #: CSV is left out: its cells cannot hold answers.
     readers: ClassVar[Mapping[str, str]] = {"json": "json", "jsonl": "json", "parquet": "parquet"}
 
     def __post_init__(self) -> None:
@@ -111,19 +84,18 @@ class QaDataArguments(DataArguments):
 def load_data(
     model_args: ModelArguments, data_args: QaDataArguments, training_args: CoDistillationTrainingArguments
 ) -> DatasetDict:
-    """The rows that are wanted, by split: `train`, `validation`, `test`.
+    """The rows that a run needs, by split: `train`, `validation`, `test`.
 
     Raises:
-        ValueError: A split or a column is missing, or a question has no answer and is expected to have one.
+        ValueError: A split or a column is missing, or a question without an answer is not expected.
     """
     raw = load_raw_data(model_args, data_args)
     for split, path in data_args.files.items():
-        if "data" in raw[split].column_names:  # {"data": [rows]}, as some files of SQuAD are
+        if "data" in raw[split].column_names:  # {"data": [rows]}, as in some files of SQuAD
             raw[split] = load_files({split: path}, model_args.cache_dir, data_args.readers, field="data")[split]
-    selected = {}
-    for split, limit in wanted_splits(data_args, training_args).items():
-        selected[split] = first_rows(split_of(raw, split), limit)
-        _check_rows(selected[split], split, data_args.version_2_with_negative)
+    selected = selected_rows(raw, data_args, training_args)
+    for split, rows in selected.items():
+        _check_rows(rows, split, data_args.version_2_with_negative)
     return DatasetDict(selected)
 
 
@@ -148,7 +120,7 @@ def _check_rows(rows: Dataset, split: str, with_negative: bool) -> None:
 
 
 def true_answers(rows: Dataset) -> list[list[str]]:
-    """The answers that are right, for each question."""
+    """The true answers to each question."""
     return [answers["text"] if answers else [] for answers in rows["answers"]]
 
 
@@ -156,9 +128,9 @@ def true_answers(rows: Dataset) -> list[list[str]]:
 
 
 class QuestionAnsweringTrainer(CoDistillationTrainer):
-    """A trainer whose metrics need the answers as texts, as Hugging Face's of the same name.
+    """A trainer whose metrics need the answers as texts, like the class of this name in Hugging Face's examples.
 
-    `compute_metrics` gets the answers as `predictions` and the lists of true ones as `label_ids`, for each model.
+    For each model, `compute_metrics` gets the answers as `predictions` and the lists of true ones as `label_ids`.
 
     Args:
         *args: Arguments of `CoDistillationTrainer`.
@@ -180,10 +152,10 @@ class QuestionAnsweringTrainer(CoDistillationTrainer):
         """Find both models' answers, write them, and return the metrics of both.
 
         Args:
-            eval_dataset: The windows; by default those that the trainer was made with.
-            ignore_keys: Keys of the outputs that are no logits.
+            eval_dataset: The windows; by default the evaluation set of the trainer.
+            ignore_keys: Keys of the outputs to leave out.
             metric_key_prefix: Prefix of the metrics.
-            finder: Finds the answers in them.
+            finder: Finds the answers in the windows.
         """
         with in_order(self):
             dataloader = self.get_eval_dataloader(eval_dataset)
@@ -201,12 +173,12 @@ class QuestionAnsweringTrainer(CoDistillationTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "predict",
     ) -> dict[str, float]:
-        """As `evaluate`, for data that may have no true answers: the metrics are then only those of speed.
+        """Like `evaluate`, for data that may have no true answers: then the only metrics are those of speed.
 
         Args:
             test_dataset: The windows.
-            finder: Finds the answers in them.
-            ignore_keys: Keys of the outputs that are no logits.
+            finder: Finds the answers in the windows.
+            ignore_keys: Keys of the outputs to leave out.
             metric_key_prefix: Prefix of the metrics.
         """
         with in_order(self):
@@ -223,7 +195,7 @@ class QuestionAnsweringTrainer(CoDistillationTrainer):
     ) -> dict[str, float]:
         """Write both models' answers, and return the metrics."""
         start_time = time.time()
-        # It would be called with logits.
+        # The loop would call it with logits.
         compute_metrics, self.compute_metrics = self.compute_metrics, None
         try:
             output = self.evaluation_loop(
@@ -253,7 +225,7 @@ class QuestionAnsweringTrainer(CoDistillationTrainer):
         return metrics
 
     def _write(self, answers: list[Answer], ids: list[Any], prefix: str, suffix: str) -> None:
-        """Write answers, candidates and the odds of there being none, by the question's `id`."""
+        """Write answers, candidates and odds of "no answer", by the `id` of the question."""
         of_question = {str(key): answer for key, answer in zip(ids, answers, strict=True)}
         contents = {
             "predictions": {key: answer.text for key, answer in of_question.items()},
@@ -272,43 +244,18 @@ class QuestionAnsweringTrainer(CoDistillationTrainer):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script, with the arguments of the command line or these."""
-    model_args, data_args, training_args = parse_arguments(
-        ModelArguments, QaDataArguments, CoDistillationTrainingArguments, argv=argv
-    )
-    check_arguments(model_args, training_args)
-    set_up_logging(training_args)
-    checkpoint = checkpoint_to_resume(training_args)
-
+    """Run the script, with the arguments of the command line or of `argv`."""
+    model_args, data_args, training_args, checkpoint = start(ModelArguments, QaDataArguments, argv=argv)
     selected = load_data(model_args, data_args, training_args)
-    # Padding on the left would move the context away from where its tokens are looked up.
-    tokenizer = load_tokenizer(model_args, padding_side="right")
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not tell where a token is in the text: name a model with a fast "
-            "tokenizer in `--tokenizer_name`."
-        )
-
-    def load(option: str, frozen: bool) -> PreTrainedModel:
-        return load_model(AutoModelForQuestionAnswering, option, model_args, training_args.seed, frozen)
-
+    tokenizer = load_fast_tokenizer(model_args, "where a token is in the text")
+    load = partial(
+        load_model, auto_class=AutoModelForQuestionAnswering, model_args=model_args, seed=training_args.seed
+    )
     models = load_models(model_args, training_args, load)
     max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     pad = data_args.pad_to_max_length
-    preprocessor = WindowTokenizer(tokenizer, max_length, data_args.doc_stride, pad)
-    with training_args.main_process_first(desc="tokenizing"):
-        windows = {
-            split: rows.map(
-                preprocessor,
-                batched=True,
-                with_indices=True,
-                num_proc=data_args.preprocessing_num_workers,
-                remove_columns=rows.column_names,
-                load_from_cache_file=not data_args.overwrite_cache,
-                desc=f"Tokenizing {split}",
-            )
-            for split, rows in selected.items()
-        }
+    preprocess = WindowTokenizer(tokenizer, max_length, data_args.doc_stride, pad)
+    windows = tokenize(selected, preprocess, data_args, training_args, with_indices=True)
     inputs = {split: rows.remove_columns(list(WINDOW_COLUMNS)) for split, rows in windows.items()}
     finders = {
         split: AnswerFinder(
@@ -325,28 +272,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return squad_scores(prediction.predictions, prediction.label_ids, data_args.version_2_with_negative)
 
-    multiple = 8 if training_args.fp16 or training_args.bf16 else None  # sizes that tensor cores like
+    padding = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=padding_multiple(training_args))
+    collator = default_data_collator if pad else padding
     trainer = QuestionAnsweringTrainer(
         **models,
         args=training_args,
-        data_collator=default_data_collator
-        if pad
-        else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple),
+        data_collator=collator,
         train_dataset=inputs.get("train"),
         eval_dataset=inputs.get("validation"),
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         eval_finder=finders.get("validation"),
     )
-    if training_args.do_train:
-        train(trainer, checkpoint)
-    metrics = evaluate(trainer) if training_args.do_eval else {}
-    if training_args.do_predict:
-        predicted = trainer.predict(inputs["test"], finders["test"])
-        predicted["predict_samples"] = len(inputs["test"])
-        trainer.log_metrics("predict", predicted)
-        trainer.save_metrics("predict", predicted)
-    finish(trainer, metrics, card_of(data_args, "question-answering"))
+
+    def predict() -> None:
+        metrics = trainer.predict(inputs["test"], finders["test"])
+        metrics["predict_samples"] = len(inputs["test"])
+        trainer.log_metrics("predict", metrics)
+        trainer.save_metrics("predict", metrics)
+
+    run(trainer, checkpoint, card_of(data_args, "question-answering"), predict)
 
 
 if __name__ == "__main__":

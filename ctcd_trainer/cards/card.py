@@ -18,7 +18,7 @@ from ..model_structure import base_model, count_parameters, forward_parameters, 
 from ..students.costs import Latencies, weight_bytes
 from .facts import NOT_MEASURED, CardFacts, repo_id
 from .figures import draw_curves
-from .results import Metrics, baseline_of, heads, is_agreement, lower_is_better, markdown_table, words
+from .results import Metrics, baseline_of, heads, is_agreement, markdown_table, words
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +83,8 @@ def write_model_cards(
     baseline = baseline_of(options.baseline, names) if options.baseline is not None else {}
     folders = _folders(facts, Path(folder))
     latencies = facts.measured() if complete else NOT_MEASURED
-    figure = draw_curves(facts.results, facts.main_metric, baseline) if complete else None
+    metric = facts.results.main_metric(facts.args.metric_for_best_model)
+    figure = draw_curves(facts.results, metric, baseline) if complete else None
     for learner in names:
         _Card(facts, learner, folders, options, baseline, latencies, figure).write()
 
@@ -152,7 +153,7 @@ class _Card:
         folder.mkdir(parents=True, exist_ok=True)
         if self.figure is not None:
             (folder / FIGURE).write_bytes(self.figure[0])
-        text = _template().render(card=self, facts=self.facts, results=self.facts.results)
+        text = _template().render(card=self, facts=self.facts, results=self.facts.results, figure=FIGURE)
         (folder / FILE).write_text(text.rstrip() + "\n", encoding="utf-8")
 
     @property
@@ -163,7 +164,7 @@ class _Card:
     @property
     def name(self) -> str:
         """Title of the card."""
-        name = self.options.model_name or self.facts.run_name
+        name = self.options.model_name or Path(self.facts.args.output_dir).absolute().name
         if self.learner == self.facts.primary:
             return name
         repository = self.facts.repository(self.learner)
@@ -214,10 +215,6 @@ class _Card:
                 source = "a frozen pre-trained model" if edge.source == PRETRAINED else f"the {edge.source}"
                 sources.append(f"the predictions of {source} (weight {edge.weight:g})")
         return sources
-
-    def lower_is_better(self) -> list[str]:
-        """The metrics of the baseline of which a smaller value is better."""
-        return [words(key) for key in self.baseline.get(self.learner, {}) if lower_is_better(key)]
 
     def metadata(self) -> ModelCardData:
         """The block at the head of the card."""

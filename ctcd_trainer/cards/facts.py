@@ -69,19 +69,9 @@ class CardFacts:
         return Results.of(self.state, list(self.learners), self.args.load_best_model_at_end)
 
     @property
-    def main_metric(self) -> str | None:
-        """The metric that tells best how good the models are; `None` without an evaluation."""
-        return self.results.main_metric(self.args.metric_for_best_model)
-
-    @property
     def primary(self) -> str:
         """Name of the learner at the root of the output folder."""
         return next(iter(self.learners))
-
-    @property
-    def run_name(self) -> str:
-        """Last part of the output folder."""
-        return os.path.basename(os.path.abspath(self.args.output_dir))
 
     @property
     def amount(self) -> str:

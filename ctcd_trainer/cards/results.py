@@ -90,13 +90,12 @@ class Results:
 
     def gain_table(self, baseline: Metrics, learner: str) -> str:
         """The metrics of a learner beside those of its baseline; empty if they have no metric in common."""
-        found = self.final_metrics[learner]
-        rows = [
-            [words(key), format_number(old), format_number(found[key]), f"{found[key] - old:+.4f}"]
-            for key, old in baseline.get(learner, {}).items()
-            if key in found
-        ]
-        return markdown_table(["metric", "baseline", "this model", "difference"], rows)
+        old, new = baseline.get(learner, {}), self.final_metrics[learner]
+        pairs = {key: (old[key], new[key]) for key in old if key in new}
+        rows = [[words(key), *map(format_number, pair), f"{pair[1] - pair[0]:+.4f}"] for key, pair in pairs.items()]
+        lower = ", ".join(words(key) for key in pairs if lower_is_better(key))
+        table = markdown_table(["metric", "baseline", "this model", "difference"], rows)
+        return f"{table}\n\nLower is better: {lower}." if lower else table
 
     def evaluations_table(self) -> str:
         """The metrics of all learners by step, at most 20 rows; empty without an evaluation."""

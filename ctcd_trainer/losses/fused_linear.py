@@ -1,12 +1,14 @@
 """Language-model heads and all their losses in one pass that never holds the logits of all positions.
 
-The last layer of a language model makes `positions x vocabulary` logits, by far its largest tensor, and naive
-co-distillation needs a dozen of that size. Here the positions go through the heads of all models in chunks: the logits
-of a chunk give every hard and soft loss, their gradients in closed form, and with these the gradients of the hidden
-states and of the heads; then the chunk is forgotten. So the gradients are ready when the forward pass ends, and the
-backward pass only scales them. Each matrix product is made once, as without distillation.
+The last layer of a language model makes `positions x vocabulary` logits, by far its largest tensor. Naive
+co-distillation needs a dozen tensors of that size. Here the positions go through the heads of all models in chunks:
 
-The gradient of the cross-entropy is `softmax(logits) - onehot(label)`; each soft loss brings its own (`closed_form`).
+1. The logits of a chunk give every hard and soft loss and their gradients in closed form. The gradient of the
+   cross-entropy is `softmax(logits) - onehot(label)`; a soft loss defines its gradient in `closed_form`.
+2. These give the gradients of the hidden states and of the heads. The memory of the chunk is used for the next one.
+
+The gradients are ready when the forward pass ends, and the backward pass only scales them. Every matrix product is
+computed once, as without distillation.
 """
 
 import functools
@@ -23,22 +25,21 @@ from ..graph import Edge
 from ..soft_losses import Prediction, SoftLoss, find_soft_loss
 from ..tasks.labels import IGNORE_INDEX
 
-#: Size of the logits of one chunk of one model. On CPUs the memory of a larger chunk only costs time; GPUs need one
-#: large enough to be busy. Measured with `examples/benchmarks/bench_fused_linear.py`.
+#: Size of one model's logits of a chunk. A larger chunk is slower on CPUs, and a smaller one does not keep a GPU busy.
+#: Measured with `examples/benchmarks/bench_fused_linear.py`.
 _CPU_CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**27, 2**28
-#: On CPUs the elementwise work on a chunk is done on blocks of this size, which stay in the cache from one operation
-#: to the next.
+#: CPUs do the elementwise work in blocks of this size, which stay in the cache between operations.
 _CPU_BLOCK_BYTES = 2**20
-#: fp16 gradients are held times this factor over the number of positions that are summed: small ones would be lost
-#: without, and with more than that the sum over positions of the same label could exceed what fp16 holds.
+#: fp16 gradients are multiplied by this factor over the number of positions. Without it small gradients become 0;
+#: with a larger one the sum over positions with the same label could overflow.
 _FP16_SCALE = 2048.0
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The last layer of a language model, with what goes into it.
+    """The last layer of a language model and its input.
 
-    Its logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`.
+    The logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`.
 
     Attributes:
         hidden: Hidden states `(positions, width)`.
@@ -55,11 +56,11 @@ class LinearHead:
     softcap: float | None = None
 
     def logits(self) -> Tensor:
-        """The logits `(positions, vocabulary)`."""
+        """Compute the logits `(positions, vocabulary)`."""
         return self.transform(F.linear(self.hidden, self.weight, self.bias))
 
     def transform(self, outputs: Tensor) -> Tensor:
-        """The logits from the outputs of the linear layer."""
+        """Turn outputs of the linear layer into logits."""
         if self.scale != 1.0:
             outputs = outputs * self.scale
         return outputs if self.softcap is None else self.softcap * torch.tanh(outputs / self.softcap)
@@ -67,16 +68,7 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class _Losses:
-    """Which losses are computed.
-
-    Attributes:
-        labels: `(positions,)`, none ignored.
-        hard_weights: Weight of the cross-entropy by name of the learner.
-        edges: The soft losses.
-        soft_loss: A key of `SOFT_LOSSES`.
-        temperature: Temperature of the soft losses.
-        chunk_size: Positions of a chunk.
-    """
+    """The losses to compute; the fields are arguments of `linear_losses`."""
 
     labels: Tensor
     hard_weights: Mapping[str, float]
@@ -87,7 +79,7 @@ class _Losses:
 
     @functools.cached_property
     def compared_by(self) -> SoftLoss:
-        """The soft loss."""
+        """The soft loss that `soft_loss` names."""
         return find_soft_loss(self.soft_loss)
 
     @property
@@ -105,11 +97,11 @@ def linear_losses(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """All losses of the language-model heads of several models, summed over the positions (not averaged).
+    """Compute all losses of several language-model heads, summed over the positions (not averaged).
 
-    Differentiable (once) with respect to the hidden states, weights and biases of the learners that a loss trains.
-    Vocabularies of different sizes are compared on the ids that all have; the cross-entropy is over a model's own.
-    Matrix products are computed in the dtype of autocast where it is on, and all else in fp32 (fp64 for fp64 inputs).
+    The result is differentiable once, for the hidden states, weights and biases of the learners that a loss trains.
+    The cross-entropy is over a model's whole vocabulary. The soft losses are over the ids that all models have.
+    Matrix products use the dtype of autocast where it is on. All else is in fp32, or in fp64 for fp64 inputs.
 
     Args:
         heads: The heads by name of the model, each with hidden states `(positions, width)` of the same positions.
@@ -118,11 +110,11 @@ def linear_losses(
         edges: The soft losses. Their sources are detached.
         soft_loss: A key of `SOFT_LOSSES`.
         temperature: Temperature of the soft losses; `mse` does not depend on it.
-        chunk_size: Positions that are computed at a time. By default it depends on vocabulary and device.
+        chunk_size: Number of positions in a chunk; by default it depends on vocabulary and device.
 
     Returns:
-        The weighted sum of the losses, 0-dimensional, and each loss without its weight, detached, under the name by
-        which it is logged.
+        The weighted sum of the losses, 0-dimensional, and the unweighted losses, detached, by the names under which
+        they are logged.
     """
     losses = _Losses(labels, dict(hard_weights), tuple(edges), soft_loss, temperature, chunk_size)
     tensors = [tensor for head in heads.values() for tensor in (head.hidden, head.weight, head.bias)]
@@ -133,9 +125,8 @@ def linear_losses(
 class ScoredPositions:
     """The positions of a batch that are scored.
 
-    Their number has to come from the GPU before tensors of this size can be made. It is asked for when this object is
-    made, before the models are run, and read when their heads are reached: so the GPU has work to do while the answer
-    travels.
+    Tensors of this size need the number of positions on the CPU. The copy from the GPU starts when this object is
+    made, before the models run, and is awaited when their heads are reached, so the GPU never waits for it.
 
     Args:
         targets: Token ids `(rows, length)`, `IGNORE_INDEX` where nothing is scored.
@@ -163,12 +154,12 @@ class ScoredPositions:
         return self._targets[self.index]
 
     def select(self, hidden: Tensor) -> Tensor:
-        """The scored positions `(positions, width)` of hidden states `(rows, length, width)`."""
+        """Select the scored positions `(positions, width)` of hidden states `(rows, length, width)`."""
         return hidden.flatten(0, 1).index_select(0, self.index)
 
 
 class _Part:
-    """What the pass needs of one head: operands in the dtype of the products, and sums of the gradients."""
+    """One head in the pass: operands in the dtype of the matrix products, and sums of the gradients."""
 
     def __init__(self, head: LinearHead, dtype: torch.dtype, exact: torch.dtype, needs: Sequence[bool]) -> None:
         self.head = head
@@ -183,7 +174,7 @@ class _Part:
         self.trained = any(needs)
 
     def outputs(self, rows: slice, out: Tensor) -> Tensor:
-        """Outputs of the linear layer for some positions, written to `out` in its dtype."""
+        """Write outputs of the linear layer for some positions to `out`, in its dtype."""
         hidden, weight = self.hidden[rows], self.weight.t()
         if out.dtype != hidden.dtype:
             return out.copy_(F.linear(hidden, self.weight, self.bias))
@@ -192,7 +183,7 @@ class _Part:
         return torch.addmm(self.bias, hidden, weight, out=out)
 
     def add_gradients(self, rows: slice, grad: Tensor) -> None:
-        """Add what the gradient of some positions' linear outputs gives."""
+        """Add the gradients of hidden states, weight and bias, from the gradient of some linear outputs."""
         if self.grad_bias is not None:
             self.grad_bias += grad.sum(0)
         scale = 1.0
@@ -205,7 +196,7 @@ class _Part:
             else:
                 self.grad_hidden[rows] = (grad @ self.weight).to(self.grad_hidden.dtype) / scale
         if self.grad_weight is not None:
-            first = rows.start == 0  # which overwrites: to fill so much memory with zeros before takes its time
+            first = rows.start == 0  # the first chunk overwrites the buffer, so it needs no zero-filling
             if grad.dtype == self.grad_weight.dtype:
                 self.grad_weight.addmm_(grad.t(), self.hidden[rows], beta=0.0 if first else 1.0)
             elif first:
@@ -229,8 +220,8 @@ class _LinearLosses(torch.autograd.Function):
             parts = {}
             for index, (name, head) in enumerate(heads.items()):
                 dtype = torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype
-                own = [need and name in learners for need in needs[3 * index : 3 * index + 3]]
-                parts[name] = _Part(head, dtype, exact, own)
+                needed = [need and name in learners for need in needs[3 * index : 3 * index + 3]]
+                parts[name] = _Part(head, dtype, exact, needed)
             with torch.autocast(device.type, enabled=False):
                 values = _run(losses, parts, exact)
             return values, [grad for p in parts.values() for grad in (p.grad_hidden, p.grad_weight, p.grad_bias)]
@@ -238,7 +229,7 @@ class _LinearLosses(torch.autograd.Function):
         values, ctx.gradients = compute()
         ctx.compute = compute
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        ctx.save_for_backward(*tensors)  # for the check that nobody has changed them
+        ctx.save_for_backward(*tensors)  # torch then raises an error if one was changed in place
         ctx.mark_non_differentiable(values)
         weights = [*losses.hard_weights.values(), *(edge.weight for edge in losses.edges)]
         total = (values * torch.tensor(weights, dtype=exact).to(device, non_blocking=True)).sum()
@@ -248,8 +239,7 @@ class _LinearLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        # The gradients are handed on and not kept, so a second backward pass (`retain_graph=True`) has to compute them
-        # again.
+        # The gradients are not kept, so a second backward pass (`retain_graph=True`) computes them again.
         gradients, ctx.gradients = ctx.gradients or ctx.compute()[1], None
         scaled = (
             None if grad is None else grad.mul_(grad_total).to(dtype)
@@ -259,7 +249,7 @@ class _LinearLosses(torch.autograd.Function):
 
 
 def _run(losses: _Losses, parts: Mapping[str, _Part], exact: torch.dtype) -> Tensor:
-    """Go through the positions in chunks; returns the sums of the losses `(losses,)`."""
+    """Go through the positions in chunks; return the sums of the losses `(losses,)`."""
     device, count = losses.labels.device, len(losses.labels)
     largest = max(part.vocabulary for part in parts.values()) * exact.itemsize
     limit = _CPU_CHUNK_BYTES if device.type == "cpu" else _CUDA_CHUNK_BYTES
@@ -291,7 +281,7 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 
 class _Scratch:
-    """Memory of one block that is used again for the next: new memory would cost more than the work on it."""
+    """Buffers that all blocks use again: allocating them anew would cost more than the work on them."""
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows, self._dtype, self._device = rows, dtype, device
@@ -299,11 +289,11 @@ class _Scratch:
         self._used: dict[int, int] = {}
 
     def reset(self) -> None:
-        """All buffers may be used again."""
+        """Allow all buffers to be used again."""
         self._used.clear()
 
     def like(self, tensor: Tensor) -> Tensor:
-        """A buffer of the shape `(rows, columns)` of a tensor, its content undefined."""
+        """Return a buffer of the shape `(rows, columns)` of a tensor, with undefined content."""
         rows, columns = tensor.shape
         buffers = self._buffers.setdefault(columns, [])
         used = self._used.get(columns, 0)
@@ -316,15 +306,15 @@ class _Scratch:
 def _differentiate(
     losses: _Losses, parts: Mapping[str, _Part], outputs: Mapping[str, Tensor], labels: Tensor, scratch: _Scratch
 ) -> Tensor:
-    """The losses of some positions, and their gradients in place of the outputs of the linear layers.
+    """Compute the losses of some positions, and overwrite the outputs of the linear layers with their gradients.
 
     Args:
-        losses: Which losses.
+        losses: The losses.
         parts: The heads.
-        outputs: Outputs of the linear layers `(rows, vocabulary)` by name; overwritten with the gradients of the
-            weighted sum of the losses, for the learners that are trained.
+        outputs: Outputs of the linear layers `(rows, vocabulary)` by name. Those of trained learners are overwritten
+            with the gradients of the weighted sum of the losses.
         labels: `(rows,)`.
-        scratch: Memory for what is between.
+        scratch: Memory for intermediate results.
 
     Returns:
         Sums of the losses over the rows, `(losses,)`.
@@ -340,7 +330,7 @@ def _differentiate(
     soft = _predictions(losses, outputs, hard, shared, scratch)
 
     values = [-hard[name].gather(1, labels.unsqueeze(1)).sum() for name in losses.hard_weights]
-    # The gradient of a learner's soft losses: a factor of its soft probabilities, and other terms with their factors.
+    # A learner's soft losses have the gradient `factor * soft probabilities + sum of factor * term`.
     probs_factors: dict[str, float] = dict.fromkeys(parts, 0.0)
     terms: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in parts}
     for edge in losses.edges:
@@ -366,7 +356,7 @@ def _differentiate(
 
 
 def _to_logits(head: LinearHead, outputs: Tensor, scratch: _Scratch) -> Tensor | None:
-    """Make logits of a linear layer's outputs, in place. Returns the tanh of a softcap, which its derivative needs."""
+    """Turn a linear layer's outputs into logits, in place; return the tanh of a softcap, for its derivative."""
     if head.scale != 1.0:
         outputs.mul_(head.scale)
     if head.softcap is None:
@@ -379,10 +369,7 @@ def _to_logits(head: LinearHead, outputs: Tensor, scratch: _Scratch) -> Tensor |
 def _predictions(
     losses: _Losses, logits: Mapping[str, Tensor], hard: Mapping[str, Tensor], shared: int, scratch: _Scratch
 ) -> dict[str, Prediction]:
-    """Predictions over the shared ids by name of the model, for the soft losses.
-
-    They are the log-probabilities of the hard loss (`hard`) where these are the same.
-    """
+    """Predict over the shared ids, by name of the model; log-probabilities of the hard loss are used where equal."""
     predictions = {}
     for name in sorted({name for edge in losses.edges for name in (edge.learner, edge.source)}):
         z = logits[name][:, :shared]
@@ -407,7 +394,7 @@ def _add_up(
     probs_factor: float,
     terms: Sequence[tuple[float, Tensor]],
 ) -> None:
-    """Write the gradient of a learner with respect to its logits to `grad`, but for the one-hot part of the labels."""
+    """Write the gradient for a learner's logits to `grad`, without the one-hot part of the labels."""
     same = soft is not None and soft.outcomes is hard
     prefix = grad if soft is None else grad[:, : soft.outcomes.shape[-1]]
     if hard_weight:

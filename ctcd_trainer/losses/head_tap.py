@@ -1,9 +1,8 @@
 """Running a language model up to its last layer, so that the losses can be computed without the logits.
 
-No model is copied or changed. While it runs, a hook lets only the scored positions into its head, and another one
-takes what goes into its output layer and passes on nothing, so the model finishes with logits of no position. Whether
-the logits are really a linear map of what was taken, with which factors, is not read from the code of the model but
-tried: on one row, against the logits and the loss of the model.
+No model is copied or changed. While it runs, a hook lets only the scored positions into its head. Another hook takes
+the input of the output layer and passes on no position, so the model finishes with empty logits. `find_tap` checks on
+one row that the logits are `scale * linear(input)`, against the model's own logits and loss.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,24 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model_structure import base_model
+from ..model_structure import base_model, in_evaluation_mode
 from ..tasks.base import Task
 from ..tasks.labels import IGNORE_INDEX
 from .fused_linear import LinearHead, ScoredPositions
 
 
 class NoLinearHeadError(Exception):
-    """The losses of a model cannot be computed from the input of its last layer; the message says why."""
+    """The losses of a model cannot be computed from the input of its last layer; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class HeadTap:
-    """The output layer of a model, and how logits follow from its outputs.
+    """The output layer of a model, and how its outputs become logits.
 
     Attributes:
         layer: The layer.
         entry: The first module of the head, if the head is more than the layer (BERT's has a dense layer before).
-        extra_bias: What the model adds to the layer's outputs (BART's `final_logits_bias`), `(1, vocabulary)`.
+        extra_bias: A bias `(1, vocabulary)` that the model adds to the layer's outputs (BART's `final_logits_bias`).
         scale: Factor of the outputs.
         softcap: Bound of the logits.
     """
@@ -49,10 +48,10 @@ class HeadTap:
         Args:
             model: The model.
             inputs: Its inputs, without labels.
-            scored: The positions that may go into the head.
+            scored: The positions that go into the head.
 
         Returns:
-            The head with the hidden states that would go into the layer at the scored positions.
+            The head, with the hidden states that go into the layer at the scored positions.
 
         Raises:
             NoLinearHeadError: The model does not call the layer exactly once, or for other positions.
@@ -78,7 +77,7 @@ class HeadTap:
         return self.head(scored.select(hidden) if self.entry is None else hidden.squeeze(0))
 
     def head(self, hidden: Tensor) -> LinearHead:
-        """The head with the hidden states `(positions, width)` that go into the layer."""
+        """Return the head for hidden states `(positions, width)` that go into the layer."""
         weight, bias = self.layer.weight, self.layer.bias
         if self.extra_bias is not None:
             bias = self.extra_bias.reshape(-1) if bias is None else bias + self.extra_bias.reshape(-1)
@@ -86,16 +85,16 @@ class HeadTap:
 
 
 def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matters: bool = True) -> HeadTap:
-    """Find the output layer of a language model, and try whether its logits and its loss follow from it.
+    """Find the output layer of a language model, and check on one row that it gives the logits and the loss.
 
     Args:
         model: The model; it is run on one row, in evaluation mode.
         task: Its task.
-        inputs: A batch with labels of which at least one is scored, as the model takes it.
+        inputs: A batch as the model takes it, with at least one scored label.
         loss_matters: Whether the loss of the model must be the mean cross-entropy.
 
     Raises:
-        NoLinearHeadError: They do not, or there is no such layer.
+        NoLinearHeadError: The layer does not give them, or the model has no such layer.
     """
     inner = base_model(model)
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
@@ -104,53 +103,60 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
     if type(layer) is not nn.Linear:
         raise NoLinearHeadError(f"its output layer is {'none' if layer is None else type(layer).__name__}")
     row = _one_row(inputs, task.targets(inputs))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            try:
-                unlabelled = task.unlabelled(inner, row)
-            except ValueError as error:
-                raise NoLinearHeadError(str(error)) from error
-            outputs, entry = _run_and_watch(model, inner, row, task.targets(row).shape)
-            expected = task.compared(outputs, row).float()
-            scored = ScoredPositions(task.targets(row))
-            if loss_matters and not _same_loss(F.cross_entropy(expected, scored.labels), outputs["loss"]):
-                reason = "its loss is not the mean cross-entropy"
-                if task.shifts_labels and outputs["logits"].shape[:-1] == row["labels"].shape:
-                    unshifted = F.cross_entropy(outputs["logits"].float().flatten(0, 1), row["labels"].flatten())
-                    if _same_loss(unshifted, outputs["loss"]):
-                        reason = "its labels are not shifted by the model (if so is meant, pass `task='masked-lm'`)"
-                raise NoLinearHeadError(reason)
-            tap = HeadTap(layer, None, getattr(inner, "final_logits_bias", None))
-            tap = _fitted(tap, model, unlabelled, scored, expected)
-            if entry in (None, layer):
-                return tap
-            # A head that mixes positions would show when every other one is missing.
-            targets = task.targets(row).clone()
-            some = targets.flatten()
-            some[scored.index[1::2]] = IGNORE_INDEX
-            try:
-                early = replace(tap, entry=entry)
-                return _fitted(early, model, unlabelled, ScoredPositions(targets), expected[::2])
-            except torch.OutOfMemoryError:
-                raise
-            except (NoLinearHeadError, RuntimeError):  # whatever a module makes of positions that it does not expect
-                return tap
-    finally:
-        model.train(was_training)
+    targets = task.targets(row)
+    with in_evaluation_mode([model]), torch.no_grad():
+        try:
+            unlabelled = task.unlabelled(inner, row)
+        except ValueError as error:
+            raise NoLinearHeadError(str(error)) from error
+        outputs, entry = _run_and_watch(model, inner, row, targets.shape)
+        expected = task.compared(outputs, row).float()
+        scored = ScoredPositions(targets)
+        if loss_matters:
+            _check_loss(task, row, outputs, F.cross_entropy(expected, scored.labels))
+        tap = HeadTap(layer, None, getattr(inner, "final_logits_bias", None))
+        tap = _fitted(tap, model, unlabelled, scored, expected)
+        if entry in (None, layer):
+            return tap
+        # A head that mixes positions gives other logits when every other position is missing.
+        half = targets.flatten().clone()
+        half[scored.index[1::2]] = IGNORE_INDEX
+        try:
+            early = replace(tap, entry=entry)
+            return _fitted(early, model, unlabelled, ScoredPositions(half.view_as(targets)), expected[::2])
+        except torch.OutOfMemoryError:
+            raise
+        except (NoLinearHeadError, RuntimeError):  # the error of a module that needs all positions
+            return tap
+
+
+def _check_loss(task: Task, row: Mapping[str, Any], outputs: Any, expected: Tensor) -> None:
+    """Check that a model's loss is the mean cross-entropy.
+
+    Raises:
+        NoLinearHeadError: It is not.
+    """
+    if _same_loss(expected, outputs["loss"]):
+        return
+    if task.shifts_labels and outputs["logits"].shape[:-1] == row["labels"].shape:
+        unshifted = F.cross_entropy(outputs["logits"].float().flatten(0, 1), row["labels"].flatten())
+        if _same_loss(unshifted, outputs["loss"]):
+            raise NoLinearHeadError(
+                "its labels are not shifted by the model (if that is intended, pass `task='masked-lm'`)"
+            )
+    raise NoLinearHeadError("its loss is not the mean cross-entropy")
 
 
 def _fitted(
     tap: HeadTap, model: nn.Module, inputs: Mapping[str, Any], scored: ScoredPositions, expected: Tensor
 ) -> HeadTap:
-    """The tap with the factor and the bound that give the expected logits `(positions, vocabulary)`."""
+    """Choose the factor and the bound that give the expected logits `(positions, vocabulary)`."""
     head = tap.run(model, inputs, scored)
     taps = [replace(tap, scale=scale, softcap=softcap) for scale, softcap in _candidates(model)]
-    logits = [replace(head, scale=one.scale, softcap=one.softcap).logits().float() for one in taps]
+    logits = [choice.head(head.hidden).logits().float() for choice in taps]
     if logits[0].shape != expected.shape:
         raise NoLinearHeadError(f"its logits are {tuple(expected.shape)}, not {tuple(logits[0].shape)}")
-    errors = [_error(own, expected) for own in logits]
+    errors = [_error(actual, expected) for actual in logits]
     best = errors.index(min(errors))
     if errors[best] > (1e-4 if head.hidden.dtype == torch.float32 else 2e-2):
         raise NoLinearHeadError("its logits are not those of its output layer")
@@ -160,7 +166,7 @@ def _fitted(
 def _run_and_watch(
     model: nn.Module, inner: nn.Module, inputs: Mapping[str, Any], positions: torch.Size
 ) -> tuple[Any, nn.Module | None]:
-    """The outputs of a model, and the first of its own modules that hidden states of all positions go into."""
+    """Run a model; return its outputs and the first module after its base that gets hidden states of all positions."""
     entries: list[nn.Module] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -175,7 +181,7 @@ def _run_and_watch(
 
 @contextmanager
 def _pre_hooks(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Have forward pre-hooks on some modules for a while."""
+    """Put forward pre-hooks on some modules while the block runs."""
     handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
     try:
         yield
@@ -185,7 +191,7 @@ def _pre_hooks(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def _one_row(inputs: Mapping[str, Any], targets: Tensor) -> dict[str, Any]:
-    """The row with the most scored positions."""
+    """Return the row with the most scored positions."""
     best = int(targets.ne(IGNORE_INDEX).sum(-1).argmax())
     return {
         name: value[best : best + 1] if isinstance(value, Tensor) and value.shape[:1] == targets.shape[:1] else value
@@ -194,12 +200,12 @@ def _one_row(inputs: Mapping[str, Any], targets: Tensor) -> dict[str, Any]:
 
 
 def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
-    """Factors and bounds of the logits that the config of a model speaks of."""
+    """List the pairs of a factor and a bound of the logits that a model's config allows."""
     configs = [model.config, model.config.get_text_config(decoder=True)]
 
     def settings(name: str) -> set[float]:
-        found = {getattr(config, name, None) for config in configs}
-        return {float(value) for value in found if isinstance(value, (int, float)) and value}
+        values = {getattr(config, name, None) for config in configs}
+        return {float(value) for value in values if isinstance(value, (int, float)) and value}
 
     scales = {1.0, *settings("logit_scale"), *settings("lm_head_multiplier")}
     for value in settings("logits_scaling"):
@@ -208,11 +214,11 @@ def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
 
 
 def _same_loss(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two losses are equal up to rounding; a model of half precision may round its own to that."""
+    """Tell whether two losses are equal up to the rounding of the expected one, which may be in half precision."""
     return _error(actual[None], expected.float().reshape(1)) <= (1e-5 if expected.dtype == torch.float32 else 1e-2)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors, as a part of the largest value of its row."""
+    """Return the largest difference of two tensors, relative to the largest value of its row."""
     scale = expected.abs().amax(-1, keepdim=True).clamp(min=1e-3)
     return ((actual - expected).abs() / scale).max().item()

@@ -1,4 +1,4 @@
-"""Loading a model by name or path, with the head of the model that it is paired with."""
+"""Loading a model by name or path, with the same head as the model that it is paired with."""
 
 import os
 
@@ -17,19 +17,18 @@ def load_model(
     Args:
         name_or_path: A folder or the name of a repository on the Hub.
         argument: Name of the argument that gave it, for the message.
-        like: A model that it will be paired with: its head is used, and its labels unless the checkpoint has its own.
-            Without it, the head is the one that the checkpoint was saved with.
-        frozen: Whether it will only be learnt from, so that it needs a trained head.
+        like: The model that it will be paired with. The loaded model gets the same head, and the same labels if the
+            checkpoint has none. Without it, the head is the one that the checkpoint was saved with.
+        frozen: Whether the model will not be trained, so that the checkpoint must contain its head.
 
     Raises:
-        ValueError: There is no model to take the head from and the checkpoint has none, or it is frozen and some of
-            its weights are not in the checkpoint.
+        ValueError: The checkpoint has no supported head and `like` is missing, or it lacks weights of a frozen model.
     """
     config = AutoConfig.from_pretrained(name_or_path)
     if like is not None:
         try:
             auto_model = find_task(like).auto_model
-        except ValueError:  # a head that only the user's own soft loss knows
+        except ValueError:  # a head that only the user's `soft_loss_func` knows
             auto_model = type(base_model(like))
         if own_labels(config) is None:
             config.id2label, config.label2id = dict(like.config.id2label), dict(like.config.label2id)
@@ -46,6 +45,6 @@ def load_model(
     if frozen and report["missing_keys"]:
         raise ValueError(
             f"`{argument}={str(name_or_path)!r}` is frozen, and has no trained weights for "
-            f"{sorted(report['missing_keys'])}: what it teaches would be random. Fine-tune it on this task first."
+            f"{sorted(report['missing_keys'])}: its predictions would be random. Fine-tune it on this task first."
         )
     return model

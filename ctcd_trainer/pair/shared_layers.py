@@ -1,4 +1,4 @@
-"""Parts that the teacher and the student have in common: one set of weights, and one computation of them a step."""
+"""Layers that the teacher and the student share: one set of weights, computed once a step for both."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,36 +12,36 @@ from transformers import PreTrainedModel
 from ..arguments import parse_share
 from ..model_structure import in_evaluation_mode, is_peft_model, layer_stacks, memory_of
 
-#: Modules beside the layers that come before them in some families, although they are registered after them.
+#: Modules that run before the layers in some families, although they are registered after them.
 _BELOW = ("rel_embeddings", "LayerNorm", "layernorm_embedding")
 
 
 def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str) -> list[nn.Module]:
-    """Put the teacher's embeddings and lowest layers in the place of the student's, whose weights are dropped.
+    """Replace the student's embeddings and lowest layers by the teacher's.
 
     Args:
         teacher: The teacher.
         student: The student, of the same class, as `create_student(teacher, ..., layers="first")` makes it. It is
             changed.
-        share: `"embeddings"` for all that is below the layers, `"layers:K"` for that and the K lowest layers (of an
-            encoder-decoder: of its encoder), or `"prefix"` for that and all layers of the student, which is then the
-            teacher's lower part with a head of its own.
+        share: `"embeddings"`: the modules that run before the layers. `"layers:K"`: also the K lowest layers, in an
+            encoder-decoder those of the encoder. `"prefix"`: also all layers of the student, so that the student is
+            the teacher's lower part with another head.
 
     Returns:
-        The shared layers, which can be run once for both models; none where the embeddings alone are shared.
+        The shared layers, which can be run once for both models; none with `"embeddings"`.
 
     Raises:
-        ValueError: The models are not of one class or have adapters, what is to be shared has other sizes or settings,
-            or they have more in common than that; nothing was shared.
+        ValueError: The models are of different classes or have adapters, the parts to share differ in sizes or
+            settings, or the models share other parameters already. The student is then unchanged.
     """
     number = parse_share(share)
     models = {"model": teacher, "student_model": student}
     adapted = [argument for argument, model in models.items() if is_peft_model(model)]
     if adapted:
         raise ValueError(
-            f"`share={share!r}` and adapters (`{adapted[0]}` is wrapped by PEFT): one adapter would be in both "
-            "models, and an adapter is saved for the base that it was made for. Put an adapter for each model on one "
-            "frozen base (`create_student(..., init='shared')`), or leave `share` out."
+            f"`share={share!r}` does not work with adapters, and `{adapted[0]}` is wrapped by PEFT: both models would "
+            "contain one adapter, which is saved for one base only. Give each model an adapter on one frozen base "
+            "(`create_student(..., init='shared')`), or leave `share` out."
         )
     if type(teacher) is not type(student):
         raise ValueError(
@@ -50,27 +50,8 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
         )
     stack = next(iter(layer_stacks(teacher)), None)
     names = _below(teacher, stack)
-    layers: list[nn.Module] = []
-    if number != 0:
-        if stack is None:
-            raise ValueError(
-                f"`share={share!r}`: a {type(teacher).__name__} runs one layer several times. Share its embeddings."
-            )
-        lower = [model.get_submodule(stack) for model in (teacher, student)]
-        number = len(lower[1]) if number is None else number
-        if number > min(map(len, lower)):
-            raise ValueError(
-                f"`share={share!r}`: the teacher has {len(lower[0])} layers and the student {len(lower[1])}. Share at "
-                f"most {min(map(len, lower))}."
-            )
-        kinds = [list(getattr(model.config, "layer_types", None) or [])[:number] for model in (teacher, student)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"`share={share!r}`: the lowest layers of the teacher are {kinds[0]}, and of the student {kinds[1]}. "
-                "Make the student with `create_student(..., layers='first')`."
-            )
-        layers = list(lower[0][:number])
-        names += [f"{stack}.{index}" for index in range(number)]
+    layers = [] if number == 0 else _lowest_layers(teacher, student, stack, number, share)
+    names += [f"{stack}.{index}" for index in range(len(layers))]
     for name in names:
         _check_same(name, teacher.get_submodule(name), student.get_submodule(name), share)
     _check_no_more(names, teacher, student, share)
@@ -80,8 +61,36 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
     return layers
 
 
+def _lowest_layers(
+    teacher: PreTrainedModel, student: PreTrainedModel, stack: str | None, number: int | None, share: str
+) -> list[nn.Module]:
+    """Return the `number` lowest layers of the teacher's stack; as many as the student has if that is `None`.
+
+    Raises:
+        ValueError: A model has too few layers, or their types differ.
+    """
+    if stack is None:
+        raise ValueError(
+            f"`share={share!r}`: a {type(teacher).__name__} runs one layer several times. Share its embeddings."
+        )
+    teachers, students = (model.get_submodule(stack) for model in (teacher, student))
+    number = len(students) if number is None else number
+    if number > min(len(teachers), len(students)):
+        raise ValueError(
+            f"`share={share!r}`: the teacher has {len(teachers)} layers and the student {len(students)}. Share at "
+            f"most {min(len(teachers), len(students))}."
+        )
+    types = [list(getattr(model.config, "layer_types", None) or [])[:number] for model in (teacher, student)]
+    if types[0] != types[1]:
+        raise ValueError(
+            f"`share={share!r}`: the lowest layers of the teacher are {types[0]}, and of the student {types[1]}. "
+            "Make the student with `create_student(..., layers='first')`."
+        )
+    return list(teachers[:number])
+
+
 def _below(model: PreTrainedModel, stack: str | None) -> list[str]:
-    """Names of the modules that come before the layers: those that are registered before them, with few exceptions."""
+    """List the modules that run before the layers: those registered before them, and `_BELOW`."""
     if stack is None:
         return [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "embeddings"]
     names: list[str] = []
@@ -89,54 +98,57 @@ def _below(model: PreTrainedModel, stack: str | None) -> list[str]:
     for depth, child in enumerate(path):
         parent = ".".join(path[:depth])
         children = [name for name, _ in model.get_submodule(parent).named_children()]
-        own = children[: children.index(child)]
+        below = children[: children.index(child)]
         if depth == len(path) - 1:
-            own += [name for name in children if name in _BELOW]
-        names += [f"{parent}.{name}".removeprefix(".") for name in own]
+            below += [name for name in children if name in _BELOW]
+        names += [f"{parent}.{name}".removeprefix(".") for name in below]
     return names
 
 
 def _check_same(name: str, teachers: nn.Module, students: nn.Module, share: str) -> None:
-    """Two modules must be alike: the student is saved with its own config, and has to be the same when it is loaded.
+    """Check that two modules are alike, so that the student is the same model when it is loaded with its config.
 
     Raises:
-        ValueError: A parameter is of another size, or a setting (the number of heads, the activation) is another one.
+        ValueError: A parameter differs in size, or a setting (the number of heads, the activation) in value.
     """
-    sizes = [{key: tuple(value.shape) for key, value in each.state_dict().items()} for each in (teachers, students)]
-    for key in sorted({*sizes[0], *sizes[1]}):
-        own, other = (each.get(key, "not there") for each in sizes)
-        if own != other:
-            raise ValueError(
-                f"`share={share!r}`: `{name}.{key}` is {own} in the teacher and {other} in the student, so that they "
-                "cannot be one. Keep `hidden_size` and the other widths of the teacher, or share less."
-            )
+    sizes = [{key: tuple(value.shape) for key, value in part.state_dict().items()} for part in (teachers, students)]
+    for key, ours, theirs in _differences(*sizes):
+        raise ValueError(
+            f"`share={share!r}`: `{name}.{key}` is {ours} in the teacher and {theirs} in the student, so they cannot "
+            "share it. Keep `hidden_size` and the other widths of the teacher, or share less."
+        )
     for key, module in teachers.named_modules():
-        settings = [_settings(each) for each in (module, students.get_submodule(key))]
-        for setting in sorted({*settings[0], *settings[1]}):
-            own, other = (each.get(setting, "not there") for each in settings)
-            if own != other:
-                raise ValueError(
-                    f"`share={share!r}`: `{f'{name}.{key}'.rstrip('.')}` has `{setting}={own!r}` in the teacher and "
-                    f"{other!r} in the student, which would be another model when it is loaded with its own config. "
-                    "Make the student with `create_student`, or share less."
-                )
+        for setting, ours, theirs in _differences(_settings(module), _settings(students.get_submodule(key))):
+            raise ValueError(
+                f"`share={share!r}`: `{f'{name}.{key}'.rstrip('.')}` has `{setting}={ours!r}` in the teacher and "
+                f"{theirs!r} in the student, which would be another model when it is loaded with its config. Make "
+                "the student with `create_student`, or share less."
+            )
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Go through the keys whose values differ, with both values."""
+    for key in sorted({*first, *second}):
+        values = first.get(key, "absent"), second.get(key, "absent")
+        if values[0] != values[1]:
+            yield key, *values
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module computes besides its parameters; not its dropout, which may differ as in any training."""
+    """Return the class and the plain attributes of a module, without its dropout, which may differ."""
     if isinstance(module, nn.Dropout):
         return {}
     plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
-    unlike = ("_", "training", "gradient_checkpointing")
-    own = {key: value for key, value in plain.items() if "drop" not in key and not key.startswith(unlike)}
-    return {"class": type(module).__name__, **own}
+    ignored = ("_", "training", "gradient_checkpointing")
+    settings = {key: value for key, value in plain.items() if "drop" not in key and not key.startswith(ignored)}
+    return {"class": type(module).__name__, **settings}
 
 
 def _check_no_more(names: Sequence[str], teacher: PreTrainedModel, student: PreTrainedModel, share: str) -> None:
-    """The models may have nothing in common but what they are to share.
+    """Check that the models share no parameter outside of the parts to share.
 
     Raises:
-        ValueError: They have, e.g. all of their layers (`create_student(..., init="shared")`).
+        ValueError: They do, e.g. all of their layers (`create_student(..., init="shared")`).
     """
     both = {memory_of(parameter) for parameter in teacher.parameters()}
     asked = {memory_of(parameter) for name in names for parameter in teacher.get_submodule(name).parameters()}
@@ -149,10 +161,10 @@ def _check_no_more(names: Sequence[str], teacher: PreTrainedModel, student: PreT
 
 
 class SharedRun:
-    """Runs layers that two models share once for both, when both are run on the same batch.
+    """Runs the layers that two models share once for both, on the same batch.
 
-    The second model takes what the first one has computed, its dropout included. With gradient checkpointing they run
-    twice, since they are called again to be computed again.
+    The second model takes the outputs that the layers gave the first one, with the same dropout. With gradient
+    checkpointing, which calls the layers again in the backward pass, both models run them.
 
     Args:
         layers: The layers, lowest first.
@@ -165,65 +177,66 @@ class SharedRun:
         self._checked = False
 
     def run(self, models: Mapping[str, nn.Module], run: Callable[[str], Any]) -> dict[str, Any]:
-        """The outputs of both models on one batch.
+        """Run both models on one batch.
 
         Args:
             models: The models by name, the one that runs the layers first.
             run: Runs a model by its name.
 
         Raises:
-            ValueError: The layers would give the second model something else if it were run alone.
+            ValueError: The layers give other outputs when the second model runs alone.
         """
         first, second = models
         if not self._checked and torch.is_grad_enabled():
             self._check(models, run)
             self._checked = True
-        if any(getattr(module, "gradient_checkpointing", False) for each in self.layers for module in each.modules()):
+        modules = (module for layer in self.layers for module in layer.modules())
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
             return {name: run(name) for name in models}
-        given: dict[nn.Module, list[Any]] = {layer: [] for layer in self.layers}
+        kept: dict[nn.Module, list[Any]] = {layer: [] for layer in self.layers}
         with ExitStack() as afterwards:
             for layer in self.layers:
                 afterwards.callback(_put_back, layer, vars(layer).get("forward"))
-                layer.forward = partial(_remember, given[layer], layer.forward)
+                layer.forward = partial(_remember, kept[layer], layer.forward)
             outputs = {first: run(first)}
             for layer in self.layers:
-                layer.forward = partial(_recall, iter(given[layer]))
+                layer.forward = partial(_recall, iter(kept[layer]))
             return outputs | {second: run(second)}
 
     def _check(self, models: Mapping[str, nn.Module], run: Callable[[str], Any]) -> None:
-        """Whatever reaches the end of the shared layers must be the same for both, and of shared parameters alone."""
-        given = [_given_by(self.layers[-1], model, partial(run, name)) for name, model in models.items()]
+        """Check that the shared layers give both models the same, and depend on shared parameters only."""
+        first, second = (_output_of(self.layers[-1], model, partial(run, name)) for name, model in models.items())
         student = list(models.values())[1]
         family = type(student).__name__
-        error, size = (given[0] - given[1]).abs().max(), given[0].abs().max()
+        error, size = (first - second).abs().max(), first.abs().max()
         if error > 1e-3 * size:
             raise ValueError(
-                f"The shared layers of a {family} give up to {size:.3g} when the teacher runs them, and with the "
-                f"student's config something else by up to {error:.3g}: a setting that is used outside of the layers "
-                "(of the positions, or of the attention mask) is another one. Make the student with `create_student`, "
-                "or share its embeddings alone."
+                f"The shared layers of a {family} give other values with the student's config: they differ by up to "
+                f"{error:.3g}, and the largest is {size:.3g}. A setting outside of the layers differs (of the "
+                "positions, or of the attention mask). Make the student with `create_student`, or share only its "
+                "embeddings."
             )
-        if not self._own or not given[1].requires_grad:  # all that is below may be frozen
+        if not self._own or not second.requires_grad:  # the layers and the embeddings may be frozen
             return
-        gradients = torch.autograd.grad(given[1].sum(), list(self._own.values()), allow_unused=True)
-        found = [name for name, gradient in zip(self._own, gradients, strict=True) if gradient is not None]
-        if found:
+        gradients = torch.autograd.grad(second.sum(), list(self._own.values()), allow_unused=True)
+        used = [name for name, gradient in zip(self._own, gradients, strict=True) if gradient is not None]
+        if used:
             raise ValueError(
-                f"The shared layers of a {family} depend on {found[:3]} ({len(found)} in all), which the student has "
-                "for itself. Layers of this family cannot be shared; share its embeddings alone."
+                f"The shared layers of a {family} depend on {used[:3]} ({len(used)} in all), which the student does "
+                "not share. Layers of this family cannot be shared; share only its embeddings."
             )
 
 
-def _given_by(layer: nn.Module, model: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """What a layer gives last when a model is run alone, without dropout; fp32."""
-    given: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _module, _arguments, output: given.append(_first(output)))
+def _output_of(layer: nn.Module, model: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """Run a model without dropout; return the last output of one of its layers in fp32."""
+    outputs: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _module, _arguments, output: outputs.append(_first(output)))
     try:
         with in_evaluation_mode([model]):
             run()
     finally:
         hook.remove()
-    return given[-1].float()
+    return outputs[-1].float()
 
 
 def _first(output: Any) -> Tensor:
@@ -231,16 +244,16 @@ def _first(output: Any) -> Tensor:
 
 
 def _put_back(layer: nn.Module, forward: Callable | None) -> None:
-    """Undo a change of `forward`, which others (accelerate's hooks) may have changed before."""
+    """Undo a change of `forward`; accelerate's hooks may have replaced it before."""
     del layer.forward
     if forward is not None:
         layer.forward = forward
 
 
-def _remember(given: list[Any], forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    given.append(forward(*args, **kwargs))
-    return given[-1]
+def _remember(kept: list[Any], forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    kept.append(forward(*args, **kwargs))
+    return kept[-1]
 
 
-def _recall(given: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-    return next(given)
+def _recall(kept: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+    return next(kept)

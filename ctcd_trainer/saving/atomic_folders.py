@@ -1,23 +1,23 @@
-"""Write, replace and remove folders so that a kill at any moment leaves a whole folder or none."""
+"""Write, replace and remove folders so that a kill leaves a whole folder or none."""
 
 import contextlib
 import os
 import shutil
 from pathlib import Path
 
-#: Folders are first written into this one, beside their final places. Trainer does not upload names that start so.
+#: Folders are first written into this one, beside their final places. Trainer does not upload names with "_" in front.
 PARTIAL = "_partial"
 _REPLACED = "replaced-"
 _REMOVED = "removed-"
 
 
 def place_to_write(final: Path) -> Path:
-    """The path at which to write a folder before `put_in_place` moves it."""
+    """Return the path at which to write a folder before `put_in_place` moves it."""
     return final.parent / PARTIAL / final.name
 
 
 def put_in_place(final: Path) -> None:
-    """Wait until a folder has reached the disk, and move it from its `place_to_write` to its final place.
+    """Wait until a folder is on the disk, and move it from its `place_to_write` to its final place.
 
     Args:
         final: The final place. An existing folder is replaced.
@@ -42,7 +42,7 @@ def remove(final: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what a killed process has left in a folder, and put back a folder that it had not yet replaced."""
+    """Remove the remains of a killed process from a folder, and restore a folder that it had not yet replaced."""
     partial = folder / PARTIAL
     if not partial.is_dir():
         return
@@ -54,7 +54,7 @@ def clean_up(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until all files of a folder have reached the disk."""
+    """Wait until all files of a folder are on the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             _sync_entry(Path(root, name), os.O_RDWR)  # Windows syncs files only if they are open for writing
@@ -62,7 +62,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Windows and some network file systems cannot open or sync a folder. The files themselves are synced.
+    # Windows and some network file systems cannot open or sync a folder; its files are synced anyway.
     with contextlib.suppress(OSError):
         _sync_entry(folder, os.O_RDONLY)
 

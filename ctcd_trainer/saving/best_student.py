@@ -1,4 +1,4 @@
-"""Keeps the best student, whose step may differ from that of the best teacher."""
+"""Keeping the best student, which may come from another step than the best teacher."""
 
 import math
 import operator
@@ -37,7 +37,7 @@ class BestStudent(TrainerCallback, ExportableState):
 
     @classmethod
     def among(cls, callbacks: Iterable[TrainerCallback]) -> "BestStudent | None":
-        """Find it among the callbacks of a trainer; resuming may have replaced the object that was added."""
+        """Find the callback of this class; resuming may have replaced the object that was added."""
         return next((callback for callback in callbacks if isinstance(callback, cls)), None)
 
     @property
@@ -62,14 +62,14 @@ class BestStudent(TrainerCallback, ExportableState):
         folder = Path(args.output_dir, self.folder)
         if best.get("step") is not None and not folder.is_dir():
             logger.warning(
-                "The best %s so far (%s = %s, step %s) is not in %s. The next one will be kept as the best.",
+                "The best %s so far (%s = %s, step %s) is not in %s. The next evaluation will be kept as the best.",
                 *(self.learner, self.metric, best["value"], best["step"], folder),
             )
             best = {}
         self.value, self.step = best.get("value"), best.get("step")
 
     def improved(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Compare with the best value so far and remember a better one; returns whether it is better.
+        """Compare a value with the best so far; remember it and return True if it is better.
 
         Raises:
             KeyError: The evaluation lacks the metric. The message lists the metrics of the learner.
@@ -77,8 +77,8 @@ class BestStudent(TrainerCallback, ExportableState):
         if self.key not in metrics:
             known = [key for key in metrics if f"{self.learner}_" in key]
             raise KeyError(
-                f"`{self.learner}_metric_for_best_model={self.metric!r}`: the evaluation has no {self.key!r}. The "
-                f"metrics of the {self.learner} are {known}. Use one of them."
+                f"`{self.learner}_metric_for_best_model={self.metric!r}`: the evaluation has no {self.key!r}. Use "
+                f"one of the metrics of the {self.learner}: {known}."
             )
         better = operator.gt if self.greater_is_better else operator.lt
         if math.isnan(metrics[self.key]) or (self.value is not None and not better(metrics[self.key], self.value)):

@@ -391,18 +391,15 @@ def estimate_memory(
     # A ResNet does not say how many layers it has.
     layers = [getattr(model.config.get_text_config(), "num_hidden_layers", 1) for model in trained]
     layer = max(size // count for size, count in zip(whole, layers, strict=True))
-    working = layer * (
-        2 if gradient_checkpointing else 1
-    )  # the gradients of what it keeps; and what it computes again
+    working = 2 * layer if gradient_checkpointing else layer  # its gradients, and itself if it is computed again
     working += trainable if processes > 1 and strategy in ("ddp", "zero1") else 0  # buckets of gradients
     working += sum(map(_gathered_bytes, models)) if shares["weights"] > 1 else 0
     working += max(_bytes(model.parameters()) for model in models) // 2 if mixed_precision != "no" else 0
     if language_models:
         positions = int(batch_size * sequence_length * scored)
         if strategy == "zero3" and processes > 1:  # the whole logits, of all positions and of the scored ones
-            working += sum(
-                int(4 * positions * size * (_COPIES + _COPIES / scored)) for size in map(_vocabulary, models)
-            )
+            logits = 4 * positions * sum(map(_vocabulary, models))
+            working += int(logits * (_COPIES + _COPIES / scored))
         else:
             working += _fused_pass_bytes(models, trained, len(mode.edges), positions, device)
     kept = [_activations(model, *batch, checkpointing=True) for model in trained] if gradient_checkpointing else whole

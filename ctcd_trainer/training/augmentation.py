@@ -1,4 +1,4 @@
-"""Changes to the batches of a training, for all models alike or for one of them."""
+"""Augmentations: change the batches of a training, for all models or for one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,8 +15,8 @@ from ..tasks.base import Task
 from ..tasks.labels import IGNORE_INDEX, LABEL_COLUMNS
 from ..tasks.two_tokenizers import prefix_of
 
-#: Takes a batch and returns the changed one, with the same rows. It may be called several times a step. With the
-#: attribute `changes_tokens`, it is refused for models of images and audio; with `mixes_rows`, for tasks of tokens.
+#: Takes a batch and returns the changed batch with the same rows. It may be called several times a step. One with a
+#: true attribute `changes_tokens` is refused for models of images and audio; with `mixes_rows`, for tasks of tokens.
 Augmentation = Callable[[dict[str, Any]], dict[str, Any]]
 #: The models that get the changed batch: `"both"`, or the name of a learner.
 Views = str
@@ -25,16 +25,16 @@ Views = str
 def augmented_batch(
     inputs: Mapping[str, Any], augmentation: Augmentation, views: Views, task: Task | None = None
 ) -> dict[str, Any]:
-    """A batch in which all models, or one of them, get the changed inputs.
+    """Change a batch for all models, or for one of them.
 
     Args:
         inputs: The batch.
         augmentation: Changes it.
-        views: The models that get the changed batch. The labels are the changed ones if all do, else the batch's own.
-        task: Its `label_names` are the labels, and with `per_token` two views must have the same tokens.
+        views: The models that get the changed batch. Only if all get it are the labels changed, too.
+        task: The task, for its `label_names`. If it is `per_token`, both views must have the same length.
 
     Raises:
-        ValueError: They have other lengths.
+        ValueError: The lengths differ.
     """
     changed = augmentation(dict(inputs))
     if views == "both":
@@ -43,11 +43,12 @@ def augmented_batch(
     clean = {name: value for name, value in inputs.items() if name not in labels}
     changed = {name: value for name, value in changed.items() if name in clean}
     for name in changed if task is not None and task.per_token else ():
-        own, other = (getattr(each[name], "shape", None) for each in (clean, changed))
-        if own != other:
+        before, after = (getattr(view[name], "shape", None) for view in (clean, changed))
+        if before != after:
             raise ValueError(
-                f"`augmented={views!r}`: `augmentation` makes `{name}` {tuple(other)} of {tuple(own)}, and the models "
-                "are compared token by token. Keep the length, or use `augmented='both'` and change the labels, too."
+                f"`augmented={views!r}`: `augmentation` changes the shape of `{name}` from {tuple(before)} to "
+                f"{tuple(after)}, and the models are compared token by token. Keep the length, or use "
+                "`augmented='both'` and change the labels, too."
             )
     batch = dict(inputs)
     for learner in LEARNERS:
@@ -63,18 +64,20 @@ def recounted(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> Tensor | int | None:
-    """The count of scored items that a changed batch is divided by.
+    """Correct Trainer's count of scored items, made before the batch was changed, for changed labels.
 
-    Trainer counts before the batches are changed. Where an augmentation changes labels, the batch keeps the weight
-    that it had: its losses are means over what is scored now. `Mixup` keeps the count: it draws each label from two
-    rows, so with unlabelled rows a batch has more or fewer labels than before, but as many on average.
+    A batch keeps its weight: its losses become means over the items that are scored now. With `Mixup` the count stays:
+    each label is drawn from two rows, so a batch with unlabelled rows has as many labels as before on average.
 
     Args:
         number: Number of scored items in the accumulated batch; `(2,)` with the number of compared rows.
         augmentation: The augmentation.
-        task: Counts.
+        task: The task, which counts.
         before: The batch.
         after: The changed batch.
+
+    Returns:
+        The number to divide the losses by.
     """
     same = all(before.get(name) is after.get(name) for name in task.label_names)
     if number is None or same or getattr(augmentation, "mixes_rows", False):
@@ -86,7 +89,7 @@ def recounted(
 
 
 def _maskable(inputs: Mapping[str, Any], special: frozenset[int]) -> Tensor:
-    """Which tokens of a text are neither padding nor special, bool `(rows, length)`."""
+    """Mark the tokens that are neither padding nor special: bool `(rows, length)`."""
     ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     return real & ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device, dtype=ids.dtype))
@@ -94,14 +97,14 @@ def _maskable(inputs: Mapping[str, Any], special: frozenset[int]) -> Tensor:
 
 @dataclass
 class TokenMasking:
-    """Puts the mask token in the place of tokens that are drawn at random, as in masked language modelling.
+    """Replaces random tokens by the mask token, as in masked language modelling.
 
     Args:
         tokenizer: The tokenizer, with a mask token.
         rate: Probability of each token that is neither padding nor special.
 
     Raises:
-        ValueError: The tokenizer has no mask token, or the rate is none.
+        ValueError: The tokenizer has no mask token, or `rate` is not from 0 to 1.
     """
 
     changes_tokens: ClassVar[bool] = True
@@ -113,12 +116,12 @@ class TokenMasking:
         if self.tokenizer.mask_token_id is None:
             raise ValueError(
                 f"A {type(self.tokenizer).__name__} has no mask token, so tokens cannot be masked. Use `WordDropout`, "
-                "which leaves them out."
+                "which hides them."
             )
         self._special = frozenset(self.tokenizer.all_special_ids)
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with some tokens masked."""
+        """Mask some tokens of a batch."""
         maskable = _maskable(inputs, self._special)
         drawn = maskable & (torch.rand(maskable.shape, device=maskable.device) < self.rate)
         return {**inputs, "input_ids": inputs["input_ids"].masked_fill(drawn, self.tokenizer.mask_token_id)}
@@ -126,14 +129,14 @@ class TokenMasking:
 
 @dataclass
 class WordDropout:
-    """Hides tokens that are drawn at random from the attention of all others.
+    """Hides random tokens from the attention of all others.
 
     Args:
         tokenizer: The tokenizer.
         rate: Probability of each token that is neither padding nor special.
 
     Raises:
-        ValueError: The rate is none.
+        ValueError: `rate` is not from 0 to 1.
     """
 
     changes_tokens: ClassVar[bool] = True
@@ -145,7 +148,7 @@ class WordDropout:
         self._special = frozenset(self.tokenizer.all_special_ids)
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with some tokens hidden."""
+        """Hide some tokens of a batch."""
         maskable = _maskable(inputs, self._special)
         drawn = maskable & (torch.rand(maskable.shape, device=maskable.device) < self.rate)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -154,10 +157,11 @@ class WordDropout:
 
 @dataclass
 class Mixup:
-    """Mixes each row with another one of the batch: word embeddings, images or sounds (arXiv 1710.09412, 1905.08941).
+    """Mixes every row of a batch with another row, for tasks of whole rows (arXiv 1710.09412, 1905.08941).
 
-    The mixed row is `m` of the first and `1 - m` of the second, with `m` from Beta(alpha, alpha). Its label is that of
-    the first with probability `m`, which gives the gradient of the mixed loss on average. For tasks of whole rows.
+    The word embeddings, image or recording of the mixed row are `m * first + (1 - m) * second`, with `m` drawn from
+    Beta(alpha, alpha). Its label is the first row's with probability `m`; the gradient is that of the mixed loss on
+    average.
 
     Args:
         alpha: Parameter of the Beta distribution.
@@ -176,7 +180,7 @@ class Mixup:
             raise ValueError(f"`alpha={self.alpha}` is not valid: it is above 0, and small values mix little.")
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with drawn labels; embeddings are mixed in the models (`within`)."""
+        """Mix images or recordings of a batch, and draw its labels. `within` mixes word embeddings in the models."""
         rows = next(value for value in inputs.values() if isinstance(value, Tensor))
         count, device = len(rows), rows.device
         self._share = torch.distributions.Beta(self.alpha, self.alpha).sample((count,)).to(device)
@@ -194,13 +198,13 @@ class Mixup:
         return changed
 
     def _mix(self, values: Tensor) -> Tensor:
-        rows = values.reshape(len(self._order), -1, *values.shape[1:])  # the choices of one row stand together
+        rows = values.reshape(len(self._order), -1, *values.shape[1:])  # the choices of a row stay together
         share = self._share.reshape(-1, *[1] * (rows.ndim - 1)).to(values.dtype)
         return (share * rows + (1 - share) * rows[self._order]).reshape(values.shape)
 
     @contextmanager
     def within(self, models: list[PreTrainedModel]) -> Iterator[None]:
-        """Mix the word embeddings of the models, in the way of the last batch."""
+        """Mix the word embeddings of the models while the block runs, as the last batch was mixed."""
         readers = [base_model(model) for model in models if base_model(model).main_input_name == "input_ids"]
         embeddings = {model.get_input_embeddings() for model in readers}  # of any class: PEFT may have wrapped them
         with ExitStack() as hooks:

@@ -1,4 +1,4 @@
-"""Numbers about two models at once: loss components while training, losses, metrics and agreement in evaluation."""
+"""Numbers about several models at once: loss terms in training; losses, metrics and agreement in evaluation."""
 
 import copy
 import inspect
@@ -14,7 +14,7 @@ from ..graph import STUDENT
 
 
 class LossMeter:
-    """Adds up loss components on the device, so that no step waits for it, and notes when one was not finite."""
+    """Adds up loss terms on the device, so that no step waits for them, and notes the first that is not finite."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -26,8 +26,8 @@ class LossMeter:
         """Add the components of one micro-batch.
 
         Args:
-            components: 0-dimensional tensors by name, each already divided by the item count of the whole accumulated
-                batch, so that the sum over its micro-batches is the mean. The names never change.
+            components: 0-dimensional tensors by name, divided by the item count of the whole accumulated batch, so
+                that the sum over its micro-batches is the mean. The names never change.
             step: Number of the optimizer step, from 1.
             scale: Factor of the components.
         """
@@ -41,13 +41,13 @@ class LossMeter:
         self._bad_steps = torch.where(values.isfinite(), self._bad_steps, self._bad_steps.clamp(max=step))
 
     def check(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Raise if a component was not finite on any process.
+        """Raise an error if a component was not finite on some process.
 
         Args:
             gather: Stacks a tensor `(1, components)` of all processes to `(processes, components)`.
 
         Raises:
-            FloatingPointError: Names the models, the components and the first step.
+            FloatingPointError: A component was not finite. The message names the models, the components and the step.
         """
         if self._bad_steps is None:
             return
@@ -57,7 +57,7 @@ class LossMeter:
             return
         names = [name for name, step in zip(self._names, bad_steps, strict=True) if step == first]
         broken = [name.removesuffix("_hard_loss") for name in names if name.endswith("_hard_loss")]
-        if not broken:  # a soft loss alone: its source is frozen, so it has no loss of its own
+        if not broken:  # only a soft loss: its source is frozen and has no hard loss
             broken = [name.removesuffix("_loss").split("_from_")[1] for name in names]
         raise FloatingPointError(
             f"The loss of the {' and '.join(dict.fromkeys(broken))} became NaN or infinite at step {int(first)} "
@@ -66,7 +66,7 @@ class LossMeter:
         )
 
     def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Mean of each component over the steps since the last call and over the processes.
+        """Return the mean of each component over the steps since the last call and over the processes.
 
         Args:
             gather: As in `check`.
@@ -80,7 +80,7 @@ class LossMeter:
 
 
 class EvaluationMeter:
-    """What an evaluation accumulates batch by batch besides what Trainer does: student losses and agreement."""
+    """Collects the student's losses and the agreement, which Trainer does not, over the batches of an evaluation."""
 
     def __init__(self) -> None:
         self._losses: list[np.ndarray] = []
@@ -88,25 +88,25 @@ class EvaluationMeter:
         self._scored = 0.0
 
     def add_losses(self, losses: Tensor) -> None:
-        """Add the student's losses, one per example, gathered from all processes."""
+        """Add the student's losses `(rows,)`, gathered from all processes."""
         self._losses.append(losses.float().cpu().numpy())
 
     def add_agreement(self, same: Tensor, scored: Tensor) -> None:
-        """Add the numbers of equal predictions and of scored positions, per row, gathered from all processes."""
+        """Add the equal predictions and the scored positions of each row `(rows,)`, gathered from all processes."""
         self._same += same.sum().item()
         self._scored += scored.sum().item()
 
     def losses(self, last_batch: bool = False) -> np.ndarray | None:
-        """The student's losses, one per example, `None` without labels; of all batches so far or of the last one."""
+        """Return the student's losses `(rows,)`, of all batches or of the last one; `None` without labels."""
         return np.concatenate(self._losses[-1:] if last_batch else self._losses) if self._losses else None
 
     def metrics(self, prefix: str, finite_only: bool = True) -> dict[str, float]:
-        """`<prefix>_student_loss` and `<prefix>_agreement`, where there is something to report.
+        """Return `<prefix>_student_loss` and `<prefix>_agreement`, each if there is data for it.
 
         Args:
             prefix: Prefix of the evaluation.
-            finite_only: Whether losses that are not finite do not count, unless all are so (as Trainer does it with
-                `logging_nan_inf_filter`).
+            finite_only: Whether to leave out losses that are not finite, unless all are, as Trainer does with
+                `logging_nan_inf_filter`.
         """
         metrics = {}
         losses = self.losses()
@@ -120,15 +120,15 @@ class EvaluationMeter:
 
 
 class MetricsOfEach:
-    """Calls the user's `compute_metrics` once per model, each time with an ordinary `EvalPrediction`.
+    """Calls the user's `compute_metrics` once per model, with an ordinary `EvalPrediction`.
 
     Args:
-        functions: The user's function by name of the learner; with `batch_eval_metrics` the others have copies of it
-            (`copy_of_metrics`).
-        primary: Name of the learner whose metrics get no prefix; those of the others get their name.
-        meter: Where the losses of the others are.
-        batched: Whether it is called batch by batch (`batch_eval_metrics`).
-        metric_key_prefix: Prefix of the evaluation, which the user's keys may already have.
+        functions: The user's function by name of the learner. With `batch_eval_metrics` every learner but the primary
+            one has a copy (`copy_of_metrics`).
+        primary: Name of the learner whose metrics get no prefix. The prefix of the others is their name.
+        meter: Holds the losses of the others.
+        batched: Whether Trainer calls this after each batch (`batch_eval_metrics`).
+        metric_key_prefix: Prefix of the evaluation, which the user's keys may have.
     """
 
     def __init__(
@@ -146,57 +146,57 @@ class MetricsOfEach:
         self._prefix = f"{metric_key_prefix}_"
 
     def __call__(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
-        """The metrics of all models; `prediction.predictions` has the predictions of each by name."""
+        """Return the metrics of all models. `prediction.predictions` holds predictions by name of the learner."""
         metrics: dict[str, Any] = {}
         for name, function in self._functions.items():
             losses, prefix = prediction.losses, ""
             if name != self._primary:
                 losses = None if losses is None else self._meter.losses(last_batch=self._batched)
                 prefix = f"{name}_"
-            own = EvalPrediction(
+            part = EvalPrediction(
                 predictions=predictions_of(name, prediction.predictions),
                 label_ids=prediction.label_ids,
                 inputs=prediction.inputs,
                 losses=losses,
             )
-            values = function(own, **kwargs) or {}
+            values = function(part, **kwargs) or {}
             metrics |= {f"{prefix}{key.removeprefix(self._prefix)}": value for key, value in values.items()}
         return metrics
 
 
 def copy_of_metrics(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A copy, for another model, of a `compute_metrics` that keeps a state between its calls (`batch_eval_metrics`).
+    """Copy a `compute_metrics` with state (`batch_eval_metrics`) for another model.
 
     Raises:
-        ValueError: It is no object that can be copied, but a function or a class, whose state all would share.
+        ValueError: It is a function or a class, so all models would share its state.
     """
     if inspect.isroutine(compute_metrics) or inspect.isclass(compute_metrics):
         raise ValueError(
-            f"`batch_eval_metrics=True` with two models needs `compute_metrics` to be an object with `__call__`, of "
-            f"which each model gets a copy, but it is {compute_metrics!r}, whose state both would share. Pass an "
+            "`batch_eval_metrics=True` with two models needs a `compute_metrics` object with `__call__` that can be "
+            f"copied for each model. It is {compute_metrics!r}, and both models would share its state. Pass an "
             "instance of a class, or set `batch_eval_metrics=False`."
         )
     return copy.deepcopy(compute_metrics)
 
 
 def predictions_of(learner: str, predictions: Any) -> Any:
-    """One learner's part of what an evaluation loop collected: a dict by name, or a list of them (one per batch)."""
+    """Select a learner's predictions from those of an evaluation loop: a dict by name, or one dict per batch."""
     if isinstance(predictions, list):
         return [batch[learner] for batch in predictions]
     return predictions if predictions is None else predictions[learner]
 
 
 def perplexities(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """`<prefix>_perplexity` and `<prefix>_student_perplexity`: the exponentials of the losses.
+    """Return `<prefix>_perplexity` and `<prefix>_student_perplexity`, the exponentials of the losses.
 
     Args:
-        metrics: With `<prefix>_loss` and `<prefix>_student_loss`, in nats.
+        metrics: Metrics with `<prefix>_loss` and `<prefix>_student_loss`, in nats.
         prefix: Prefix of the evaluation.
     """
-    found = {}
+    values = {}
     for name in ("", f"{STUDENT}_"):
         loss = metrics.get(f"{prefix}_{name}loss")
         if loss is not None:
             with np.errstate(over="ignore"):
-                found[f"{prefix}_{name}perplexity"] = float(np.exp(loss))
-    return found
+                values[f"{prefix}_{name}perplexity"] = float(np.exp(loss))
+    return values

@@ -17,8 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
 
 
-import argparse
-import datetime
 import tempfile
 from collections.abc import Callable
 from unittest.mock import patch
@@ -29,7 +27,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer.saving import atomic_folders as whole_folders
 from examples.benchmarks.bench_sequence_classification import CO_TRAINING, STUDENT, TEACHER, VARIANTS, Workload
-from examples.benchmarks.measuring import COMPARISON_HEADER, comparison_row, describe_machine, format_table, in_turns
+from examples.benchmarks.measuring import (
+    COMPARISON_HEADER,
+    comparison_row,
+    in_turns,
+    parser_of,
+    print_notes,
+    print_table,
+)
 
 TARGET = 1.10
 
@@ -80,11 +85,8 @@ def measure(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[float]]
 
 def main() -> None:
     """Measure, and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test whose figures mean nothing")
-    parser.add_argument("--rounds", type=int, help="rounds (default 10, quick 2)")
+    parser = parser_of(__doc__, "rounds (default 10, quick 2)")
     parser.add_argument("--folder", help="where to write (default: the system's folder for temporary files)")
-    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 10)
     transformers.logging.set_verbosity_error()
@@ -105,15 +107,9 @@ def main() -> None:
         )
     ]
     columns = [0, 1, 2, 3, 4, 5, 10]
-    print(f"{'### ' if args.markdown else ''}A checkpoint of two models against two checkpoints\n")
-    print(format_table([[line[i] for i in columns] for line in [COMPARISON_HEADER, *rows]], args.markdown))
-    bullet = "- " if args.markdown else ""
-    print(
-        f"\n{bullet}{workload}; {size / 1e6:.0f} MB\n"
-        f"{bullet}{rounds} rounds; medians\n"
-        f"{bullet}{describe_machine()}\n"
-        f"{bullet}{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
-    )
+    lines = [[line[i] for i in columns] for line in [COMPARISON_HEADER, *rows]]
+    print_table("A checkpoint of two models against two checkpoints", lines, args.markdown)
+    print_notes([f"{workload}; {size / 1e6:.0f} MB", f"{rounds} rounds; medians"], args.markdown)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
 
 
-import argparse
-import datetime
 import math
 import os
 import statistics
@@ -41,10 +39,11 @@ from ctcd_trainer.losses.fused_linear import LinearHead, linear_losses
 from examples.benchmarks.measuring import (
     COMPARISON_HEADER,
     comparison_row,
-    describe_machine,
-    format_table,
     in_turns,
+    parser_of,
     peak_memory_of,
+    print_notes,
+    print_table,
 )
 
 NAMES = (TEACHER, STUDENT)
@@ -261,80 +260,60 @@ def sweep(axis: str, values: list[int], size: Size, rounds: int) -> Sweep:
     return result
 
 
-def plot(sweeps: list[Sweep], path: str) -> None:
+def plot(sweeps: list[Sweep], path: Path) -> None:
     """Draw time (above) and peak memory (below) of each sweep, all axes logarithmic."""
-    import matplotlib  # needed for this alone, and not installed with the package
+    from examples.common.figures import draw_legend, figure_of, value_style  # needs matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(9, 6), dpi=150, sharex="col", sharey="row", squeeze=False)
-    for column, own in zip(axes.T, sweeps, strict=True):
-        for panel, values, label in zip(
-            column, (own.seconds, own.memory), ("seconds", "peak memory (MB)"), strict=True
-        ):
-            for name, marker in zip(COMPARED, "os^", strict=True):
-                panel.plot(own.values, values[name], marker=marker, label=name)
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            panel.grid(alpha=0.3)
-            if own is sweeps[0]:
-                panel.set_ylabel(label)
-        unavoidable = [size.unavoidable for size in own.sizes]
-        column[1].plot(own.values, unavoidable, "k:", label="weights, hidden states and their gradients")
-        column[0].set_title(own.fixed, fontsize=10)
-        column[1].set_xlabel(own.axis)
-    figure.legend(*axes[1][0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    with figure_of(path, 2, len(sweeps), height=6, width=9, dpi=150) as (figure, axes):
+        for column, grown in zip(axes.T, sweeps, strict=True):
+            panels = zip(column, (grown.seconds, grown.memory), ("seconds", "peak memory (MB)"), strict=True)
+            for panel, values, label in panels:
+                for index, name in enumerate(COMPARED):
+                    panel.plot(grown.values, values[name], label=name, **value_style(index))
+                panel.set_xscale("log", base=2)
+                panel.set(yscale="log", ylabel=label, xlabel=grown.axis)
+            unavoidable = [size.unavoidable for size in grown.sizes]
+            column[1].plot(grown.values, unavoidable, "k:", label="weights, hidden states and their gradients")
+            column[0].set_title(grown.fixed)
+        draw_legend(figure, axes)
 
 
 def main() -> None:
     """Measure, and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test whose figures mean nothing")
-    parser.add_argument("--rounds", type=int, help="rounds of the comparison (default 5, quick 2); a third for growth")
+    parser = parser_of(__doc__, "rounds of the comparison (default 5, quick 2); a third for growth")
     parser.add_argument("--chunk_size", type=int, nargs="+", default=[], help="chunk sizes of ours to compare as well")
     parser.add_argument("--growth", action="store_true", help="also measure growth with positions and vocabulary")
     parser.add_argument("--plot", metavar="FILE", help="draw the growth (which this then measures)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of states and weights")
-    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 5)
-
     where = {"device": args.device, "dtype": args.dtype}
     size = Size(32, 500, (16, 8), **where) if args.quick else Size(1024, 128256, **where)
     positions = [2**power for power in (range(3, 5) if args.quick else range(8, 14))]  # to 8,192
     vocabularies = [2**power for power in (range(6, 8) if args.quick else range(13, 19))]  # to 262,144
-    heading, bullet = ("### ", "- ") if args.markdown else ("", "")
 
-    def show(title: str, lines: list[list[str]]) -> None:
-        print(f"{heading}{title}\n\n{format_table(lines, args.markdown)}\n", flush=True)
-
-    show("Head and losses alone", [COMPARISON_HEADER, *compare(size, rounds)])
+    print_table("Head and losses alone", [COMPARISON_HEADER, *compare(size, rounds)], args.markdown)
     if args.chunk_size:
-        show("Chunk sizes of ours", compare_chunks(size, rounds, args.chunk_size))
+        print_table("Chunk sizes of ours", compare_chunks(size, rounds, args.chunk_size), args.markdown)
+    notes = []
     if args.growth or args.plot:
         few = max(2, rounds // 3)  # the comparison has warmed up
         sweeps = [
             sweep("positions", positions, replace(size, vocabulary=100 if args.quick else 30522), few),
             sweep("vocabulary", vocabularies, size, few),
         ]
-        for own in sweeps:
-            show(f"Growth with the {own.axis}, {own.fixed}", own.lines())
-            print(f"{bullet}Ours takes time ~ {own.axis}^{own.exponent(OURS):.2f}\n")
+        for grown in sweeps:
+            print_table(f"Growth with the {grown.axis}, {grown.fixed}", grown.lines(), args.markdown)
+            notes.append(f"Ours takes time ~ {grown.axis}^{grown.exponent(OURS):.2f}")
         if args.plot:
-            plot(sweeps, args.plot)
-    print(
-        f"{bullet}{size.positions} positions, vocabulary {size.vocabulary}, widths {size.widths[0]} and "
-        f"{size.widths[1]}, {args.dtype}; {rounds} rounds in turns; medians\n"
-        f"{bullet}Peak memory of a process that does it once, less that of Python with its imports\n"
-        f"{bullet}{describe_machine(args.device)}\n"
-        f"{bullet}{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
-    )
+            plot(sweeps, Path(args.plot))
+    notes += [
+        f"{size.positions} positions, vocabulary {size.vocabulary}, widths {size.widths[0]} and {size.widths[1]}, "
+        f"{args.dtype}; {rounds} rounds in turns; medians",
+        "Peak memory of a process that does it once, less that of Python with its imports",
+    ]
+    print_notes(notes, args.markdown, args.device)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
 
 
-import argparse
-import datetime
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
@@ -42,19 +40,19 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
 
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from examples.benchmarks.measuring import (
     COMPARISON_HEADER,
     comparison_row,
-    describe_machine,
-    format_table,
     in_turns,
+    make_trainer,
     optimizer_step,
+    parser_of,
     peak_memory_of,
+    print_notes,
+    print_table,
 )
 
 OURS, UNFUSED, TEACHER, STUDENT, NAIVE = VARIANTS = ("ours", "unfused", "teacher alone", "student alone", "naive")
@@ -185,7 +183,7 @@ def _scored(logits: Tensor, labels: Tensor, causal: bool) -> Tensor:
     return logits[:, :-1].flatten(0, 1) if causal else logits[labels != -100]
 
 
-def make_trainer(work: Work, variant: str, folder: str, device: str = "cpu", bf16: bool = False) -> Trainer:
+def trainer_of(work: Work, variant: str, folder: str, device: str = "cpu", bf16: bool = False) -> Trainer:
     """A trainer of one variant that trains for one step, with the same initial weights in each.
 
     Args:
@@ -196,29 +194,15 @@ def make_trainer(work: Work, variant: str, folder: str, device: str = "cpu", bf1
         bf16: Whether to train in mixed precision.
     """
     teacher, student = work.models()
-    rows = work.rows()
-    arguments = {
-        "output_dir": folder,
-        "max_steps": 1,
-        "per_device_train_batch_size": len(rows),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": device == "cpu",
-        "bf16": bf16,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-    }
-    data = {"train_dataset": rows, "data_collator": default_data_collator}
+    arguments = {"use_cpu": device == "cpu", "bf16": bf16, "remove_unused_columns": False}
     if variant in (OURS, UNFUSED):
-        args = CoDistillationTrainingArguments(**arguments, fused_lm_head=variant == OURS)
-        trainer = CoDistillationTrainer(teacher, args, student_model=student, **data)
-    elif variant == NAIVE:
+        return make_trainer((teacher, student), work.rows(), folder, fused_lm_head=variant == OURS, **arguments)
+    trainer = make_trainer((teacher if variant != STUDENT else student,), work.rows(), folder, **arguments)
+    if variant == NAIVE:
         pair = nn.ModuleDict({"teacher": teacher, "student": student})
-        trainer = NaiveTrainer(pair, TrainingArguments(**arguments), **data)
-    else:
-        trainer = Trainer(teacher if variant == TEACHER else student, TrainingArguments(**arguments), **data)
-    trainer.remove_callback(PrinterCallback)
+        data = {"train_dataset": trainer.train_dataset, "data_collator": trainer.data_collator}
+        trainer = NaiveTrainer(pair, trainer.args, **data)
+        trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -230,7 +214,7 @@ def batch_of(work: Work, device: str = "cpu") -> dict[str, Tensor]:
 def measure_steps(work: Work, rounds: int, device: str, bf16: bool) -> dict[str, list[float]]:
     """Seconds of one optimizer step of each variant, by round."""
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {variant: make_trainer(work, variant, folder, device, bf16) for variant in VARIANTS}
+        trainers = {variant: trainer_of(work, variant, folder, device, bf16) for variant in VARIANTS}
         for trainer in trainers.values():
             trainer.train()  # makes the optimizer, and warms up
         batch = batch_of(work, device)
@@ -241,7 +225,7 @@ def measure_steps(work: Work, rounds: int, device: str, bf16: bool) -> dict[str,
 def train_variant(work: Work, variant: str, device: str, bf16: bool) -> None:
     """A short training of one variant, of which the peak memory is taken."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(work, variant, folder, device, bf16)
+        trainer = trainer_of(work, variant, folder, device, bf16)
         trainer.train()
         batch = batch_of(work, device)
         for _ in range(2):
@@ -266,20 +250,16 @@ def make_rows(work: Work, seconds: dict[str, list[float]], memory: dict[str, flo
 
 def main() -> None:
     """Measure, and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test whose figures mean nothing")
+    parser = parser_of(__doc__, "rounds of the steps (default 7, quick 2)")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=["masked", "causal"], help="what to measure")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the models; most pre-training is without")
-    parser.add_argument("--rounds", type=int, help="rounds of the steps (default 7, quick 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--live_memory", action="store_true", help="leave out freed memory that glibc has kept")
-    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 7)
     transformers.logging.set_verbosity_error()
 
-    bullet = "- " if args.markdown else ""
     lines, notes = [COMPARISON_HEADER], []
     works = [replace(WORKS[name], dropout=args.dropout) for name in args.works]
     for work in [work.quick() for work in works] if args.quick else works:
@@ -291,18 +271,15 @@ def main() -> None:
         seconds = measure_steps(work, rounds, *options)
         lines += make_rows(work, seconds, memory)
         speed = work.batch[0] * work.batch[1] / statistics.median(seconds[OURS])
-        notes.append(f"{bullet}{work}; ours {speed:.0f} tokens per second")
+        notes.append(f"{work}; ours {speed:.0f} tokens per second")
 
-    print(f"{'### ' if args.markdown else ''}Co-distillation of language models, one optimizer step\n")
-    print(format_table(lines, args.markdown) + "\n")
-    print("\n".join(notes))
-    print(
-        f"{bullet}{'bf16 mixed precision' if args.bf16 else 'fp32'}; {rounds} rounds in turns; medians\n"
-        f"{bullet}Peak memory of a process that takes three steps, less that of Python with its imports; for the two "
-        f"plain steps, the larger of both{'; without freed memory that glibc has kept' if args.live_memory else ''}\n"
-        f"{bullet}{describe_machine(args.device)}\n"
-        f"{bullet}{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
-    )
+    print_table("Co-distillation of language models, one optimizer step", lines, args.markdown)
+    notes += [
+        f"{'bf16 mixed precision' if args.bf16 else 'fp32'}; {rounds} rounds in turns; medians",
+        "Peak memory of a process that takes three steps, less that of Python with its imports; for the two plain "
+        f"steps, the larger of both{'; without freed memory that glibc has kept' if args.live_memory else ''}",
+    ]
+    print_notes(notes, args.markdown, args.device)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
 
 
-import argparse
-import datetime
 import multiprocessing
 import os
 import statistics
@@ -36,7 +34,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import Trainer
 
 from examples.benchmarks.bench_sequence_classification import CO_TRAINING, TEACHER, Workload
-from examples.benchmarks.measuring import describe_machine, format_ratio, format_table, in_turns, optimizer_step
+from examples.benchmarks.measuring import format_ratio, in_turns, optimizer_step, parser_of, print_notes, print_table
 
 TARGET = 1.7
 #: The teacher alone, and the pair.
@@ -103,11 +101,7 @@ def in_all(processes: list[ProcessPoolExecutor], function: Callable[[str], int],
 
 def main() -> None:
     """Measure, and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test whose figures mean nothing")
-    parser.add_argument("--rounds", type=int, help="rounds (default 8, quick 2)")
-    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "rounds (default 8, quick 2)").parse_args()
     rounds = args.rounds or (2 if args.quick else 8)
 
     with ExitStack() as stack:
@@ -137,15 +131,9 @@ def main() -> None:
         *("work", "one process (samples/s)", "two processes (samples/s)", "ratio (min to max)", "target", "verdict"),
         *("gradients sent (MB a step)", "parameters (MB)", "of the teacher's"),
     ]
-    print(f"{'### ' if args.markdown else ''}Two processes against one\n")
-    print(format_table([header, *rows], args.markdown))
-    bullet = "- " if args.markdown else ""
-    print(
-        f"\n{bullet}{workload} for each process\n"
-        f"{bullet}{rounds} rounds in turns; medians; DDP with gloo, one thread a process\n"
-        f"{bullet}{describe_machine()}\n"
-        f"{bullet}{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
-    )
+    print_table("Two processes against one", [header, *rows], args.markdown)
+    notes = [f"{workload} for each process", f"{rounds} rounds in turns; medians; DDP with gloo, one thread a process"]
+    print_notes(notes, args.markdown)
 
 
 if __name__ == "__main__":

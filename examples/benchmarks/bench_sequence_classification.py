@@ -21,31 +21,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose package `examples` this is in
 
 
-import argparse
 import copy
-import datetime
 import statistics
 import tempfile
+from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import BertConfig, BertForSequenceClassification, Trainer, default_data_collator
 
-from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from examples.benchmarks.measuring import (
-    describe_machine,
     format_ratio,
-    format_table,
     in_turns,
+    make_trainer,
     optimizer_step,
+    parser_of,
     peak_memory_of,
+    print_notes,
+    print_table,
     verdict,
 )
 
@@ -92,29 +85,12 @@ class Workload:
         )
         return BertForSequenceClassification(config)
 
-    def make_trainer(self, variant: str, **more: bool) -> Trainer:
-        """A trainer of one variant, with new copies of the same models and more arguments."""
+    def make_trainer(self, variant: str, **arguments: Any) -> Trainer:
+        """A trainer of one variant, with new copies of the same models and further training arguments."""
         teacher, student = copy.deepcopy(self.models)
-        arguments = {
-            "output_dir": self.folder,
-            "max_steps": self.steps,
-            "per_device_train_batch_size": self.batch_size,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            **more,
-        }
-        data = {"train_dataset": self.rows, "data_collator": default_data_collator}
-        if variant == CO_TRAINING:
-            trainer = CoDistillationTrainer(
-                teacher, CoDistillationTrainingArguments(**arguments), student_model=student, **data
-            )
-        else:
-            trainer = Trainer(teacher if variant == TEACHER else student, TrainingArguments(**arguments), **data)
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        models = {CO_TRAINING: (teacher, student), TEACHER: (teacher,), STUDENT: (student,)}[variant]
+        sizes = {"max_steps": self.steps, "per_device_train_batch_size": self.batch_size}
+        return make_trainer(models, self.rows, self.folder, **sizes, **arguments)
 
     def __str__(self) -> str:
         return (
@@ -185,11 +161,8 @@ def make_rows(
 
 def main() -> None:
     """Measure, and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny models: a smoke test whose figures mean nothing")
-    parser.add_argument("--rounds", type=int, help="rounds of the steps (default 10, quick 2); a third for train()")
+    parser = parser_of(__doc__, "rounds of the steps (default 10, quick 2); a third for train()")
     parser.add_argument("--steps", type=int, help="optimizer steps of one train() (default 6, quick 2)")
-    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 10)
     steps = args.steps or (2 if args.quick else 6)
@@ -201,17 +174,15 @@ def main() -> None:
         step_times = measure_steps(workload, rounds)
         training_times = measure_trainings(workload, max(2, rounds // 3))
 
-    print(f"{'### ' if args.markdown else ''}Co-training against two trainings, sequence classification\n")
     header = ["", *VARIANTS, "ratio (min to max)", "target", "verdict"]
-    print(format_table([header, *make_rows(step_times, training_times, memory)], args.markdown))
-    bullet = "- " if args.markdown else ""
-    print(
-        f"\n{bullet}{workload}\n"
-        f"{bullet}{rounds} rounds of one step, {max(2, rounds // 3)} rounds of train() over {steps} steps; medians\n"
-        f"{bullet}Peak memory of a process that trains for a few steps, less that of Python with its imports\n"
-        f"{bullet}{describe_machine()}\n"
-        f"{bullet}{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
-    )
+    lines = [header, *make_rows(step_times, training_times, memory)]
+    print_table("Co-training against two trainings, sequence classification", lines, args.markdown)
+    notes = [
+        str(workload),
+        f"{rounds} rounds of one step, {max(2, rounds // 3)} rounds of train() over {steps} steps; medians",
+        "Peak memory of a process that trains for a few steps, less that of Python with its imports",
+    ]
+    print_notes(notes, args.markdown)
 
 
 if __name__ == "__main__":

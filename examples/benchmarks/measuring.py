@@ -1,5 +1,7 @@
-"""What the benchmarks share: an optimizer step, timing in turns, peak memory, and the tables of the report."""
+"""Parts of the benchmarks: an optimizer step, timing in turns, peak memory, the command line and the report."""
 
+import argparse
+import datetime
 import multiprocessing
 import os
 import platform
@@ -10,12 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
+from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from ctcd_trainer.students.costs import cpu_name
+from examples.common.tables import format_table
 
 #: Columns of `comparison_row`.
 COMPARISON_HEADER = [
@@ -24,6 +29,38 @@ COMPARISON_HEADER = [
 ]
 #: With it, glibc gives each block back to the system when it is freed. Other allocators ignore it.
 _MAPPING_FOR_EACH_BLOCK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+
+
+def make_trainer(
+    models: Sequence[PreTrainedModel], rows: list[dict[str, torch.Tensor]], folder: str, **arguments: Any
+) -> Trainer:
+    """A trainer of two models (`CoDistillationTrainer`) or of one (plain `Trainer`), which saves and prints nothing.
+
+    Args:
+        models: Teacher and student, or one model.
+        rows: The data; a batch takes all rows unless `arguments` say otherwise.
+        folder: Output folder that Trainer asks for.
+        **arguments: Further training arguments.
+    """
+    settings = {
+        "output_dir": folder,
+        "max_steps": 1,
+        "per_device_train_batch_size": len(rows),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        **arguments,
+    }
+    data = {"train_dataset": rows, "data_collator": default_data_collator}
+    if len(models) == 1:
+        trainer = Trainer(models[0], TrainingArguments(**settings), **data)
+    else:
+        args = CoDistillationTrainingArguments(**settings)
+        trainer = CoDistillationTrainer(models[0], args, student_model=models[1], **data)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def optimizer_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
@@ -66,8 +103,7 @@ def in_turns(
 def peak_memory(device: str = "cpu") -> float:
     """Peak memory of this process so far, in MB: resident, or allocated on the GPU.
 
-    On Linux `ru_maxrss` of a new process starts at the peak of the one that started it, so the kernel's other figure
-    is taken there.
+    On Linux `ru_maxrss` of a new process starts at the peak of its parent, so the kernel's other figure is used there.
     """
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
@@ -87,11 +123,10 @@ def peak_memory_of(
         *arguments: Its arguments.
         device: Where it computes.
         live: Whether to leave out freed memory that glibc keeps for later. It depends on the order of all allocations,
-            and makes the resident peak of the same program scatter by several percent.
+            and lets the resident peak of the same program vary by several percent.
     """
-    # Resident memory: a server that has imported the libraries once is forked for each action. It never computes, so
-    # that a new process starts small, and without the seconds that the imports take. Live memory: the allocator reads
-    # the environment when a program starts.
+    # Resident memory: each action runs in a fork of a server that has imported the libraries and never computes, so
+    # the new process starts small and fast. Live memory: the allocator reads the environment when a program starts.
     context = multiprocessing.get_context("spawn" if live else "forkserver")
     context.set_forkserver_preload(["ctcd_trainer"])
     added = _MAPPING_FOR_EACH_BLOCK if live else {}
@@ -117,7 +152,7 @@ def format_ratio(ratios: Sequence[float]) -> str:
 
 
 def verdict(*values_and_targets: tuple[float, float | None]) -> str:
-    """Whether every value that has a target is within it."""
+    """The verdict: `pass` if every value with a target is within it."""
     judged = [value <= target for value, target in values_and_targets if target is not None]
     if not judged:
         return "-"
@@ -153,17 +188,6 @@ def comparison_row(
     return [work, other, *medians, format_ratio(ratios), targets[0], *peaks, targets[1], verdict(*judged)]
 
 
-def format_table(lines: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Lines, of which the first is the header, as text in aligned columns or as a Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    header, *rows = lines
-    start, gap, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
-    return "\n".join(
-        start + gap.join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + end
-        for line in [header, ["-" * width for width in widths], *rows]
-    )
-
-
 def describe_machine(device: str = "cpu") -> str:
     """Processor, cores and versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -172,3 +196,32 @@ def describe_machine(device: str = "cpu") -> str:
         f"{gpu}{cpu_name()}, {cores} cores, {torch.get_num_threads()} torch threads; "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
+
+
+# ---- Command line and report ----
+
+
+def parser_of(description: str, rounds: str) -> argparse.ArgumentParser:
+    """The command line that all benchmarks have.
+
+    Args:
+        description: Docstring of the benchmark.
+        rounds: Text about `--rounds`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test whose figures mean nothing")
+    parser.add_argument("--rounds", type=int, help=rounds)
+    parser.add_argument("--markdown", action="store_true", help="print the report as Markdown")
+    return parser
+
+
+def print_table(title: str, lines: Sequence[Sequence[str]], markdown: bool) -> None:
+    """Print a table with its title."""
+    print(f"{'### ' if markdown else ''}{title}\n\n{format_table(lines, markdown)}\n", flush=True)
+
+
+def print_notes(notes: Sequence[str], markdown: bool, device: str = "cpu") -> None:
+    """Print notes on a measurement, then the machine and the command."""
+    command = f"{datetime.date.today().isoformat()}: {' '.join(['python', *sys.argv])}"
+    for note in (*notes, describe_machine(device), command):
+        print(f"{'- ' if markdown else ''}{note}")

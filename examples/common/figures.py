@@ -1,4 +1,4 @@
-"""Parts of the report's figures: styles that can be told apart in grey, lines, legends."""
+"""Parts of figures: styles that can be told apart in grey, lines, legends."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,24 +35,26 @@ VALUE_STYLES = (
     ("#9e9ac8", "v", (0, (6, 2))),
     ("#fdae6b", "X", (0, (3, 2))),
 )
-#: As wide as a printed page, so that text keeps its size there.
+#: Width of a printed page in inches, so that text keeps its size there.
 WIDTH = 7.2
 
 
 def style_of(method: str) -> dict[str, Any]:
-    """How a method is drawn; a variant of it, such as "community (prepared)", has hollow markers."""
+    """The style of a method; a variant of a method, such as "community (prepared)", has hollow markers."""
     base = plain_method(method)
     return line_style(*STYLES.get(base, ("#636363", "P", "-")), hollow=base != method)
 
 
 @contextmanager
-def figure_of(path: Path, rows: int, columns: int, height: float) -> Iterator[tuple[Figure, Any]]:
-    """A figure and its panels, which is written to a file when it is drawn."""
+def figure_of(
+    path: Path, rows: int, columns: int, height: float, width: float = WIDTH, dpi: int = 200
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its panels `(rows, columns)`; it is written to a file at the end. Sizes are in inches."""
     with plt.rc_context(
         {"font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8}
     ):
         figure, axes = plt.subplots(
-            rows, columns, figsize=(WIDTH, height), dpi=200, layout="constrained", squeeze=False
+            rows, columns, figsize=(width, height), dpi=dpi, layout="constrained", squeeze=False
         )
         for axis in axes.flat:
             axis.grid(color="0.85", linewidth=0.6)
@@ -77,7 +79,7 @@ def line_style(colour: str, marker: str, line: Any, hollow: bool = False) -> dic
 
 
 def value_style(index: int) -> dict[str, Any]:
-    """How the values of an axis are drawn, dark to light."""
+    """The style of a value of an axis, from dark to light."""
     rounds, place = divmod(index, len(VALUE_STYLES))
     return line_style(*VALUE_STYLES[place], hollow=rounds % 2 == 1)
 
@@ -114,13 +116,13 @@ def draw_points(axis: Axes, learner: str, found: Mapping[int, Summary], joined: 
 
 
 def note_if_empty(axis: Axes) -> None:
-    """Say so where there is nothing in a panel."""
+    """Write "no results yet" into an empty panel."""
     if not axis.get_legend_handles_labels()[1]:
         axis.text(0.5, 0.5, "no results yet", transform=axis.transAxes, ha="center", color="0.4")
 
 
 def handles_of(axes: Any) -> dict[str, Any]:
-    """What the panels show, each once, by its label."""
+    """The handles of all panels by label, each label once."""
     handles: dict[str, Any] = {}
     for pair in axes:
         for axis in pair:
@@ -130,7 +132,7 @@ def handles_of(axes: Any) -> dict[str, Any]:
 
 
 def draw_legend(figure: Figure, axes: Any, order: Sequence[str] | None = None, title: str | None = None) -> None:
-    """Draw one legend for all panels below them."""
+    """Draw one legend below all panels."""
     if handles := handles_of(axes):
         labels = list(order or handles)
         figure.legend(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -59,23 +60,26 @@ def paired_differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def bootstrap_interval(
-    values: list[float], confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval | None:
-    """Percentile interval of the mean, from values drawn with replacement; `None` if there are fewer than two."""
-    if len(values) < 2:
-        return None
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+def bootstrap_interval(values: Iterable[float]) -> Interval | None:
+    """Percentile interval of the mean, by the bootstrap with a fixed seed; `None` for fewer than two values."""
+    return _bootstrap(tuple(values))
 
 
-def t_interval(values: list[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """Student's interval of the mean; `None` if there are fewer than two values."""
+@cache  # a report has many a comparison in several tables
+def _bootstrap(values: tuple[float, ...]) -> Interval | None:
     if len(values) < 2:
         return None
+    options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
+    found = stats.bootstrap((values,), np.mean, random_state=np.random.default_rng(0), **options).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def t_interval(values: Iterable[float]) -> Interval | None:
+    """Student's interval of the mean; `None` for fewer than two values."""
     summary = summarise(values)
-    half = stats.t.ppf((1 + confidence) / 2, summary.n - 1) * summary.std / summary.n**0.5
+    if summary is None or summary.std is None:
+        return None
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, summary.n - 1) * summary.std / summary.n**0.5  # 0 for equal values
     return float(summary.mean - half), float(summary.mean + half)
 
 
@@ -83,12 +87,12 @@ def compare(ours: Mapping[int, float], theirs: Mapping[int, float], higher_is_be
     """Compare two methods seed by seed.
 
     Args:
-        ours: Values of the method that is claimed to be better, by seed.
-        theirs: Values of the other one.
+        ours: Values of the method that should be better, by seed.
+        theirs: Values of the other method.
         higher_is_better: Whether a larger value is a better one.
 
     Returns:
-        The difference, positive where ours is better; `None` without a seed that both have.
+        The difference, positive if ours is better; `None` without a common seed.
     """
     sign = 1 if higher_is_better else -1
     differences = [sign * difference for difference in paired_differences(ours, theirs)]

@@ -1,16 +1,20 @@
-"""Sequence classification data in the manner of GLUE: its parts, what its labels mean, and its tokens."""
+"""Sequence classification data in the manner of GLUE: rows, labels, tokens and metrics."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ctcd_trainer.tasks.labels import IGNORE_INDEX
-from examples.common.run import first_rows, split_of
+from ctcd_trainer.tasks.labels import IGNORE_INDEX, own_labels
+
+from .loading import first_rows, split_of
+from .metrics import GLUE_SCORES, f1, glue_scores
 
 #: The GLUE tasks and their columns of text.
 TASK_TO_TEXT: Mapping[str, tuple[str, ...]] = {
@@ -25,7 +29,7 @@ TASK_TO_TEXT: Mapping[str, tuple[str, ...]] = {
     "wnli": ("sentence1", "sentence2"),
 }
 LABEL = "label"
-#: What GLUE's unlabelled test sets have as label.
+#: The label of the rows of GLUE's unlabelled test sets.
 UNLABELLED = -1
 
 
@@ -33,7 +37,7 @@ UNLABELLED = -1
 
 
 def splits_of(task: str | None, split: str) -> dict[str, str]:
-    """The parts of a split, by the name that results get: MNLI has two for validation and test.
+    """The parts of a split, by the name of their results: MNLI has two parts for validation and test.
 
     Returns:
         Names in the data set by name of the result, e.g. `{"mnli": "test_matched", "mnli-mm": "test_mismatched"}`.
@@ -44,13 +48,12 @@ def splits_of(task: str | None, split: str) -> dict[str, str]:
 
 
 def select_rows(raw: DatasetDict, task: str | None, limits: Mapping[str, int | None]) -> dict[str, dict[str, Dataset]]:
-    """The rows that are wanted.
+    """The rows that a run needs.
 
     Args:
         raw: All splits.
         task: Name of the GLUE task, if it is one.
-        limits: The splits that are wanted (`train`, `validation`, `test`), with the number of their first rows to
-            take, `None` for all.
+        limits: Number of the first rows to take, `None` for all, by split (`train`, `validation`, `test`).
 
     Returns:
         By split and by name of the result (see `splits_of`). The test sets have no labels.
@@ -70,10 +73,10 @@ def select_rows(raw: DatasetDict, task: str | None, limits: Mapping[str, int | N
 
 
 def text_columns(dataset: Dataset, task: str | None) -> tuple[str, ...]:
-    """The one or two columns of text: the task's; or `sentence1` and `sentence2`; or the first two, or the only one.
+    """The one or two columns of text: the task's, else `sentence1` and `sentence2`, else the first two or only one.
 
     Raises:
-        ValueError: There is none, or the task's are not there.
+        ValueError: There is no such column.
     """
     if task is not None:
         missing = [name for name in TASK_TO_TEXT[task] if name not in dataset.column_names]
@@ -98,7 +101,7 @@ def text_columns(dataset: Dataset, task: str | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Labels:
-    """What the labels of a data set mean, and their place in the models' outputs.
+    """The meaning of the labels of a data set, and their place in the models' outputs.
 
     Attributes:
         problem_type: As in the config of a model.
@@ -116,9 +119,9 @@ class Labels:
 
     @classmethod
     def of(cls, dataset: Dataset, task: str | None = None) -> "Labels":
-        """Find out what the labels of a data set are.
+        """Read the labels off a data set.
 
-        Floats are scores (regression), lists are several labels per row, anything else is one label per row.
+        Floats are scores (regression), lists are several labels a row, anything else is one label a row.
 
         Args:
             dataset: The training set.
@@ -162,10 +165,10 @@ class Labels:
 
     def fits(self, config: PreTrainedConfig) -> bool | None:
         """Whether a config names the same labels, in whatever order and case; `None` if it names none."""
-        own = _named_labels(config)
-        if self.problem_type == "regression" or own is None:
+        known = _named_labels(config)
+        if self.problem_type == "regression" or known is None:
             return None
-        return sorted(own) == sorted(name.lower() for name in self.names)
+        return sorted(known) == sorted(name.lower() for name in self.names)
 
     def ordered_as(self, config: PreTrainedConfig) -> "Labels":
         """These labels in the order of a model that was trained on them, if its config names the same ones."""
@@ -175,13 +178,13 @@ class Labels:
         return replace(self, names=tuple(names[name] for name in _named_labels(config)))
 
     def same_order(self, config: PreTrainedConfig) -> bool:
-        """Whether the outputs of a model mean these labels in this order, so far as its config tells."""
-        own = _named_labels(config)
-        return own is None or own == [name.lower() for name in self.names]
+        """Whether the outputs of a model mean these labels in this order, as far as its config tells."""
+        known = _named_labels(config)
+        return known is None or known == [name.lower() for name in self.names]
 
     @property
     def absent(self) -> Any:
-        """What a row without a label has in its place."""
+        """The label of a row without one."""
         if self.problem_type == "single_label_classification":
             return IGNORE_INDEX
         return math.nan if self.problem_type == "regression" else [math.nan] * len(self.names)
@@ -190,7 +193,7 @@ class Labels:
         """The labels as the models take them: indices, floats, or rows of zeros and ones.
 
         Raises:
-            ValueError: A label that the training data has not.
+            ValueError: A label does not occur in the training data.
         """
         if self.problem_type == "regression":
             return [float(value) for value in values]
@@ -210,9 +213,9 @@ class Labels:
         return self.names.index(name)
 
     def predictions(self, logits: np.ndarray | tuple) -> np.ndarray:
-        """What logits `(rows, outputs)` predict: scores or indices `(rows,)`, or zeros and ones `(rows, outputs)`.
+        """Predictions of logits `(rows, outputs)`: scores or indices `(rows,)`, or zeros and ones `(rows, outputs)`.
 
-        Of a tuple of outputs the first one is the logits.
+        If the outputs are a tuple, its first entry is the logits.
         """
         logits = logits[0] if isinstance(logits, tuple) else logits
         if self.problem_type == "regression":
@@ -222,7 +225,7 @@ class Labels:
         return (logits > 0).astype(np.int64)
 
     def in_data_order(self, indices: np.ndarray) -> np.ndarray:
-        """Single labels as indices into the data set's own order: the positive class of an F1 stays what it is."""
+        """Single labels as indices into the data set's order, so that an F1 keeps its positive class."""
         if self.problem_type != "single_label_classification":
             return indices
         return np.array([self.data_names.index(name) for name in self.names])[indices]
@@ -238,8 +241,8 @@ class Labels:
 
 def _named_labels(config: PreTrainedConfig) -> list[str] | None:
     """Labels of a config in the order of its outputs and in lower case; `None` if they are the default ones."""
-    names = [config.id2label[index].lower() for index in sorted(config.id2label)]
-    return None if names == [f"label_{index}" for index in range(len(names))] else names
+    names = own_labels(config)
+    return None if names is None else [name.lower() for name in names]
 
 
 def _check_no_gaps(dataset: Dataset) -> None:
@@ -266,16 +269,16 @@ def _names_of_multi_hot(rows: Iterable[Sequence[float]]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Turns a batch of rows into tokens and labels, to be used with `Dataset.map(..., batched=True)`.
+    """Turns a batch of rows into tokens and labels, for `Dataset.map(..., batched=True)`.
 
     Attributes:
         tokenizer: The tokenizer.
         columns: The one or two columns of text. An empty cell of a CSV file is empty text.
-        labels: What the labels mean.
+        labels: The labels.
         max_length: Number of tokens at which rows are cut.
         pad: Whether to fill every row up to `max_length`.
-        labelled: Whether the labels of the rows are used, if they have any; otherwise they get none to learn from.
-        student_tokenizer: The student's, if it is another one; its tokens get names that begin with `student_`.
+        labelled: Whether to use the labels of the rows, if there are any; otherwise the rows count as unlabelled.
+        student_tokenizer: The student's tokenizer, if it differs; the names of its columns begin with `student_`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -300,3 +303,73 @@ class Preprocessor:
         elif LABEL in rows:
             result["labels"] = self.labels.encode(rows[LABEL])
         return result
+
+
+# ---- Metrics ----
+
+
+class GlueMetric(evaluate.Metric):
+    """The metric of one GLUE task, with the keys of `evaluate.load("glue", task)`; see `metrics.glue_scores`.
+
+    It fetches nothing, and in a single process it writes nothing: several instances and processes can compute at the
+    same time.
+
+    Args:
+        config_name: Name of the task.
+        keep_in_memory: Whether predictions are kept in memory instead of in a cache file. Default: unless
+            `num_process` is above 1, where `evaluate` needs files.
+        num_process: As in `evaluate.Metric`; stays 1 with Trainer, which gathers the predictions itself.
+        **kwargs: The other arguments of `evaluate.Metric`.
+
+    Raises:
+        KeyError: The task is unknown; the message has the valid names.
+
+    Example:
+        >>> GlueMetric("rte").compute(predictions=[0, 1], references=[0, 0])
+        {'accuracy': 0.5}
+    """
+
+    def __init__(
+        self, config_name: str, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
+    ) -> None:
+        if keep_in_memory is None:
+            keep_in_memory = num_process == 1
+        super().__init__(config_name, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        if self.config_name not in GLUE_SCORES:
+            raise KeyError(f"Unknown GLUE task {self.config_name!r}. Valid names: {', '.join(sorted(GLUE_SCORES))}.")
+        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
+        return evaluate.MetricInfo(
+            description="The metric of a task of the GLUE benchmark.",
+            citation="",
+            inputs_description="predictions and references: class indices, or scores for stsb.",
+            features=datasets.Features({"predictions": value, "references": value}),
+        )
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        return glue_scores(self.config_name, np.asarray(predictions), np.asarray(references))
+
+
+def metrics_for(labels: Labels, task: str | None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """GLUE's own metrics for a task (with `combined_score`, their mean, if there are two).
+
+    Without a task, they depend on the labels: the mean squared error of scores (`mse`); the `accuracy` of classes; for
+    several labels a row, the share of rows without an error (`accuracy`) and the F1 over all labels of all rows
+    (`f1_micro`).
+    """
+    glue = GlueMetric(task) if task is not None else None
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        predicted = labels.in_data_order(labels.predictions(prediction.predictions))
+        references = labels.in_data_order(prediction.label_ids)
+        if glue is not None:
+            metrics = glue.compute(predictions=predicted, references=references)
+            return metrics | ({"combined_score": float(np.mean(list(metrics.values())))} if len(metrics) > 1 else {})
+        if labels.problem_type == "regression":
+            return {"mse": float(np.square(predicted - references).mean())}
+        if labels.problem_type == "single_label_classification":
+            return {"accuracy": float((predicted == references).mean())}
+        return {"accuracy": float((predicted == references).all(axis=1).mean()), "f1_micro": f1(predicted, references)}
+
+    return compute_metrics

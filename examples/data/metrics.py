@@ -1,119 +1,79 @@
-"""The metrics of the GLUE tasks as a local `evaluate.Metric`, with the keys of `evaluate.load("glue", task)`."""
+"""The scores of GLUE, in numpy alone: a machine that only trains a prepared grid needs no library of metrics."""
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
-import datasets
-import evaluate
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import EvalPrediction
 
-from examples.data.glue import Labels
+#: The scores of each GLUE task (Wang et al. 2019, arXiv 1804.07461, table 1).
+GLUE_SCORES: Mapping[str, tuple[str, ...]] = {
+    "cola": ("matthews_correlation",),
+    "stsb": ("pearson", "spearmanr"),
+    "mrpc": ("accuracy", "f1"),
+    "qqp": ("accuracy", "f1"),
+    **dict.fromkeys(("mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "sst2", "wnli"), ("accuracy",)),
+}
 
-_ACCURACY = ("mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "sst2", "wnli")
-_ACCURACY_AND_F1 = ("mrpc", "qqp")
-#: The names that `GlueMetric` takes.
-GLUE_METRICS = ("cola", "stsb", *_ACCURACY_AND_F1, *_ACCURACY)
 
+def glue_scores(task: str, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The scores of a task.
 
-class GlueMetric(evaluate.Metric):
-    """The metric of one GLUE task (Wang et al. 2019, arXiv 1804.07461, table 1).
-
-    - `cola`: `matthews_correlation`
-    - `stsb`: `pearson` and `spearmanr`
-    - `mrpc`, `qqp`: `accuracy` and `f1` (of class 1)
-    - `mnli`, `mnli_matched`, `mnli_mismatched`, `qnli`, `rte`, `sst2`, `wnli`: `accuracy`
-
-    What is undefined is 0.0: a correlation with constant predictions or references or with fewer than two examples,
-    and the F1 of a class that neither occurs nor is predicted. A correlation with NaN or infinite values is NaN.
-
-    Nothing is fetched, and in a single process nothing is written: several instances and processes can compute at the
-    same time.
+    An undefined score is 0.0: a correlation with constant values or with fewer than two examples, and the F1 of a
+    class that neither occurs nor is predicted. A correlation with NaN or infinite values is NaN.
 
     Args:
-        config_name: Name of the task.
-        keep_in_memory: Whether predictions are kept in memory instead of in a cache file. Default: unless
-            `num_process` is above 1, where `evaluate` needs files.
-        num_process: As in `evaluate.Metric`; stays 1 with Trainer, which gathers the predictions itself.
-        **kwargs: The other arguments of `evaluate.Metric`.
-
-    Raises:
-        KeyError: The task is unknown; the message has the valid names.
-
-    Example:
-        >>> GlueMetric("rte").compute(predictions=[0, 1], references=[0, 0])
-        {'accuracy': 0.5}
+        task: A key of `GLUE_SCORES`.
+        predictions: Class indices, or scores for `stsb`, `(rows,)`.
+        references: Likewise.
     """
-
-    def __init__(
-        self, config_name: str, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
-    ) -> None:
-        if keep_in_memory is None:
-            keep_in_memory = num_process == 1
-        super().__init__(config_name, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        if self.config_name not in GLUE_METRICS:
-            raise KeyError(f"Unknown GLUE task {self.config_name!r}. Valid names: {', '.join(sorted(GLUE_METRICS))}.")
-        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
-        return evaluate.MetricInfo(
-            description="The metric of a task of the GLUE benchmark.",
-            citation="",
-            inputs_description="predictions and references: class indices, or scores for stsb.",
-            features=datasets.Features({"predictions": value, "references": value}),
-        )
-
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        predictions, references = np.asarray(predictions), np.asarray(references)
-        if self.config_name == "stsb":
-            return {
-                "pearson": _correlation(pearsonr, predictions, references),
-                "spearmanr": _correlation(spearmanr, predictions, references),
-            }
-        if self.config_name == "cola":
-            return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
-        metrics = {"accuracy": float(accuracy_score(references, predictions))}
-        if self.config_name in _ACCURACY_AND_F1:
-            metrics["f1"] = float(f1_score(references, predictions, zero_division=0.0))
-        return metrics
+    compute = {
+        "matthews_correlation": correlation,  # of two classes, it is Pearson's correlation
+        "pearson": correlation,
+        "spearmanr": lambda first, second: correlation(ranks(first), ranks(second)),
+        "accuracy": lambda first, second: float((first == second).mean()),
+        "f1": f1,
+    }
+    return {name: compute[name](predictions, references) for name in GLUE_SCORES[task]}
 
 
-def _correlation(
-    correlate: Callable[[np.ndarray, np.ndarray], Any], predictions: np.ndarray, references: np.ndarray
-) -> float:
-    """A correlation coefficient; 0.0 where it is undefined, NaN if a value is not finite."""
-    if not (np.isfinite(predictions).all() and np.isfinite(references).all()):
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's correlation of two arrays `(rows,)`; 0.0 if one is constant, NaN if a value is not finite."""
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return float("nan")
-    if len(predictions) < 2:
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about constant and nearly constant input
-        value = float(correlate(predictions, references).statistic)
-    return value if np.isfinite(value) else 0.0
+    first, second = first - first.mean(dtype=np.float64), second - second.mean(dtype=np.float64)
+    return float((first * second).sum() / np.sqrt(np.square(first).sum() * np.square(second).sum()))
 
 
-def metrics_for(labels: Labels, task: str | None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """GLUE's own metrics for a task (with `combined_score`, their mean, if there are two).
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 of `(rows,)` values. Equal values share the mean of their ranks; NaN stays NaN."""
+    if not np.isfinite(values).all():
+        return values
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
 
-    Without a task: the mean squared error of scores; the accuracy; for multiple labels, the share of rows in which all
-    of them are right (`accuracy`) and the F1 over all labels of all rows (`f1_micro`).
+
+def f1(predictions: np.ndarray, references: np.ndarray) -> float:
+    """The F1 of class 1, over all entries; 0.0 if the class neither occurs nor is predicted."""
+    predicted, expected = predictions == 1, references == 1
+    return float(2 * (predicted & expected).sum() / max(predicted.sum() + expected.sum(), 1))
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
+
+    Args:
+        logits: `(rows, classes)`.
+        labels: Class indices, `(rows,)`.
+        bins: Number of bins of equal width between confidence 0 and 1.
+
+    Returns:
+        Mean distance of accuracy and confidence over the bins, weighted by their numbers of rows.
     """
-    glue = GlueMetric(task) if task is not None else None
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predicted = labels.in_data_order(labels.predictions(prediction.predictions))
-        references = labels.in_data_order(prediction.label_ids)
-        if glue is not None:
-            metrics = glue.compute(predictions=predicted, references=references)
-            return metrics | ({"combined_score": float(np.mean(list(metrics.values())))} if len(metrics) > 1 else {})
-        if labels.problem_type == "regression":
-            return {"mse": float(np.square(predicted - references).mean())}
-        if labels.problem_type == "single_label_classification":
-            return {"accuracy": float((predicted == references).mean())}
-        f1 = float(f1_score(references, predicted, average="micro", zero_division=0.0))
-        return {"accuracy": float((predicted == references).all(axis=1).mean()), "f1_micro": f1}
-
-    return compute_metrics
+    logits = logits.astype(np.float64)
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    confidence = exponentials.max(-1) / exponentials.sum(-1)
+    right = logits.argmax(-1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, weights=right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))

@@ -1,4 +1,4 @@
-"""Token classification data: what the labels of words mean, their place among the sub-words, and entity scores."""
+"""Token classification data: labels of words and of their sub-words, and the scores of entities."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
+from torch import Tensor
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase
 
-#: Label of a token that is not scored, as in `torch.nn.CrossEntropyLoss`.
-IGNORED = -100
+from ctcd_trainer.tasks.labels import IGNORE_INDEX as IGNORED
+from ctcd_trainer.tasks.labels import own_labels
+
 #: Column with the position of each word's first token; `CUT_OFF` for a word that got none.
 FIRST_TOKENS = "first_tokens"
 CUT_OFF = -1
@@ -18,7 +20,7 @@ OUTSIDE = "O"
 
 
 def words_of(row: Sequence[Any] | str | None) -> list[Any]:
-    """A row's words or labels: a list as it is, a text (as CSV files hold it) split at white space."""
+    """The words or labels of a row: a list, or a text (as in CSV files) split at white space."""
     return row.split() if isinstance(row, str) else list(row or ())
 
 
@@ -26,12 +28,12 @@ def words_of(row: Sequence[Any] | str | None) -> list[Any]:
 
 
 def find_column(dataset: Dataset, given: str | None, argument: str, usual: Sequence[str]) -> str:
-    """The column that an argument names, or else the first of the usual names that is there.
+    """The column that an argument names, or else the first of the usual columns that exists.
 
     Args:
         dataset: The data.
         given: The name that the user gave.
-        argument: Name of the argument, for the message.
+        argument: Name of the argument.
         usual: Names to look for.
 
     Raises:
@@ -46,7 +48,7 @@ def find_column(dataset: Dataset, given: str | None, argument: str, usual: Seque
 
 @dataclass(frozen=True)
 class WordLabels:
-    """What the labels of words mean, and their place in the models' outputs.
+    """The meaning of the labels of words, and their place in the models' outputs.
 
     Attributes:
         names: Names of the labels in the order of the models' outputs.
@@ -60,8 +62,8 @@ class WordLabels:
     def of(cls, datasets: Iterable[Dataset], column: str, config: PreTrainedConfig) -> "WordLabels":
         """The labels of some data sets: the names of a `ClassLabel`, or all that occur, sorted.
 
-        If the model knows them all (and maybe more), the labels are the model's, in its order. So they are where no
-        data set has labels.
+        If the model knows them all (and maybe more), or if no data set has labels, they are the model's labels in its
+        order.
 
         Args:
             datasets: Data sets with the same labels, such as the splits of one. Those without the column are skipped.
@@ -71,7 +73,7 @@ class WordLabels:
         Raises:
             ValueError: Fewer than two labels occur, or there are none in the data nor in the config.
         """
-        own = _named_labels(config)
+        own = own_labels(config)
         labelled = [dataset for dataset in datasets if column in dataset.column_names]
         if not labelled:
             if own is None:
@@ -99,8 +101,8 @@ class WordLabels:
         }
 
     def same_order(self, config: PreTrainedConfig) -> bool:
-        """Whether the outputs of a model mean these labels in this order, so far as its config tells."""
-        own = _named_labels(config)
+        """Whether the outputs of a model mean these labels in this order, as far as its config tells."""
+        own = own_labels(config)
         return own is None or own == list(self.names)
 
     def index(self, value: Any) -> int:
@@ -117,18 +119,13 @@ class WordLabels:
         return self.names.index(name)
 
     def inside(self, index: int) -> int:
-        """Label of the later sub-words of a word: an entity that begins (`B-X`) goes on (`I-X`)."""
+        """Label of the later sub-words of a word: after the beginning of an entity (`B-X`), its inside (`I-X`)."""
         name = self.names[index]
         return self.names.index(f"I-{name[2:]}") if name[:2] == "B-" and f"I-{name[2:]}" in self.names else index
 
 
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, int) and value < 0)
-
-
-def _named_labels(config: PreTrainedConfig) -> list[str] | None:
-    names = [config.id2label[index] for index in sorted(config.id2label)]
-    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
 
 # ---- Tokens ----
@@ -140,9 +137,9 @@ class WordTokenizer:
 
     Attributes:
         tokenizer: A fast tokenizer: others do not tell which word a token belongs to.
-        labels: What the labels mean.
+        labels: The labels.
         text_column: Name of the column of words.
-        label_column: Name of the column of labels, which a test set need not have.
+        label_column: Name of the column of labels; a test set may lack it.
         max_length: Number of tokens at which rows are cut.
         pad: Whether to fill every row up to `max_length`.
         label_all_tokens: Whether all sub-words of a word are labelled and scored, instead of the first one.
@@ -157,13 +154,13 @@ class WordTokenizer:
     label_all_tokens: bool
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Tokens of the rows, the position of each word's first one, and `labels` if the rows have any.
+        """Tokens of the rows, the position of the first token of each word, and `labels` if the rows have labels.
 
         Raises:
             ValueError: A row has another number of labels than of words, or an unknown label.
         """
         texts = [[str(word) for word in words_of(row)] for row in rows[self.text_column]]
-        # RoBERTa's and GPT-2's tokenizers see a word after a space as another one than the first word of a text.
+        # For the tokenizers of RoBERTa and GPT-2, a word after a space differs from the first word of a text.
         spaced = self.tokenizer.tokenize("a") != self.tokenizer.tokenize(" a")
         encoded = self.tokenizer(
             [[*words[:1], *(f" {word}" for word in words[1:])] for words in texts] if spaced else texts,
@@ -208,17 +205,17 @@ class WordTokenizer:
 
 
 def entities(labels: Sequence[str], chunked: bool = True) -> set[tuple[str, int, int]]:
-    """The entities that the labels of a sentence spell, as the CoNLL shared tasks count them.
+    """The entities in the labels of a sentence, as the CoNLL shared tasks count them.
 
-    An entity begins at `B-X`, and at `I-X` where no `X` precedes it. Of the schemes with more prefixes, `E` and `L`
-    end an entity and `S` and `U` are one alone.
+    An entity begins at `B-X`, and at `I-X` if no `X` precedes it. In schemes with more prefixes, `E` and `L` end an
+    entity, and `S` and `U` mark an entity of one word.
 
     Args:
         labels: The labels of the words.
-        chunked: Whether they have such prefixes. If not, every word is an entity of its own (as parts of speech are).
+        chunked: Whether the labels have such prefixes. If not (parts of speech), every word is an entity.
 
     Returns:
-        Type, first and last word of each.
+        Type, first and last word of each entity.
     """
     found: list[tuple[str, int, int]] = []
     goes_on = False
@@ -241,9 +238,9 @@ def entities(labels: Sequence[str], chunked: bool = True) -> set[tuple[str, int,
 def entity_scores(
     predicted: Iterable[Sequence[str]], expected: Iterable[Sequence[str]], chunked: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and number of the entities of each type, and under the type `""` of all (micro-averaged).
+    """Precision, recall, F1 and number of the entities of each type, and of all entities under the type `""`.
 
-    An entity is right if its type and both its ends are. What is undefined is 0.0.
+    An entity is right if its type and both its ends are right. Undefined scores are 0.0.
 
     Args:
         predicted: Predicted labels of each sentence.
@@ -267,11 +264,16 @@ def entity_scores(
     }
 
 
+def predicted_labels(logits: Tensor | tuple, labels: Tensor | None) -> Tensor:
+    """Indices of the predicted labels `(rows, tokens)`, which replace the logits: the metrics need no more."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
 def metrics_for(labels: WordLabels, by_entity: bool) -> Callable[[EvalPrediction], dict[str, float]]:
     """The metrics of predicted label indices `(rows, tokens)`: accuracy, and the scores of the entities.
 
     Args:
-        labels: What the labels mean.
+        labels: The labels.
         by_entity: Whether to add the scores of each type of entity, e.g. `PER_f1`.
     """
     names = np.array(labels.names)

@@ -11,8 +11,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-#: What each window keeps beside the inputs of the models: the row that it is of, where each of its tokens begins and
-#: ends in the context (`NOT_CONTEXT` for those of the question), and the token whose choice means "no answer".
+#: Columns of a window beside the inputs of the models: number of its row, begin and end of each token in the context
+#: (`NOT_CONTEXT` for tokens of the question), and position of the token that means "no answer".
 ROW, STARTS, ENDS, NULL = WINDOW_COLUMNS = ("row", "token_starts", "token_ends", "null_position")
 NOT_CONTEXT = -1
 
@@ -25,11 +25,11 @@ class WindowTokenizer:
     """Turns rows into windows of tokens, for `Dataset.map(..., batched=True, with_indices=True)`.
 
     A window is the question and as much of the context as fits; the next window repeats `doc_stride` tokens of it.
-    Its labels are the first and the last token of the row's first answer, or the `NULL` token if the window does not
-    hold that.
+    Its labels are the first and the last token of the row's first answer, or the `NULL` token if the answer is not in
+    the window.
 
     Attributes:
-        tokenizer: A fast tokenizer: others do not tell where a token is in the text. It pads on the right.
+        tokenizer: A fast tokenizer (others do not tell where a token is in the text) that pads on the right.
         max_length: Number of tokens of a window.
         doc_stride: Number of tokens that two windows of a context share.
         pad: Whether to fill every window up to `max_length`.
@@ -44,13 +44,15 @@ class WindowTokenizer:
         """The windows of some rows: the inputs of the models, `WINDOW_COLUMNS`, and labels if there are answers.
 
         Args:
-            rows: Columns `question`, `context`, and where there are answers `answers`.
+            rows: Columns `question`, `context`, and optionally `answers`.
             indices: Numbers of the rows.
 
         Raises:
             ValueError: A question leaves no room for the context.
         """
-        questions = [question.strip() for question in rows["question"]]  # some of SQuAD's begin with many blanks
+        questions = [
+            question.strip() for question in rows["question"]
+        ]  # some questions of SQuAD begin with many blanks
         self._check_room(questions, indices)
         encoded = self.tokenizer(
             questions,
@@ -95,7 +97,7 @@ class WindowTokenizer:
                 )
 
     def _null_position(self, input_ids: Sequence[int]) -> int:
-        """Position of the token that stands for "no answer": the one that begins texts, or else the first."""
+        """Position of the token that means "no answer": the token that begins texts, or else the first one."""
         for token in (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id):
             if token is not None and token in input_ids:
                 return input_ids.index(token)
@@ -105,7 +107,7 @@ class WindowTokenizer:
 def _answer_tokens(
     answers: Mapping[str, Sequence[Any]] | None, starts: Sequence[int], ends: Sequence[int]
 ) -> tuple[int, int] | None:
-    """First and last token of the first answer; `None` if there is none, or if the window does not hold all of it."""
+    """First and last token of the first answer; `None` if there is no answer, or if the window holds only a part."""
     if not answers or not answers["text"]:
         return None
     begin = answers["answer_start"][0]
@@ -122,12 +124,12 @@ def _answer_tokens(
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a question, and how it came about.
+    """The answer to a question, with the other candidates.
 
     Attributes:
-        text: The answer; empty if there is none.
-        best: The best candidates, best first: `text`, `start_logit`, `end_logit` and `probability` among them.
-        null_odds: By how much "no answer" beats the best candidate; `None` if that is no choice, or the only one.
+        text: The answer; empty for "no answer".
+        best: The candidates, best first: `text`, `start_logit`, `end_logit`, and `probability` among the candidates.
+        null_odds: Score of "no answer" minus that of the best candidate; `None` if only one of the two is possible.
     """
 
     text: str
@@ -141,11 +143,11 @@ class AnswerFinder:
 
     Attributes:
         rows: The data set, with a column `context`.
-        windows: What `WindowTokenizer` made of it, with `WINDOW_COLUMNS`.
-        n_best_size: Number of candidates to keep of each window, and of each question.
+        windows: The windows that `WindowTokenizer` made of the data set.
+        n_best_size: Number of candidates to keep for each window and for each question.
         max_answer_length: Number of tokens that an answer may have.
         with_negative: Whether questions may have no answer.
-        null_threshold: By how much "no answer" has to beat the best answer.
+        null_threshold: "No answer" must beat the best answer by more than this score.
     """
 
     rows: Dataset
@@ -163,7 +165,7 @@ class AnswerFinder:
             end_logits: `(windows, tokens)`.
 
         Raises:
-            ValueError: There are logits of another number of windows.
+            ValueError: The number of windows differs.
         """
         if len(start_logits) != len(self.windows):
             raise ValueError(
@@ -183,7 +185,7 @@ class AnswerFinder:
         return [self._answer(*found) for found in zip(contexts, spans, nulls, strict=True)]
 
     def _best_spans(self, starts: Sequence[int], start: np.ndarray, end: np.ndarray) -> Iterator[tuple[int, int]]:
-        """First and last token of the candidates of a window: of all spans, those with the largest sum of logits."""
+        """First and last token of the candidates of a window: the spans with the largest sums of logits."""
         context = np.flatnonzero(np.asarray(starts) != NOT_CONTEXT)
         if not len(context):
             return
@@ -199,7 +201,7 @@ class AnswerFinder:
     def _answer(
         self, context: str, spans: Mapping[tuple[int, int], tuple[float, float]], null: tuple[float, float]
     ) -> Answer:
-        """The answer to one question, of its candidates and of the choice that there is none."""
+        """The answer to one question, from its candidates and the score of "no answer"."""
         candidates = [(context[first:last], logits) for (first, last), logits in spans.items()]
         candidates = sorted(candidates, key=lambda candidate: -sum(candidate[1]))[: self.n_best_size]
         text, null_odds = candidates[0][0] if candidates else "", None
@@ -221,7 +223,7 @@ class AnswerFinder:
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous blanks: differences that SQuAD does not count."""
+    """The text in lower case, without punctuation, articles and superfluous blanks, which SQuAD ignores."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -237,7 +239,7 @@ def f1(answer: str, truth: str, with_negative: bool = False) -> float:
     Args:
         answer: One answer.
         truth: The other one.
-        with_negative: Whether an answer without words is "no answer", right if the other is too (SQuAD 2.0).
+        with_negative: Whether an answer without words is "no answer", which is right if the other is, too (SQuAD 2.0).
     """
     words, true_words = normalized(answer).split(), normalized(truth).split()
     if with_negative and not (words and true_words):
@@ -249,13 +251,13 @@ def f1(answer: str, truth: str, with_negative: bool = False) -> float:
 def squad_scores(
     answers: Sequence[str], truths: Sequence[Sequence[str]], with_negative: bool = False
 ) -> dict[str, float]:
-    """Exact match and F1 in percent, as SQuAD defines them: of the true answers the nearest one counts.
+    """Exact match and F1 in percent, as SQuAD defines them: the nearest true answer counts.
 
     Args:
-        answers: The answer to each question; empty if there is none.
+        answers: The answer to each question; empty for "no answer".
         truths: The true answers to each question.
-        with_negative: Whether questions may have no answer (SQuAD 2.0): then also the scores of those that have one
-            (`HasAns_exact`, `HasAns_f1`) and of those that have none (`NoAns_...`), where there are any.
+        with_negative: Whether questions may have no answer (SQuAD 2.0). This adds the scores of the questions with an
+            answer (`HasAns_exact`, `HasAns_f1`) and of those without (`NoAns_...`), if there are any.
     """
     rows = []
     for answer, given in zip(answers, truths, strict=True):

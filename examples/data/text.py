@@ -1,7 +1,7 @@
-"""Text for language models: the splits, its tokens in blocks of one length or line by line, and what is scored."""
+"""Text for language models: the splits, tokens in blocks of one length or line by line, and the metrics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
@@ -11,28 +11,25 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, default_data_collator
 
-from ctcd_trainer.training import meters as metrics
-from examples.common.run import TABLE_READERS, DataArguments, Rows, first_rows, split_of, wanted_splits
+from ctcd_trainer.training import meters
+from examples.common.arguments import TABLE_READERS, DataArguments, option
+
+from . import loading
+from .loading import Rows, first_rows, split_of, wanted_splits
 
 
 @dataclass
 class TextArguments(DataArguments):
-    """Which texts the models are trained and evaluated on."""
+    """The texts to train and to evaluate on."""
 
-    text_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the texts. Default: `text`, or else the first one."}
+    text_column_name: str | None = option(None, "Column of the texts. Default: `text`, or else the first one.")
+    validation_split_percentage: int = option(
+        5, "Percentage of the training texts, from their start, that is used if there are no validation texts."
     )
-    validation_split_percentage: int = field(
-        default=5, metadata={"help": "Percentage of the training texts, from their start, used where no others are."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Whether to read and preprocess the data while training (`--max_steps`)."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first N training examples: blocks of tokens, or lines."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first N validation examples: blocks of tokens, or lines."}
+    streaming: bool = option(False, "Read and preprocess the data while training (needs `--max_steps`).")
+    max_train_samples: int | None = option(None, "Use only the first N training examples: blocks of tokens, or lines.")
+    max_eval_samples: int | None = option(
+        None, "Use only the first N validation examples: blocks of tokens, or lines."
     )
 
     readers: ClassVar[Mapping[str, str]] = {**TABLE_READERS, "txt": "text"}
@@ -52,13 +49,13 @@ class TextArguments(DataArguments):
 def select_splits(
     raw: DatasetDict | IterableDatasetDict, data_args: TextArguments, training_args: TrainingArguments
 ) -> dict[str, Rows]:
-    """The texts to train and to evaluate on; without validation texts, the first part of the training texts.
+    """The texts to train and to evaluate on. Without validation texts, they are the first part of the training texts.
 
     Returns:
         `train` if there is training, `validation` if there is evaluation, each with the one column of text.
 
     Raises:
-        ValueError: There are no texts for what is wanted.
+        ValueError: A split that is wanted has no texts.
     """
     splits: dict[str, Rows] = dict(raw)
     if training_args.do_eval and "validation" not in splits and "train" in splits:
@@ -81,7 +78,7 @@ def select_splits(
 
 
 def _texts(rows: Rows, column: str | None) -> Rows:
-    """The column of text alone, under the name `text`."""
+    """Only the column of text, under the name `text`."""
     columns = rows.column_names or list(next(iter(rows)))  # a stream may not know them
     if column is not None and column not in columns:
         raise ValueError(f"`--text_column_name {column}`: the data has no such column, only {columns}.")
@@ -96,14 +93,14 @@ def _texts(rows: Rows, column: str | None) -> Rows:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Turns a batch of texts into blocks of one length, to be used with `Dataset.map(..., batched=True)`.
+    """Turns a batch of texts into blocks of one length, for `Dataset.map(..., batched=True)`.
 
-    The texts are joined, and what is left at the end of a batch of texts is dropped, so nothing is padded.
+    It joins the texts and drops the rest at the end of a batch of texts, so nothing is padded.
 
     Attributes:
         tokenizer: The tokenizer.
         length: Number of tokens of a block.
-        masked: Whether tokens will be masked; then special tokens are marked.
+        masked: Whether tokens will be masked later; then special tokens are marked.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -116,8 +113,8 @@ class Blocks:
         tokens = self.tokenizer(
             texts,
             return_special_tokens_mask=self.masked,
-            return_token_type_ids=False,  # GPT-2 would add what they mean to a BERT tokenizer to its embeddings
-            verbose=False,  # texts may be longer than the models allow: they are cut into blocks
+            return_token_type_ids=False,  # GPT-2 would add embeddings for them
+            verbose=False,  # no warning about long texts: they are cut into blocks
         )
         joined = {name: list(chain.from_iterable(values)) for name, values in tokens.items()}
         end = len(joined["input_ids"]) // self.length * self.length
@@ -127,7 +124,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Lines:
-    """Turns a batch of texts into one example each, to be used with `Dataset.map(..., batched=True)`.
+    """Turns each text of a batch into one example, for `Dataset.map(..., batched=True)`.
 
     Attributes:
         tokenizer: The tokenizer.
@@ -155,36 +152,27 @@ class Lines:
 def tokenize(
     splits: Mapping[str, Rows], preprocess: Blocks | Lines, data_args: TextArguments, training_args: TrainingArguments
 ) -> dict[str, Rows]:
-    """The splits as tokens, of each the first examples that are wanted.
+    """The first examples of each split, as many as are wanted.
 
     Raises:
         ValueError: A split has too little text for one example.
     """
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
-    examples = {}
-    with training_args.main_process_first(desc="tokenizing"):
-        for split, rows in splits.items():
-            options = (
-                {}
-                if data_args.streaming
-                else {
-                    "num_proc": data_args.preprocessing_num_workers,
-                    "load_from_cache_file": not data_args.overwrite_cache,
-                    "desc": f"Tokenizing {split}",
-                }
+    if data_args.streaming:
+        examples = {name: rows.map(preprocess, batched=True, remove_columns=["text"]) for name, rows in splits.items()}
+    else:
+        examples = loading.tokenize(splits, preprocess, data_args, training_args)
+    for split, found in examples.items():
+        if isinstance(found, Dataset) and len(found) == 0:
+            raise ValueError(
+                f"The {len(splits[split])} texts of the split {split!r} make no example of {preprocess.length} "
+                "tokens. Give more text, or shorter examples (`--block_size`, `--max_seq_length`)."
             )
-            found = rows.map(preprocess, batched=True, remove_columns=["text"], **options)
-            if isinstance(found, Dataset) and len(found) == 0:
-                raise ValueError(
-                    f"The {len(rows)} texts of the split {split!r} make no example of {preprocess.length} tokens. "
-                    "Give more text, or shorter examples (`--block_size`, `--max_seq_length`)."
-                )
-            examples[split] = first_rows(found, limits[split])
-    return examples
+    return {split: first_rows(found, limits[split]) for split, found in examples.items()}
 
 
 def collate_blocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """A batch whose labels are the tokens: of each, the models predict the next one."""
+    """A batch whose labels are its tokens, for models that predict the next token."""
     batch = default_data_collator(rows)
     return batch | {"labels": batch["input_ids"].clone()}
 
@@ -193,17 +181,17 @@ def collate_blocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def best_tokens(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """The likeliest token at each position: logits of a whole data set would fill the memory."""
+    """The likeliest token at each position. Keeping the logits of a data set would fill the memory."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
 def masked_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the masked tokens that are found."""
+    """Share of the masked tokens that are predicted."""
     return _accuracy(prediction.predictions, prediction.label_ids)
 
 
 def next_token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the tokens that are found from the ones before."""
+    """Share of the tokens that are predicted from the tokens before them."""
     return _accuracy(prediction.predictions[:, :-1], prediction.label_ids[:, 1:])
 
 
@@ -212,5 +200,5 @@ def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"accuracy": float((predictions == labels)[scored].mean())} if scored.any() else {}
 
 
-#: The perplexity of each model whose loss is there, also of one that is trained alone, by plain Trainer.
-perplexities = partial(metrics.perplexities, prefix="eval")
+#: The perplexity of each model that has a loss, also of a single model.
+perplexities = partial(meters.perplexities, prefix="eval")

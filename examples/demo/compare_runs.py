@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 
 import argparse
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +22,13 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
+from ctcd_trainer.cards import results as card_results
 from ctcd_trainer.model_structure import count_parameters
 from ctcd_trainer.students.costs import measure_latencies, weight_bytes
+from examples.common.tables import format_table
 
 MODELS = ("teacher", "student")
-#: Keys of an evaluation that say how fast it was, not how good the model is.
-SPEED_KEYS = re.compile(r"_(runtime|samples|\w+_per_second|model_preparation_time)(_mm)?$")
-#: The metrics that are preferred for the third panel; then the first one that there is.
+#: The preferred metrics of the third panel; without them, it shows the first metric.
 MAIN_METRICS = ("accuracy", "matthews_correlation")
 
 
@@ -40,7 +39,7 @@ class Run:
     Attributes:
         folder: Its output folder.
         label: Its name in the table and in the figure.
-        results: What the evaluation at its end gave, by key (`eval_accuracy`, `eval_student_accuracy`, ...).
+        results: The evaluation at its end, by key (`eval_accuracy`, `eval_student_accuracy`, ...).
         log_history: The logs of its training.
         models: Folder of each model by name.
     """
@@ -52,11 +51,11 @@ class Run:
     models: dict[str, Path] = field(default_factory=dict)
 
     def metrics(self, model: str) -> dict[str, float]:
-        """Final metrics of one model without prefix; the agreement belongs to both."""
+        """Final metrics of one model without prefix; the agreement belongs to both models."""
         return metrics_of(self.results, model)
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a key of the logs; of a key that was only evaluated at the end, that one point."""
+        """Steps and values of a key of the logs; one point for a key that was only evaluated at the end."""
         points: dict[int, float] = {}
         for entry in self.log_history:
             if key in entry:
@@ -67,24 +66,18 @@ class Run:
 
 
 def metrics_of(evaluation: dict[str, float], model: str) -> dict[str, float]:
-    """The metrics of one model in what an evaluation gave, without prefix; `loss` first."""
-    metrics = {}
-    for key, value in evaluation.items():
-        if key.startswith("eval_") and not SPEED_KEYS.search(key):
-            name = key.removeprefix("eval_")
-            of_student = name.startswith("student_")
-            if name.startswith("agreement") or of_student == (model == "student"):
-                metrics[name.removeprefix("student_")] = value
-    return dict(
-        sorted(metrics.items(), key=lambda item: (not item[0].startswith("loss"), item[0].startswith("agree")))
-    )
+    """The metrics of one model in an evaluation, without prefix: losses first, the agreement of both models last."""
+    metrics = card_results.metrics_of(evaluation, MODELS)
+    agreements = {name: value for name, value in metrics["teacher"].items() if name.startswith("agreement")}
+    found = metrics[model] | agreements  # MNLI's second one has a suffix
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("loss"), item[0] in agreements)))
 
 
 def load_run(folder: Path, label: str) -> Run:
-    """Read the results of a run; its models are loaded later.
+    """Read the results of a run, without its models.
 
     Raises:
-        FileNotFoundError: The folder does not hold a finished run; names it, what is missing and the remedy.
+        FileNotFoundError: The folder does not hold a finished run.
     """
     results = next(
         (folder / name for name in ("all_results.json", "eval_results.json") if (folder / name).exists()), None
@@ -131,35 +124,22 @@ def make_rows(runs: list[Run], sequence_length: int, repeats: int) -> list[dict[
     return rows
 
 
-def format_table(rows: list[dict[str, Any]], markdown: bool) -> str:
-    """The rows as text in aligned columns, or as a Markdown table."""
+def table_of(rows: list[dict[str, Any]], markdown: bool) -> str:
+    """The rows as text in aligned columns, or as a Markdown table; the agreement, which is of both models, is last."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    columns.sort(key=lambda column: column.startswith("agreement"))  # it belongs to both models: last
+    columns.sort(key=lambda column: column.startswith("agreement"))
 
     def cell(column: str, value: str | float | None) -> str:
         if isinstance(value, int | float):
             return f"{value:.1f}" if column.endswith(")") else f"{value:.4f}"
         return value or "-"
 
-    lines = [columns, *([cell(column, row.get(column)) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    if markdown:
-        lines[1] = [rule if index < 2 else f"{rule[1:]}:" for index, rule in enumerate(lines[1])]
-    start, gap, end = ("| ", " | ", " |") if markdown else ("", "  ", "")
-    return "\n".join(
-        start
-        + gap.join(
-            text.ljust(width) if index < 2 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + end
-        for line in lines
-    )
+    lines = [[cell(column, row.get(column)) for column in columns] for row in rows]
+    return format_table([columns, *lines], markdown)
 
 
 def main_metric(runs: list[Run]) -> str | None:
-    """Name of the metric that the figure shows; `None` if no run was evaluated with any."""
+    """Name of the metric that the figure shows; `None` if no run has one."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics("teacher")))
     names = [name for name in names if not name.startswith(("loss", "agreement"))]
     return next((name for name in MAIN_METRICS if name in names), names[0] if names else None)
@@ -171,10 +151,7 @@ def draw(runs: list[Run], path: Path) -> None:
     Runs differ by colour and marker, teacher and student by line style and by whether the markers are filled, so the
     figure can be read in grey too.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from examples.common.figures import VALUE_STYLES, draw_legend, figure_of, line_style
 
     metric = main_metric(runs)
     panels = [
@@ -184,51 +161,24 @@ def draw(runs: list[Run], path: Path) -> None:
     if metric is not None:
         title = f"Validation: {metric.replace('_', ' ')}"
         panels.append((title, metric.replace("_", " "), (f"eval_{metric}", f"eval_student_{metric}")))
-    # Dark to light, so that neighbours differ in grey.
-    colours = ("#08306b", "#e6550d", "#31a354", "#9e9ac8", "#fdae6b")
-    markers = "os^Dv"
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4.4), dpi=150, layout="constrained")
-    for axis, (title, unit, keys) in zip(axes, panels, strict=True):
-        for index, run in enumerate(runs):
-            for model, key in zip(MODELS, keys, strict=True):
-                steps, values = run.curve(key)
-                if model == "teacher" and not steps and key == "teacher_hard_loss":
-                    steps, values = run.curve("loss")  # a run of one model
-                if model not in run.models or not steps:
-                    continue
-                colour = colours[index % len(colours)]
-                axis.plot(
-                    steps,
-                    values,
-                    color=colour,
-                    linestyle="-" if model == "teacher" else "--",
-                    linewidth=1.8,
-                    marker=markers[index % len(markers)],
-                    markersize=6,
-                    markerfacecolor=colour if model == "teacher" else "white",
-                    markevery=max(1, len(steps) // 8),
-                    label=f"{run.label}: {model}",
-                )
-        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axis.grid(color="0.85", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(4, len(handles)),
-        frameon=False,
-        handlelength=3.5,
-    )
-    figure.savefig(path)
-    plt.close(figure)
+    with figure_of(path, 1, len(panels), height=4.4, width=4.5 * len(panels), dpi=150) as (figure, axes):
+        for axis, (title, unit, keys) in zip(axes[0], panels, strict=True):
+            for index, run in enumerate(runs):
+                colour, marker, _ = VALUE_STYLES[index % len(VALUE_STYLES)]
+                for model, key in zip(MODELS, keys, strict=True):
+                    steps, values = run.curve(key)
+                    if key == "teacher_hard_loss" and not steps:
+                        steps, values = run.curve("loss")  # a run of one model
+                    if model in run.models and steps:
+                        style = line_style(colour, marker, "-" if model == "teacher" else "--", model == "student")
+                        every = max(1, len(steps) // 8)
+                        axis.plot(steps, values, label=f"{run.label}: {model}", markevery=every, **style)
+            axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+        draw_legend(figure, axes)
 
 
 def main() -> None:
-    """Read the runs, print the table and write what was asked for."""
+    """Read the runs, print the table, and write the files that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a finished run")
     parser.add_argument("--labels", nargs="+", help="names of the runs, in order (default: the names of the folders)")
@@ -250,7 +200,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     rows = make_rows(runs, args.sequence_length, args.repeats)
-    print(format_table(rows, args.markdown))
+    print(table_of(rows, args.markdown))
     conditions = {
         "device": "cpu",
         "batch_size": 1,

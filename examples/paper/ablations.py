@@ -1,4 +1,4 @@
-"""What one setting changes: co-trained models beside the same ones trained alone, along one axis at a time."""
+"""Ablations: co-trained models against the same models trained alone, along one axis at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Axis:
     Attributes:
         name: Name of the axis.
         fields: The fields.
-        label: Says the value that a setting has.
+        label: Names the value of a setting.
         order: Sorts settings along the axis.
     """
 
@@ -52,7 +52,7 @@ class Variant:
         label: The value.
         method: The co-training method.
         setting: The setting of its cells.
-        is_baseline: Whether nothing differs from the baseline.
+        is_baseline: Whether the setting is the baseline.
     """
 
     axis: str
@@ -125,11 +125,11 @@ AXES = (
 
 
 def variants(results: list[Result], baseline: Setting) -> list[Variant]:
-    """The values of every axis along which co-training was varied, the baseline among them.
+    """The values of every axis along which co-training was varied, including the baseline.
 
     Args:
         results: All cells of one kind: pre-training, or the pairs on one GLUE task.
-        baseline: The setting from which a variant differs in one axis only.
+        baseline: The setting from which each variant differs in one axis.
     """
     trained = [result for result in results if method_of(result) == CTCD]
     found = []
@@ -164,14 +164,14 @@ def left_out(results: list[Result], baseline: Setting) -> int:
 def differences(
     variant: Variant, results: list[Result], baseline: Setting, learner: str, reference: Row, split: str
 ) -> list[float]:
-    """Loss of a co-trained model minus that of a reference, at each seed that both have; negative is better.
+    """Loss of a co-trained model minus the loss of a reference, at each common seed; negative is better.
 
     Args:
         variant: The co-training.
         results: All cells of its kind.
-        baseline: The baseline: its soft weights and temperature are taken for a reference without those of `variant`.
+        baseline: Its soft weights and temperature replace those of `variant` where the reference has no such cells.
         learner: The co-trained model.
-        reference: Method and model to compare with, of the same steps, rows, initialisation and learning rates.
+        reference: Method and model to compare with, at the same steps, rows, initialisation and learning rates.
         split: `dev` or `validation`.
     """
     ours = scores_of(at(results, variant.setting, variant.method), LOSS, split).get((variant.method, learner), {})
@@ -182,7 +182,7 @@ def differences(
 def curve_differences(
     variant: Variant, results: list[Result], baseline: Setting, learner: str, reference: Row
 ) -> dict[int, list[float]]:
-    """The same over the steps of training, on the validation set: by step, the differences of all seeds."""
+    """The differences of all seeds by step of the training, on the validation set; see `differences`."""
     ours = curves_of(at(results, variant.setting, variant.method)).get((variant.method, learner), {})
     theirs = curves_of(reference_cells(variant.setting, results, baseline, reference[0])).get(reference, {})
     by_step: dict[int, list[float]] = {}
@@ -198,7 +198,7 @@ def reference_cells(setting: Setting, results: list[Result], baseline: Setting, 
     Args:
         setting: The setting.
         results: All cells of its kind.
-        baseline: Its soft weights and temperature are taken where the method has no cells with those of `setting`.
+        baseline: Its soft weights and temperature are used if the method has no cells with those of `setting`.
         method: The method.
     """
     soft = {name: baseline[name] for name in SOFT_FIELDS if name in baseline}

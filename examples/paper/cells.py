@@ -14,7 +14,7 @@ MLM = "mlm"
 #: Fields that are real numbers: 2 and 2.0 are one training.
 _NUMBERS = ("learning_rate", "epochs", "student_learning_rate", "weight_decay", "warmup_ratio", "hard_weight")
 _NUMBERS += ("soft_weight", "teacher_soft_weight", "temperature", "soft_warmup_ratio")
-#: Changes when the same description begins to mean another training.
+#: Must change when the same description begins to mean another training.
 FORMAT = 1
 
 
@@ -32,13 +32,13 @@ class Method:
 
     @property
     def graph(self) -> Mode:
-        """Who is trained, and by which edges."""
+        """The trained models and the edges."""
         mode = MODES[self.mode]
         return Mode(mode.trained, tuple(edge for edge in mode.edges if edge not in self.without))
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The models of the pair that are only learnt from."""
+        """The models of the pair that are not trained."""
         return tuple(name for name in (TEACHER, STUDENT) if name not in self.graph.trained)
 
     @property
@@ -114,7 +114,7 @@ class Cell:
     learner: str | None = None
 
     def __post_init__(self) -> None:
-        """Give each training one description only: what a method does not use is `None`.
+        """Give each training a single description: fields that the method does not use become `None`.
 
         Raises:
             ValueError: A value is not valid, or two contradict each other.
@@ -178,25 +178,25 @@ class Cell:
 
     @property
     def alone(self) -> "Cell":
-        """The same training without soft losses: the baseline, and where frozen models come from."""
+        """The same training without soft losses: the baseline, and the source of frozen models."""
         return replace(self, method="alone")
 
     @property
     def sources(self) -> tuple["Cell", ...]:
-        """The cells whose models this one needs."""
+        """The cells whose models this cell needs."""
         method = METHODS[self.method]
         needs_alone = method.frozen or self.pretrained_teacher == "alone"
         return tuple(cell for cell in (self.start, self.alone if needs_alone else None) if cell is not None)
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The models that it trains."""
+        """The models that the cell trains."""
         return METHODS[self.method].graph.trained if self.learner is None else (self.learner,)
 
     def key(self, fingerprints: Mapping[str, str]) -> str:
         """Hash of the description and of the data and initial models.
 
-        What is not used or has its default does not count, so that a new field changes no key.
+        Unused fields and defaults do not count, so a new field changes no key.
 
         Args:
             fingerprints: Hashes of the prepared files, by task, and of the `models`.
@@ -221,7 +221,7 @@ class Cell:
         """Number of optimizer steps.
 
         Args:
-            num_rows: Number of training rows that there are.
+            num_rows: Number of prepared training rows.
         """
         if self.steps is not None:
             return self.steps
@@ -230,12 +230,12 @@ class Cell:
 
 
 def expand(grid: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
-    """All cells of a grid, in an order in which each comes after the ones that it needs.
+    """All cells of a grid, each after the cells that it needs.
 
     Args:
-        grid: Its blocks: fields of `Cell`, where a list stands for one cell for each of its values, and `then`: the
-            GLUE tasks on which each resulting model is fine-tuned by itself.
-        defaults: Values of the fields that a block does not give: `mlm` for pre-training, `finetuning` for one model
+        grid: Blocks with fields of `Cell`, where a list gives one cell for each of its values, and `then`: the GLUE
+            tasks on which each resulting model is fine-tuned by itself.
+        defaults: Values of the fields that a block leaves out: `mlm` for pre-training, `finetuning` for one model
             by itself, `cotraining` for a pair on a GLUE task.
 
     Raises:

@@ -1,10 +1,11 @@
-"""Which setting of co-training one would choose on the dev sets, and what it is then worth on the validation sets."""
+"""The setting of co-training that is best on the dev sets, and its value on the validation sets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import Comparison, compare
+from examples.common.tables import format_rows as table
 
 from .ablations import reference_cells
 from .cells import METHODS
@@ -25,9 +26,9 @@ from .grouping import (
     scores_of,
     setting_of,
 )
-from .tables import differing, table
+from .tables import differing
 
-#: Said of every setting on a GLUE task.
+#: Fields that describe every setting on a GLUE task.
 LENGTH = ("steps", "epochs", "rows")
 
 
@@ -38,8 +39,8 @@ class Candidate:
     Attributes:
         measure: What is compared.
         method: The method of co-training.
-        setting: What is said of its setting.
-        dev: The comparison by which one chooses.
+        setting: Description of the setting.
+        dev: The comparison that decides the choice.
         validation: The comparison that counts.
     """
 
@@ -51,7 +52,7 @@ class Candidate:
 
 
 def is_cotraining(method: str, learner: str) -> bool:
-    """Whether a method trains both models at once, and a model learns from the other one (not only from a frozen)."""
+    """Whether a method trains both models at once, and a model learns from the other trained one."""
     graph = METHODS[plain_method(method)].graph
     return len(graph.trained) == 2 and any(
         edge.learner == learner and edge.source in (TEACHER, STUDENT) for edge in graph.edges
@@ -66,7 +67,7 @@ def candidates(
     Args:
         cells: All cells of pre-training, or all pairs on one GLUE task.
         measure: What is compared.
-        unsaid: What the description of a setting leaves out.
+        unsaid: Fields that the description of a setting leaves out.
         learner: The co-trained model.
         reference: Method and model to compare with, of the same steps, rows, initialisation and learning rates.
     """
@@ -111,8 +112,8 @@ def choosing(experiments: Experiments) -> list[str]:
     intro = (
         "For each claim and measure, the co-training (method and setting) that is best on dev, the part of the "
         "training set that is kept for choosing, of all that were *tried*; and what it is worth on the validation "
-        "set, which has no part in the choice. Differences to the reference of the claim with the same steps, rows, "
-        "initialisation and learning rates: **positive is better**. What has one seed may be chosen by luck. "
+        "set, which plays no part in the choice. Differences to the reference of the claim with the same steps, rows, "
+        "initialisation and learning rates: **positive is better**. A setting with one seed may be chosen by luck. "
         "`community` learns from a third model, which its references (`alone`, `kd`) do not have."
     )
     return ["### Choosing a setting on dev", intro, table(best), *every]

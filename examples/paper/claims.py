@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import Comparison, compare
+from examples.common.tables import format_rows as table
 
 from .ablations import CTCD
 from .grouping import (
@@ -21,9 +22,9 @@ from .grouping import (
     plain_method,
     scores_of,
 )
-from .tables import between, labels_used, table
+from .tables import between, labels_used
 
-#: What is claimed of co-training: the better model and the one that it is compared with.
+#: The claims about co-training: the model that should be better, and the model that it is compared with.
 CLAIMS: tuple[tuple[str, Row, Row], ...] = (
     ("(a) The co-trained teacher beats the teacher trained alone", (CTCD, TEACHER), ("alone", TEACHER)),
     ("(b) The co-trained student beats the student of KD", (CTCD, STUDENT), ("kd", STUDENT)),
@@ -33,7 +34,7 @@ COMMUNITY, COMMUNITY_KD = "community", "community-kd"
 
 
 def claims(experiments: Experiments) -> list[str]:
-    """The three claims, measure by measure; those of Community KD, against its own baseline, below them."""
+    """The three claims, measure by measure, followed by those of Community KD against its own baseline."""
     section: list[str] = []
     fewest: list[int] = []
     for claim, ours, theirs in CLAIMS:
@@ -69,7 +70,7 @@ def claims(experiments: Experiments) -> list[str]:
 
 
 def measured(experiments: Experiments) -> list[tuple[str, Measure, Scores]]:
-    """Every measure by which methods are compared, with the protocol it belongs to."""
+    """Every measure by which methods are compared, with its protocol and scores."""
     found = [("pre-training", loss(MLM), scores_of(experiments.pretrained, LOSS))]
     protocols = {"fine-tuned by itself": experiments.finetuned}
     protocols |= {f"co-trained, {labels_used(rows)}": experiments.cotrained(rows) for rows in experiments.row_limits}
@@ -85,7 +86,7 @@ def measured(experiments: Experiments) -> list[tuple[str, Measure, Scores]]:
 
 
 def compared(scores: Scores, measure: Measure, ours: Row, theirs: Row) -> list[tuple[str, Comparison]]:
-    """A claim, and the same of Community KD against its own baseline, where there are seeds to compare."""
+    """A claim, and the same claim of Community KD against its own baseline, if they have common seeds."""
     pairs = [(ours, theirs)]
     for method in dict.fromkeys(method for method, _ in scores if plain_method(method) == COMMUNITY):
         pairs.append(((method, ours[1]), (method.replace(COMMUNITY, COMMUNITY_KD, 1), theirs[1])))

@@ -24,7 +24,7 @@ PARTS = ("train", "dev", "validation")
 
 
 class Rows(Dataset):
-    """The rows of one part of a prepared file, padded on disk and not here.
+    """The rows of one part of a prepared file, without the padding that they have on disk.
 
     Args:
         tensors: `input_ids` `(rows, tokens)`, optionally `token_type_ids` of this shape, `lengths` and `labels`
@@ -49,13 +49,13 @@ class Rows(Dataset):
 class Masking:
     """Masks tokens as BERT does: 15 % are scored, of which 80 % are masked, 10 % random and 10 % kept.
 
-    The same number gives the same masks, whatever else has drawn random numbers: all methods see equal data.
+    The same seed and number give the same masks, whatever else draws random numbers: all methods see equal data.
     """
 
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, row: Mapping[str, Tensor], seed: int, number: int) -> dict[str, Tensor]:
-        """A row with masks and with labels at the masked tokens, the `number`-th that is seen with this seed."""
+        """A row with masks and with labels at the masked tokens, as the `number`-th row that this seed sees."""
         masker = DataCollatorForLanguageModeling(self.tokenizer)
         masker.generator = torch.Generator().manual_seed((seed << 40) + number)
         ids, labels = masker.torch_mask_tokens(row["input_ids"][None].clone())
@@ -65,7 +65,7 @@ class Masking:
 class Schedule(Dataset):
     """Every row that a training will see, in order: pass after pass, each shuffled by the seed, in whole batches.
 
-    It is read in sequence, so a training that is resumed goes on with the row at which it had stopped.
+    It is read in sequence, so a resumed training continues with the next row.
 
     Args:
         rows: The rows.
@@ -83,11 +83,11 @@ class Schedule(Dataset):
         lengths = rows.lengths[:count]
         self.order: list[int] = []
         while len(self.order) < wanted:
-            # Rows of like length share a batch, so that little is padded; batches are in random order.
+            # Rows of similar length share a batch, which saves padding; batches are in random order.
             indices = get_length_grouped_indices(lengths, cell.batch_size, generator=make)
             batches = [indices[start : start + cell.batch_size] for start in range(0, count, cell.batch_size)]
             if len(batches) > 1 and len(batches[-1]) < cell.batch_size:
-                batches.pop()  # other rows in each pass; batches would no longer begin where those of the order do
+                batches.pop()  # different rows in each pass; a short batch would shift the batches after it
             for place in torch.randperm(len(batches), generator=make).tolist():
                 self.order += batches[place]
         del self.order[wanted:]
@@ -114,11 +114,11 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder that `prepare.py` has written, with all that trainings need.
+    """A folder that `prepare.py` has written, with everything that trainings need.
 
     Attributes:
         folder: The folder.
-        manifest: `fingerprints` of the files, and what they were made of.
+        manifest: `fingerprints` of the files, and the settings that they were made with.
     """
 
     folder: Path
@@ -129,7 +129,7 @@ class Prepared:
         """Open a folder.
 
         Raises:
-            FileNotFoundError: It was not prepared, or not to the end.
+            FileNotFoundError: The folder was not prepared, or not to the end.
         """
         if not (folder / MANIFEST).exists():
             raise FileNotFoundError(
@@ -139,10 +139,10 @@ class Prepared:
         return cls(folder, json.loads((folder / MANIFEST).read_text()))
 
     def check(self, scale: Scale) -> None:
-        """The folder must have been prepared for a scale; where its text and models come from may differ.
+        """Check that the folder was prepared for a scale; the sources of text and models may differ.
 
         Raises:
-            ValueError: A setting differs; names it with both values.
+            ValueError: A setting differs.
         """
         now, then = asdict(scale), self.manifest["settings"]
         for name in ("block_length", "train_blocks", "score_blocks", "dev_share", "tasks"):
@@ -183,7 +183,7 @@ class Prepared:
         }
 
     def label_settings(self, task: str) -> dict[str, Any]:
-        """Settings of a model's config for the labels of a task; none for masked language modelling."""
+        """Settings of a model's config for the labels of a task; empty for masked language modelling."""
         if task == MLM:
             return {}
         with safe_open(self.folder / f"{task}.safetensors", "pt") as file:

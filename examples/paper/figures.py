@@ -127,11 +127,7 @@ def draw_differences(
 
 
 def draw_quality(
-    experiments: Experiments,
-    losses: Scores,
-    glue: Scores,
-    latencies: Mapping[tuple[str, Row], float],
-    path: Path,
+    experiments: Experiments, losses: Scores, glue: Scores, latencies: Mapping[tuple[str, Row], float], path: Path
 ) -> bool:
     """MLM loss and GLUE average of every model against its parameters and its latency.
 

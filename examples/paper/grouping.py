@@ -1,13 +1,13 @@
-"""What belongs together in the results of a grid: settings, methods, models, seeds."""
+"""Groups of the results of a grid: by setting, method, model and seed."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
+from examples.data.metrics import GLUE_SCORES
 
 from .cells import METHODS, MLM
-from .scores import TASK_SCORES
 
 Result = dict[str, Any]
 Setting = dict[str, Any]
@@ -28,9 +28,9 @@ TASK_NAMES = {
     "stsb": "STS-B",
 }
 ONE_DIRECTION = ("student-from-teacher", "teacher-from-student")
-#: Null for a method that does not use them, which therefore belongs to every value that the others have.
+#: Null for a method that does not use them; such a cell belongs to every value of other methods.
 SOFT_FIELDS = ("hard_weight", "soft_weight", "teacher_soft_weight", "temperature", "soft_warmup_ratio")
-#: What tells the rows of a table apart, and so is no part of its setting.
+#: Fields that tell the rows of a table apart; they are not part of a setting.
 ROW_FIELDS = ("method", "pretrained_teacher", "seed", "start", "learner")
 
 
@@ -38,13 +38,13 @@ ROW_FIELDS = ("method", "pretrained_teacher", "seed", "start", "learner")
 
 
 def method_of(result: Result) -> str:
-    """Name of the method in the tables; a frozen teacher other than the one trained alone is part of it."""
+    """Name of the method in the tables, with its frozen teacher unless that is the teacher trained alone."""
     frozen = result["cell"].get("pretrained_teacher")
     return result["cell"]["method"] + (f" ({frozen})" if frozen not in (None, "alone") else "")
 
 
 def plain_method(name: str) -> str:
-    """The method of a name in the tables, whatever its frozen teacher."""
+    """The method of a name in the tables, without its frozen teacher."""
     return name.split(" (")[0]
 
 
@@ -58,7 +58,7 @@ def setting_of(result: Result) -> Setting:
     """All fields of a cell that are neither its method nor its seed."""
     cell = result["cell"]
     setting = {name: value for name, value in cell.items() if name not in ROW_FIELDS}
-    # Null says "as the student's" where the teacher learns softly, and "not used" elsewhere.
+    # Null means "as the student's" if the teacher has soft losses, and "not used" otherwise.
     method = METHODS.get(cell["method"])
     learns = method is not None and any(edge.learner == TEACHER for edge in method.graph.edges)
     if learns and setting.get("teacher_soft_weight") is None:
@@ -67,7 +67,7 @@ def setting_of(result: Result) -> Setting:
 
 
 def belongs(result: Result, setting: Setting) -> bool:
-    """Whether a cell has a setting; what one of them does not use counts as equal."""
+    """Whether a cell has a setting; fields that the cell or the setting does not use count as equal."""
     own = setting_of(result)
     return all(
         own.get(name) == value or (name in SOFT_FIELDS and None in (own.get(name), value))
@@ -76,12 +76,12 @@ def belongs(result: Result, setting: Setting) -> bool:
 
 
 def at(results: Iterable[Result], setting: Setting, method: str | None = None) -> list[Result]:
-    """The cells that have a setting, of one method if it is given."""
+    """The cells with a setting, of all methods or of one."""
     return [result for result in results if belongs(result, setting) and method in (None, method_of(result))]
 
 
 def baseline_of(results: list[Result]) -> Setting:
-    """The setting that most cells share, of those without gaps; `{}` without cells."""
+    """The most common setting among those with the fewest unused fields; `{}` without cells."""
 
     def most_common(settings: list[Setting], names: Iterable[str]) -> Setting:
         parts = [{name: setting.get(name) for name in names} for setting in settings]
@@ -106,7 +106,7 @@ class Measure:
 
     Attributes:
         name: Its name in the tables.
-        keys: The scores of a cell of which it is the mean.
+        keys: The scores of a cell whose mean it is.
         scale: Factor.
         digits: Number of decimals that are shown.
         higher_is_better: Whether a larger value is a better one.
@@ -119,7 +119,7 @@ class Measure:
     higher_is_better: bool = False
 
     def value(self, scores: Mapping[str, float]) -> float | None:
-        """The number, from the scores of a model; `None` where one is missing."""
+        """The number, from the scores of a model; `None` if a score is missing."""
         values = [scores.get(key) for key in self.keys]
         return None if None in values else self.scale * sum(values) / len(values)
 
@@ -130,8 +130,8 @@ AVERAGE = Measure("GLUE average", (), scale=100, digits=1, higher_is_better=True
 
 
 def metric(task: str) -> Measure:
-    """The metric of a GLUE task, times 100; the mean if there are two."""
-    keys = TASK_SCORES.get(task, ("accuracy",))
+    """The metric of a GLUE task (not F1), times 100; the mean if there are two."""
+    keys = tuple(key for key in GLUE_SCORES.get(task, ("accuracy",)) if key != "f1")
     return Measure(TASK_NAMES.get(task, task), keys, scale=100, digits=1, higher_is_better=True)
 
 
@@ -142,12 +142,12 @@ def loss(task: str) -> Measure:
 
 
 def calibration(task: str) -> Measure:
-    """The calibration error of a task; of one without classes there is none."""
+    """The calibration error of a task with classes."""
     return replace(CALIBRATION, name=f"{TASK_NAMES.get(task, task)} {CALIBRATION.name}")
 
 
 def collect(results: Iterable[Result], value: Callable[[Result, str], Any]) -> dict[Row, dict[int, Any]]:
-    """A value of each trained model at each seed; without those that are `None`.
+    """The values of each trained model by seed, without `None`.
 
     Args:
         results: Cells of one setting.
@@ -191,7 +191,7 @@ def curves_of(results: Iterable[Result]) -> dict[Row, dict[int, dict[int, float]
 
 
 def parameters_of(results: Iterable[Result]) -> dict[Row, float]:
-    """Millions of parameters of each trained model; the mean where task heads differ."""
+    """Millions of parameters of each trained model; the mean if task heads differ."""
     counts: dict[Row, list[int]] = {}
     for result in results:
         for row, seeds in collect([result], lambda cell, learner: cell["models"][learner].get("parameters")).items():
@@ -200,7 +200,7 @@ def parameters_of(results: Iterable[Result]) -> dict[Row, float]:
 
 
 def average(tables: Iterable[Scores]) -> Scores:
-    """The mean over several tables, at each row and seed that all of them have."""
+    """The mean over several tables, at each row and seed of all tables."""
     tables = list(tables)
     averages: Scores = {}
     for row in tables[0] if tables else ():
@@ -219,7 +219,7 @@ class Experiments:
 
     Attributes:
         pretraining: All cells of pre-training.
-        baseline: The setting that most of them share.
+        baseline: The most common setting of pre-training.
         finetuned: By GLUE task, the models of pre-trainings at the baseline, each fine-tuned by itself, as cells of
             the methods that pre-trained them.
         finetuned_others: Models of the other pre-trainings, likewise fine-tuned by themselves: the setting of the
@@ -252,7 +252,7 @@ class Experiments:
 
 
 def arrange(results: list[Result]) -> Experiments:
-    """Tell apart the three kinds of cells of one scale."""
+    """Sort the cells of one scale into the three kinds."""
     pretraining = [result for result in results if result["cell"]["task"] == MLM]
     baseline = baseline_of(pretraining)
     known = {result["key"]: result for result in pretraining}

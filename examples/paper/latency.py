@@ -19,8 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
-from ctcd_trainer.students.costs import cpu_name
-from examples.demo.compare_runs import measure_latencies
+from ctcd_trainer.students.costs import cpu_name, measure_latencies
 
 #: Heads and poolers change the number of parameters by less than this share.
 TOLERANCE = 0.1

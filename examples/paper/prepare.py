@@ -40,19 +40,19 @@ from .data import MANIFEST, PARTS, Masking
 from .settings import Scale, load_scale
 
 SEED = 0
-#: The split that is scored, of tasks that have several.
+#: The split that is scored, for tasks with several.
 VALIDATION = {"mnli": "validation_matched"}
-#: Entries of configs that change with the machine and the versions.
-_OF_NO_ACCOUNT = ("transformers_version", "is_local", "local_files_only", "name_or_path", "_name_or_path")
+#: Entries of configs that depend on machine and versions, which a fingerprint leaves out.
+_LEFT_OUT = ("transformers_version", "is_local", "local_files_only", "name_or_path", "_name_or_path")
 
 
 def prepare_text(scale: Scale, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Rows of text of one length: without masks for training, with masks that never change for scoring."""
+    """Rows of text of one length, without masks for training and with fixed masks for scoring."""
     sets = {"train": _texts(scale, "train")}
     if any(text.validation_split is not None for text in scale.text):
         sets["validation"] = _texts(scale, "validation")
     blocks = {
-        # Texts that follow each other fill a block together; it is blocks that are drawn.
+        # Consecutive texts fill a block together; the blocks are shuffled.
         part: texts.map(
             Blocks(tokenizer, scale.block_length, masked=False),
             batched=True,
@@ -103,7 +103,7 @@ def _take(blocks: dict[str, Dataset], part: str, count: int) -> Dataset:
 
 
 def prepare_glue(scale: Scale, task: str, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Tensor], dict]:
-    """The rows of a GLUE task, and what its labels are; a share of the training rows is kept for choosing."""
+    """The rows of a GLUE task, and its labels; a share of the training rows becomes the dev set."""
     splits = load_dataset(scale.glue, task)
     train, validation = splits["train"].shuffle(seed=SEED), splits[VALIDATION.get(task, "validation")]
     dev_rows = int(len(train) * scale.dev_share)
@@ -140,7 +140,7 @@ def prepare_glue(scale: Scale, task: str, tokenizer: PreTrainedTokenizerBase) ->
 def prepare_models(scale: Scale, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The weights that exist before any training, and the configs of both models.
 
-    What the source has no weights for (the head, perhaps) is left out, so that each training draws it by its seed.
+    Parameters without weights in the source (perhaps the head) are left out, so that each training draws them by seed.
     """
     sizes = {"vocab_size": len(tokenizer)} if scale.models.vocab_size else {}
     config = AutoConfig.from_pretrained(scale.models.source)
@@ -172,12 +172,12 @@ def prepare_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Hash of the contents of files, without what JSON files say of the machine and the versions that wrote them."""
+    """Hash of the contents of files, without the entries of JSON files that depend on machine and versions."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         content = path.read_bytes()
         if path.suffix == ".json":
-            values = {name: value for name, value in json.loads(content).items() if name not in _OF_NO_ACCOUNT}
+            values = {name: value for name, value in json.loads(content).items() if name not in _LEFT_OUT}
             content = json.dumps(values, sort_keys=True).encode()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
@@ -201,7 +201,7 @@ def prepare(scale: Scale, folder: Path) -> None:
     for task, (tensors, labels) in files.items():
         small = {name: value.int() if value.dtype == torch.long else value.float() for name, value in tensors.items()}
         small |= {name: tensors[name] for name in tensors if name.endswith(".labels") and tensors[name].ndim == 1}
-        # Not `save_file`, whose files other users of the folder cannot read.
+        # Not `save_file`: other users of the folder cannot read its files.
         (folder / f"{task}.safetensors").write_bytes(save(small, metadata={"labels": json.dumps(labels)}))
         counts[task] = {
             part: {"rows": len(tensors[f"{part}.lengths"]), "tokens": int(tensors[f"{part}.lengths"].sum())}
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--glue", help="folder or name of the GLUE data set, instead of the one in the YAML file")
     parser.add_argument("--model", help="folder or name of the source of the models, instead of the one in the file")
     args = parser.parse_args()
-    logging.set_verbosity_error()  # heads that the source has no weights for are no news
+    logging.set_verbosity_error()  # no warnings about heads without weights
     logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     scale = load_scale(args.config)

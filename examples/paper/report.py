@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_trainer.graph import TEACHER
+from examples.common.tables import format_rows
 from examples.grid.results import load_results
 
 from . import tables
@@ -66,11 +67,11 @@ def read_results(paths: list[Path]) -> list[Result]:
 
 
 def read_latency(path: Path | None) -> Mapping[str, Any]:
-    """What `examples.paper.latency` has written; nothing without a path.
+    """The file of `examples.paper.latency`; empty without a path.
 
     Raises:
         FileNotFoundError: The file is not there.
-        ValueError: It is something else.
+        ValueError: The file has another content.
     """
     if path is None:
         return NO_LATENCY
@@ -92,12 +93,12 @@ def write_report(
 
     Args:
         results: The cells.
-        latency: What `examples.paper.latency` has written.
-        figures: Folder for the figures; none are drawn without it.
+        latency: The content of the file of `examples.paper.latency`.
+        figures: Folder for the figures; without it, none are drawn.
         base: Folder of the report, from which it links the figures.
 
     Raises:
-        ValueError: There is nothing that can be put in a table.
+        ValueError: No table has any content.
     """
     by_scale: dict[str, list[Result]] = {}
     for result in results:
@@ -128,7 +129,7 @@ def write_report(
 
 
 def draw_figures(experiments: Experiments, latency: Mapping[str, Any], folder: Path, scale: str) -> dict[str, Path]:
-    """Draw what there is: path of each figure by its title."""
+    """Draw the figures; returns the path of each figure that has content, by its title."""
     from . import figures
 
     cells, baseline = experiments.pretraining, experiments.baseline
@@ -208,7 +209,7 @@ def _size_and_latency(experiments: Experiments, latency: Mapping[str, Any]) -> l
     if not rows:
         return []
     rows.sort(key=lambda row: row["model"] != TEACHER)
-    section = ["### Size and latency", tables.table(rows)]
+    section = ["### Size and latency", format_rows(rows)]
     if latency["models"]:
         conditions = latency["conditions"]
         measured = ", ".join(str(conditions[name]) for name in ("device", "date") if name in conditions)
@@ -220,7 +221,7 @@ def _size_and_latency(experiments: Experiments, latency: Mapping[str, Any]) -> l
 
 
 def _origin(results: list[Result]) -> str:
-    """How many cells and seeds there are, and what computed them."""
+    """Numbers of cells and seeds, and the machines and versions that computed them."""
     seeds = sorted({result["cell"]["seed"] for result in results})
     environments = [result.get("environment") or {} for result in results]
 

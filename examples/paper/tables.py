@@ -1,4 +1,4 @@
-"""The Markdown sections of the report; each is empty where there are no results for it."""
+"""The Markdown sections of the report; a section without results is empty."""
 
 from collections.abc import Iterable, Mapping
 from statistics import median
@@ -6,7 +6,7 @@ from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import Interval, paired_differences, summarise
-from examples.demo.compare_runs import format_table
+from examples.common.tables import format_rows as table
 
 from .ablations import differences, left_out, variants
 from .grouping import (
@@ -32,7 +32,7 @@ from .grouping import (
     setting_of,
 )
 
-#: How the fields of a setting are said, in this order.
+#: The words for the fields of a setting, in this order.
 SAID = {
     "steps": "{:,} steps",
     "epochs": "{:g} epochs",
@@ -50,7 +50,7 @@ SAID = {
     "temperature": "temperature {:g}",
     "soft_warmup_ratio": "soft warm-up {:g}",
 }
-#: The same for null, where that is a value.
+#: The words for null, for fields in which null is a value.
 SAID_OF_NONE = {"rows": "all rows", "student_learning_rate": "the same for the student"}
 
 SPENT = "Compute of a run: means, and the median of the seconds of its steps."
@@ -60,7 +60,7 @@ SPENT = "Compute of a run: means, and the median of the seconds of its steps."
 
 
 def with_std(values: Iterable[float], digits: int, sign: bool = False) -> str:
-    """Mean ± standard deviation; the mean alone of one value, empty without any."""
+    """Mean ± standard deviation; only the mean of a single value, empty without values."""
     summary = summarise(values)
     if summary is None:
         return ""
@@ -69,12 +69,12 @@ def with_std(values: Iterable[float], digits: int, sign: bool = False) -> str:
 
 
 def between(interval: Interval | None, digits: int) -> str:
-    """An interval of differences; empty without one."""
+    """An interval of differences in brackets; empty for `None`."""
     return "" if interval is None else f"[{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
 
 
 def seeds_in(counts: Iterable[int]) -> str:
-    """How many seeds the entries of a row have: "3", or "1-3" where they differ."""
+    """Number of seeds of the entries of a row: "3", or "1-3" if they differ."""
     found = sorted({count for count in counts if count})
     return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}" if found else ""
 
@@ -86,7 +86,7 @@ def described(setting: Setting) -> str:
 
 
 def differing(setting: Setting, baseline: Setting) -> str:
-    """In what a setting differs from the baseline, or what that does not have; not what one of them does not use."""
+    """The fields in which a setting differs from the baseline, without fields that one of the two does not use."""
     changed = {
         name: setting.get(name)
         for name in SAID
@@ -99,7 +99,7 @@ def differing(setting: Setting, baseline: Setting) -> str:
 
 
 def _said(setting: Setting) -> list[str]:
-    """The words for each field; the teacher's soft weight only where it is not the student's."""
+    """The words for each field; for the teacher's soft weight only if it is not the student's."""
     same = setting.get("teacher_soft_weight") == setting.get("soft_weight")
     return [
         words.format(setting[name]) if setting[name] is not None else SAID_OF_NONE[name]
@@ -110,16 +110,11 @@ def _said(setting: Setting) -> list[str]:
     ]
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table."""
-    return format_table(rows, markdown=True)
-
-
 # ---- Sections ----
 
 
 def pretraining(experiments: Experiments) -> list[str]:
-    """MLM validation loss of every method, and what its runs cost."""
+    """MLM validation loss of every method, and the cost of its runs."""
     cells = sorted(experiments.pretrained, key=lambda cell: method_order(method_of(cell)))
     if not cells:
         return []
@@ -147,7 +142,7 @@ def pretraining(experiments: Experiments) -> list[str]:
 
 
 def costs(names: list[dict[str, str]], results: list[Result]) -> list[dict[str, str]]:
-    """What runs cost, as rows of a table.
+    """The cost of runs, as rows of a table.
 
     Args:
         names: For each result, the columns by which results are grouped.
@@ -293,12 +288,12 @@ def cotraining(experiments: Experiments) -> list[str]:
 
 
 def labels_used(rows: int | None) -> str:
-    """How many of the training rows there were."""
+    """Number of training rows, in words."""
     return "all rows" if rows is None else f"{rows:,} rows"
 
 
 def ablations(experiments: Experiments) -> list[str]:
-    """What each setting changes, for pre-training and for every task that pairs were trained on."""
+    """The effect of each setting, for pre-training and for every task that pairs were trained on."""
     groups: dict[str, tuple[list[Result], Measure]] = {}
     if experiments.pretraining:
         groups["Pre-training"] = experiments.pretraining, loss(MLM)

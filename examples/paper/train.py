@@ -1,10 +1,10 @@
-"""One cell: its models, its training, its scores."""
+"""The training of one cell: its models, its arguments, its scores."""
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -28,26 +29,27 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, create_student
 from ctcd_trainer.graph import STUDENT, TEACHER
+from ctcd_trainer.saving.atomic_folders import place_to_write, put_in_place
 from ctcd_trainer.students.costs import cpu_name
+from examples.data.metrics import calibration_error, glue_scores
 
 from .cells import METHODS, MLM, Cell
 from .data import PARTS, Masking, Prepared, Schedule, collate
-from .scores import scores_for
 from .settings import Scale
 
-#: Folder of the finished models of a cell, and of a training that goes on.
+#: Folders of a cell: its finished models, and the checkpoints of its training.
 MODELS, RUN = "models", "run"
 
 
 class Stopwatch(TrainerCallback, ExportableState):
-    """Adds up the time of the steps, without evaluations and saves; checkpoints carry it."""
+    """Adds up the time of the steps, without evaluations and saves; checkpoints keep the sum."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._start = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +57,7 @@ class Stopwatch(TrainerCallback, ExportableState):
         self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """End a step; on a GPU, once what it has started is done."""
+        """End a step; on a GPU, wait until its work is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._start
@@ -69,7 +71,7 @@ class Models:
 
     Args:
         cell: The cell.
-        prepared: The initial models and what the labels are.
+        prepared: The initial models and the labels.
         folders: Folder of each finished cell.
     """
 
@@ -79,7 +81,7 @@ class Models:
         self.auto_model = AutoModelForMaskedLM if cell.task == MLM else AutoModelForSequenceClassification
 
     def learners(self) -> dict[str, PreTrainedModel]:
-        """The models of the pair by name, or the one that is trained by itself."""
+        """The models of the pair by name, or the one model that is trained by itself."""
         if self.cell.learner is not None:
             return {self.cell.learner: self._finished(self.cell.start, self.cell.learner)}
         frozen = METHODS[self.cell.method].frozen
@@ -110,7 +112,7 @@ class Models:
         return model
 
     def _finished(self, cell: Cell, name: str) -> PreTrainedModel:
-        """A model of a cell that is finished; a head that it does not have is drawn by the seed."""
+        """A model of a finished cell; a missing head is drawn by the seed."""
         folder = self.folders[cell] / MODELS
         folder = folder if name == TEACHER else folder / name
         if not folder.exists():
@@ -123,7 +125,7 @@ class Models:
         return self.auto_model.from_pretrained(folder, **self.labels)
 
     def _initial(self, name: str) -> PreTrainedModel:
-        """A model before any training: the same for every method with this seed."""
+        """A model before any training, the same for every method with this seed."""
         config = AutoConfig.from_pretrained(self.folder / name, **self.labels)
         if getattr(self.cell, f"{name}_init") == "scratch":
             set_seed(self.cell.seed + (1 << 16) * (name == STUDENT))  # not the teacher's random numbers
@@ -159,7 +161,7 @@ def train_cell(
         cell: The cell.
         prepared: Data and initial models.
         folder: Folder of the cell; its models will be in `models/`, the student in `models/student/`.
-        folders: Folders of the cells that it needs.
+        folders: Folders of the cells whose models it needs.
         scale: How often to evaluate and to save.
 
     Returns:
@@ -170,34 +172,7 @@ def train_cell(
     parts = prepared.parts(cell.task)
     schedule = Schedule(parts["train"], cell, Masking(prepared.tokenizer) if cell.task == MLM else None)
     steps = len(schedule) // cell.batch_size
-    args = CoDistillationTrainingArguments(
-        output_dir=str(folder / RUN),
-        max_steps=steps,
-        per_device_train_batch_size=cell.batch_size,
-        per_device_eval_batch_size=32,
-        learning_rate=cell.learning_rate,
-        student_learning_rate=cell.student_learning_rate,
-        weight_decay=cell.weight_decay,
-        warmup_steps=cell.warmup_ratio,
-        bf16=cell.bf16,
-        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
-        dataloader_pin_memory=torch.cuda.is_available(),
-        dataloader_num_workers=4 if torch.cuda.is_available() else 0,  # masking keeps a GPU waiting
-        seed=cell.seed,
-        train_sampling_strategy="sequential",
-        eval_strategy="steps" if cell.task == MLM else "no",
-        eval_steps=max(1, steps // scale.evaluations),
-        save_strategy="steps",
-        save_steps=max(1, steps // scale.checkpoints),
-        save_total_limit=1,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=max(1, steps // 20),
-        prediction_loss_only=cell.task == MLM,
-        remove_unused_columns=False,
-        disable_tqdm=not os.isatty(2),
-        report_to="none",
-        **cell.arguments,
-    )
+    args = arguments_of(cell, steps, folder / RUN, scale)
     stopwatch = Stopwatch()
     trainer = CoDistillationTrainer(
         model=learners.get(TEACHER) or learners[STUDENT],
@@ -234,25 +209,73 @@ def train_cell(
             "flops": _flops(trainer, schedule, cell.batch_size),
             "seconds": stopwatch.seconds,
         },
-        "environment": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "date": date.today().isoformat(),
-        },
+        "environment": environment(),
     }
-    if cell.learner is None:  # nothing starts from a model that was fine-tuned by itself
-        partial = folder / f"{MODELS}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_model(str(partial))
-        shutil.rmtree(folder / MODELS, ignore_errors=True)
-        partial.rename(folder / MODELS)
+    if cell.learner is None:  # no cell starts from a model that was fine-tuned by itself
+        written = place_to_write(folder / MODELS)
+        shutil.rmtree(written, ignore_errors=True)
+        trainer.save_model(str(written))
+        put_in_place(folder / MODELS)
     return result
 
 
+def arguments_of(cell: Cell, steps: int, folder: Path, scale: Scale) -> CoDistillationTrainingArguments:
+    """The training arguments of a cell of so many optimizer steps, whose checkpoints are in a folder."""
+    return CoDistillationTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=cell.batch_size,
+        per_device_eval_batch_size=32,
+        learning_rate=cell.learning_rate,
+        student_learning_rate=cell.student_learning_rate,
+        weight_decay=cell.weight_decay,
+        warmup_steps=cell.warmup_ratio,
+        bf16=cell.bf16,
+        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=4 if torch.cuda.is_available() else 0,  # masking keeps a GPU waiting
+        seed=cell.seed,
+        train_sampling_strategy="sequential",
+        eval_strategy="steps" if cell.task == MLM else "no",
+        eval_steps=max(1, steps // scale.evaluations),
+        save_strategy="steps",
+        save_steps=max(1, steps // scale.checkpoints),
+        save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=max(1, steps // 20),
+        prediction_loss_only=cell.task == MLM,
+        remove_unused_columns=False,
+        disable_tqdm=not os.isatty(2),
+        report_to="none",
+        **cell.arguments,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and date of a training."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def scores_for(task: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A `compute_metrics` of a GLUE task: its scores, and for classes the calibration error."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = prediction.predictions, prediction.label_ids
+        if task == "stsb":
+            return glue_scores(task, logits[:, 0], labels)
+        return glue_scores(task, logits.argmax(-1), labels) | {"calibration_error": calibration_error(logits, labels)}
+
+    return compute
+
+
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole: Trainer writes the state of the training last."""
+    """The last whole checkpoint. A killed plain Trainer leaves half a checkpoint, without the state it writes last."""
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
         try:
             json.loads((Path(last) / "trainer_state.json").read_text())
@@ -275,11 +298,12 @@ def _scores_of(name: str, cell: Cell, metrics: Mapping[str, float], prefix: str)
 def _flops(trainer: CoDistillationTrainer, schedule: Schedule, batch_size: int) -> float:
     """Floating-point operations of the matrix products of a training.
 
-    Counted in the forward and the backward of one batch, and extended to all by their numbers of padded tokens.
+    They are counted in the forward and the backward of one batch, and scaled to all batches by the number of padded
+    tokens.
     """
     inputs = trainer._prepare_inputs(collate([schedule[index] for index in range(batch_size)]))
     trainer.model.train()
-    with trainer.compute_loss_context_manager(), sdpa_kernel(SDPBackend.MATH):  # others are not counted on CPUs
+    with trainer.compute_loss_context_manager(), sdpa_kernel(SDPBackend.MATH):  # other kernels are not counted on CPUs
         trainer.compute_loss(trainer.model, inputs)  # the first call of a process may try things
         with FlopCounterMode(display=False) as counter:
             trainer.compute_loss(trainer.model, inputs).backward()

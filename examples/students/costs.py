@@ -1,4 +1,4 @@
-"""What the variants of a study cost: parameters, latency, and time and memory of a step of training.
+"""Costs of the variants of a study: parameters, latency, and time and memory of a step of training.
 
 Text is not needed for that: the rows are random tokens, all of one length. Three things are measured, on the CPU:
 
@@ -38,7 +38,8 @@ from ctcd_trainer.graph import TEACHER
 from ctcd_trainer.model_structure import count_parameters, is_peft_model
 from ctcd_trainer.students.costs import measure_latencies
 from examples.benchmarks.measuring import describe_machine, in_turns, optimizer_step, peak_memory_of
-from examples.common.models import LabelledModelArguments, load_model, load_models
+from examples.common.arguments import LabelledModelArguments
+from examples.common.models import load_model, load_models
 
 from .study import load_study
 
@@ -49,7 +50,7 @@ def make_trainer(arguments: Mapping[str, Any], tokens: int, steps: int, folder: 
     """A trainer of the models that the arguments choose, on random rows.
 
     Args:
-        arguments: Arguments of `run_glue_ctcd.py`; those that choose data count for nothing.
+        arguments: Arguments of `run_glue_ctcd.py`; arguments of the data have no effect.
         tokens: Length of the rows.
         steps: Number of optimizer steps of a training.
         folder: Output folder that Trainer asks for; nothing is saved.
@@ -58,9 +59,9 @@ def make_trainer(arguments: Mapping[str, Any], tokens: int, steps: int, folder: 
     parser = HfArgumentParser((LabelledModelArguments, CoDistillationTrainingArguments))
     model_args, training_args = parser.parse_dict({**arguments, **own, "do_eval": False}, allow_extra_keys=True)
 
-    def load(option: str, frozen: bool) -> PreTrainedModel:
-        return load_model(AutoModelForSequenceClassification, option, model_args, training_args.seed, frozen)
-
+    load = partial(
+        load_model, auto_class=AutoModelForSequenceClassification, model_args=model_args, seed=training_args.seed
+    )
     models = load_models(model_args, training_args, load)
     generator = torch.Generator().manual_seed(0)
     count, vocabulary = training_args.per_device_train_batch_size, models["model"].config.vocab_size
@@ -80,7 +81,7 @@ def make_trainer(arguments: Mapping[str, Any], tokens: int, steps: int, folder: 
 
 
 def train(arguments: Mapping[str, Any], tokens: int) -> None:
-    """A short training, of which the peak memory is taken."""
+    """A short training, whose peak memory is measured."""
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(arguments, tokens, MEMORY_STEPS, folder).train()
 

@@ -1,9 +1,9 @@
-"""Which choices of the student are worth their cost: no other is better for as little, or as good for less."""
+"""The choices of the student that are worth their cost: no other is better at this cost, or as good for less."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: Costs that differ by less are the same: two measurements of one latency do.
+#: Costs that differ by a smaller share count as equal: two measurements of one latency differ by that.
 TOLERANCE = 0.03
 
 
@@ -20,7 +20,7 @@ class Point:
     cost: float
 
     def beats(self, other: "Point", tolerance: float = TOLERANCE) -> bool:
-        """Whether there is no reason to take the other one: this is better and no dearer, or as good and cheaper."""
+        """Whether this choice is better and not more expensive than the other, or as good and cheaper."""
         if self.quality > other.quality:
             return self.cost <= other.cost * (1 + tolerance)
         return self.quality == other.quality and self.cost * (1 + tolerance) < other.cost

@@ -15,7 +15,7 @@ from typing import Any
 
 from ctcd_trainer.graph import STUDENT, TEACHER
 from examples.common.statistics import compare, summarise
-from examples.demo.compare_runs import format_table
+from examples.common.tables import format_rows
 from examples.paper.tables import between, with_std
 
 from .pareto import TOLERANCE, Point, front
@@ -27,7 +27,7 @@ NAMES: Mapping[str, str] = {
     "matthews_correlation": "Matthews correlation",
     "combined_score": "mean of Pearson and Spearman correlation",
 }
-#: What a point is told apart by, in the order in which they are looked for.
+#: The costs of the fronts, with their names.
 COSTS: Mapping[str, str] = {"latency_ms": "latency (ms)", "parameters": "parameters (M)"}
 
 
@@ -35,7 +35,7 @@ class Scores:
     """The scores of all runs.
 
     Args:
-        records: What `write_records` wrote.
+        records: The lines of the results.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -45,13 +45,13 @@ class Scores:
         self.choices = {record["variant"]: record["choice"] for record in records}
 
     def metric(self, task: str) -> str:
-        """The main metric of a task: of several, their mean, which GLUE's score is."""
+        """The main metric of a task; the mean of several, as in GLUE's score."""
         names = next(record[TEACHER] for record in self.records if record["task"] == task)
         names = [name for name in names if name not in ("loss", "agreement")]
         return "combined_score" if "combined_score" in names else names[0]
 
     def by_seed(self, variant: str, task: str, learner: str, metric: str | None = None) -> dict[int, float]:
-        """The scores of a model by seed; of the main metric in percent. Regression has no agreement."""
+        """The scores of a model by seed, in percent for the main metric. Regression has no agreement."""
         scale = 100 if metric is None else 1
         name = metric or self.metric(task)
         return {
@@ -92,7 +92,7 @@ def quality_table(scores: Scores) -> str:
                 row[f"{learner}, loss"] = scores.mean(variant, task, learner, "loss")
             row["agreement"] = scores.mean(variant, task, STUDENT, "agreement")
             rows.append(row)
-    return format_table(rows, markdown=True)
+    return format_rows(rows)
 
 
 def comparison_table(scores: Scores, reference: str) -> str:
@@ -112,7 +112,7 @@ def comparison_table(scores: Scores, reference: str) -> str:
                         cell += f" {between(found.student_t, digits)}"
                     row[f"{learner} {title}"] = cell
             rows.append(row)
-    return format_table(rows, markdown=True)
+    return format_rows(rows)
 
 
 def choices_table(scores: Scores, costs: Mapping[str, Any]) -> str:
@@ -137,11 +137,11 @@ def choices_table(scores: Scores, costs: Mapping[str, Any]) -> str:
         on = [f"{task} ({cost.split('_')[0]})" for (task, cost), names in fronts.items() if variant in names]
         row["on the front of"] = ", ".join(on) or "-"
         rows.append(row)
-    return format_table(rows, markdown=True)
+    return format_rows(rows)
 
 
 def notes(scores: Scores, measured: Mapping[str, Any] | None) -> list[str]:
-    """What the tables need to be read."""
+    """Notes that explain the tables."""
     metrics = [f"{task}: {NAMES.get(scores.metric(task), scores.metric(task))}" for task in scores.tasks]
     rows = sorted({record["train_rows"] for record in scores.records})
     lines = [f"Quality in percent ({'; '.join(metrics)}) on the validation sets, {scores.seeds()} seed(s)"]

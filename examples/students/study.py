@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ DEFAULTS: Mapping[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-#: What a finished run has in its folder: its arguments, and the metrics of both models.
-ARGUMENTS, RESULTS = "arguments.json", "all_results.json"
+#: File in the folder of a run with its arguments.
+ARGUMENTS = "arguments.json"
 
 
 @dataclass(frozen=True)
@@ -45,39 +45,36 @@ class Cell:
     variant: str
     task: str
     seed: int
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def sources(self) -> tuple["Cell", ...]:
+        """No cell needs another one."""
+        return ()
 
     def folder(self, output: Path) -> Path:
-        """Where the run is kept."""
+        """Folder of the run."""
         return output / self.task / re.sub(r"[^\w.-]+", "-", self.variant) / f"seed-{self.seed}"
 
     def all_arguments(self, output: Path) -> dict[str, Any]:
         """The arguments of `run_glue_ctcd.py`, with the seed and the output folder."""
         return {**self.arguments, "seed": self.seed, "output_dir": str(self.folder(output))}
 
-    def finished(self, output: Path) -> dict[str, Any] | None:
-        """The metrics of both models; `None` if the run has not ended.
-
-        Raises:
-            ValueError: The run that has ended there had other arguments.
-        """
-        folder = self.folder(output)
-        if not (folder / RESULTS).exists():
-            return None
+    def check_arguments(self, output: Path) -> None:
+        """Raise `ValueError` if the finished run of this cell had other arguments."""
+        folder, ours = self.folder(output), self.all_arguments(output)
         theirs = json.loads((folder / ARGUMENTS).read_text())
-        ours = self.all_arguments(output)
         if different := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
             name = different[0]
             raise ValueError(
                 f"'{folder}' holds a run with {name}={theirs.get(name)!r}, and the study has {ours.get(name)!r}: "
-                "remove the folder, or give another --output."
+                "remove the folder and its line of the results, or give another --output."
             )
-        return json.loads((folder / RESULTS).read_text())
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a YAML file says; `${NAME}` in a value stands for a variable of the environment.
+    """The content of a YAML file; `${NAME}` in a value stands for a variable of the environment.
 
     Attributes:
         common: Arguments of `run_glue_ctcd.py` for all runs.
@@ -92,12 +89,12 @@ class Study:
     seeds: Sequence[int]
 
     def arguments(self, variant: str, task: str) -> dict[str, Any]:
-        """The arguments of `run_glue_ctcd.py`, without the seed and the output folder; the variant's count most."""
+        """The arguments of `run_glue_ctcd.py`, without seed and output folder; the variant overrides the task."""
         values = {**DEFAULTS, **self.common, **self.tasks[task], **self.variants[variant]}
         return {name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def cells(self) -> Iterator[Cell]:
-        """All runs: first those of the first seed, and of the first variants."""
+        """All cells, ordered by seed, then by variant, then by task."""
         for seed, variant, task in itertools.product(self.seeds, self.variants, self.tasks):
             yield Cell(variant, task, seed, self.arguments(variant, task))
 
@@ -123,7 +120,7 @@ def load_study(path: Path) -> Study:
 
 
 def record_of(cell: Cell, metrics: Mapping[str, Any], study: Study) -> dict[str, Any]:
-    """What is kept of a finished run: which one it is, what is its own, and the scores of both models."""
+    """The line of a finished run in the results: its place in the study, its variant, and both models' scores."""
     return {
         "variant": cell.variant,
         "task": cell.task,
@@ -133,12 +130,3 @@ def record_of(cell: Cell, metrics: Mapping[str, Any], study: Study) -> dict[str,
         TEACHER: metrics_of(metrics, TEACHER),
         STUDENT: metrics_of(metrics, STUDENT),
     }
-
-
-def write_records(study: Study, output: Path) -> Path:
-    """Write the finished runs of a folder to its `results.jsonl`, one a line, in the order of the study."""
-    path = output / "results.jsonl"
-    found = ((cell, cell.finished(output)) for cell in study.cells())
-    records = [record_of(cell, metrics, study) for cell, metrics in found if metrics is not None]
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    return path

@@ -151,7 +151,7 @@ def test_variants_compute_the_same_loss_and_gradients_by_different_paths(name, t
     batch = language_models.batch_of(work)
     losses, gradients = {}, {}
     for variant in (language_models.OURS, language_models.UNFUSED, language_models.NAIVE):
-        trainer = language_models.make_trainer(work, variant, str(tmp_path))
+        trainer = language_models.trainer_of(work, variant, str(tmp_path))
         trainer.model.eval()  # no dropout
         losses[variant] = trainer.compute_loss(trainer.model, dict(batch))
         losses[variant].backward()

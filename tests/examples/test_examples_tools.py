@@ -2,13 +2,16 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import EXAMPLES, ROOT
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -22,6 +25,35 @@ from examples.demo import make_negation_data as generator
 def call(monkeypatch, module: ModuleType, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
     module.main()
+
+
+# ---- All scripts ----
+
+#: Starts each script in turn, as `python path/to/script.py --help` does, in a process whose path lacks the repository.
+START = """
+import runpy, sys
+root, *scripts = sys.argv[1:]
+sys.path = [folder for folder in sys.path if folder and not folder.startswith(root)]
+for script in scripts:
+    for name in [name for name in sys.modules if name.split(".")[0] == "examples"]:
+        del sys.modules[name]
+    before, sys.argv = list(sys.path), [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert end.code in (None, 0), script
+    sys.path = before
+"""
+
+
+def test_every_script_starts_from_any_folder(tmp_path):
+    scripts = [*EXAMPLES.glob("run_*.py"), *EXAMPLES.glob("benchmarks/bench_*.py"), *EXAMPLES.glob("demo/[a-z]*.py")]
+    assert len(scripts) == 5 + 5 + 2
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", START, str(ROOT), *map(str, sorted(scripts))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("usage:") == len(scripts)
 
 
 # ---- make_negation_data.py ----

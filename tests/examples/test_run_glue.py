@@ -13,16 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from places import ROOT
 from safetensors.torch import load_file
-from script_glue import (
-    GLUE_LABELS,
-    WORDS,
-    glue_rows,
-    save_files,
-    save_glue,
-    save_model,
-    save_rows,
-    sentences,
-)
+from script_glue import GLUE_LABELS, WORDS, glue_rows, save_files, save_glue, save_model, save_rows, sentences
 from script_runs import printed_table, results, save_tokenizer
 from transformers import (
     AutoConfig,
@@ -35,10 +26,13 @@ from transformers import (
 
 from ctcd_trainer import CoDistillationTrainingArguments, Mixup, TokenMasking, WordDropout
 from examples import run_glue_ctcd
+from examples.common import arguments
 from examples.common import models as script_models
-from examples.common import run as script_common
+from examples.common import run as common_run
 from examples.data import glue as glue_data
-from examples.data.metrics import GLUE_METRICS, GlueMetric, metrics_for
+from examples.data.glue import GlueMetric, metrics_for
+from examples.data.loading import load_files
+from examples.data.metrics import GLUE_SCORES
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +219,7 @@ def test_files_with_several_labels_per_row(script, tmp_path, teacher, labels):
 def test_numbers_and_empty_cells(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("id,review,label\n7,the film,10\n8,,9\n9,good,10\n")
-    rows = script_common.load_files({"train": str(path)}, str(tmp_path / "cache"))["train"]
+    rows = load_files({"train": str(path)}, str(tmp_path / "cache"))["train"]
     labels = glue_data.Labels.of(rows)
     assert labels.names == ("9", "10")  # by number, not as text
     assert glue_data.text_columns(rows, None) == ("review",)
@@ -312,7 +306,7 @@ def test_texts_without_labels_are_trained_on_as_well(script, tmp_path, teacher, 
 def test_training_batches_are_augmented(script, tmp_path, teacher, monkeypatch):
     save_tokenizer(tmp_path / "tokens", WORDS, mask_token="long")
     trainers = []
-    monkeypatch.setattr(run_glue_ctcd, "train", lambda trainer, _: trainers.append(trainer) or trainer.train())
+    monkeypatch.setattr(common_run, "train", lambda trainer, _: trainers.append(trainer) or trainer.train())
     options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "max_steps": 2, "learning_rate": 1e-3}
     options |= {"tokenizer_name": tmp_path / "tokens", **save_files(tmp_path, ["no", "yes"])}
     choices = [
@@ -370,8 +364,8 @@ def test_yaml_config_file(monkeypatch, tmp_path):
     text = "{model_name_or_path: m, student_num_hidden_layers: 2, task_name: rte, do_eval: true, learning_rate: 0.25}"
     (tmp_path / "arguments.yaml").write_text(text)
     monkeypatch.setattr(sys, "argv", ["run_glue_ctcd.py", str(tmp_path / "arguments.yaml")])
-    model_args, data_args, training_args = script_common.parse_arguments(
-        script_models.LabelledModelArguments, run_glue_ctcd.GlueDataArguments, CoDistillationTrainingArguments
+    model_args, data_args, training_args = arguments.parse_arguments(
+        arguments.LabelledModelArguments, run_glue_ctcd.GlueDataArguments, CoDistillationTrainingArguments
     )
     assert (model_args.student_num_hidden_layers, data_args.task_name) == (2, "rte")
     assert training_args.learning_rate == 0.25
@@ -605,7 +599,7 @@ def naive_metrics(task: str, predictions: np.ndarray, references: np.ndarray) ->
     return metrics
 
 
-@pytest.mark.parametrize("task", GLUE_METRICS)
+@pytest.mark.parametrize("task", GLUE_SCORES)
 def test_glue_metric_against_the_formulas(task, tmp_path):
     generator = np.random.default_rng(3)
     metric = GlueMetric(task, cache_dir=str(tmp_path))

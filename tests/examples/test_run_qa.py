@@ -10,12 +10,7 @@ import torch
 from datasets import Dataset
 from script_runs import printed_table, read, run_script, save_bert
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from examples import run_qa_ctcd
 from examples.data.qa import (

@@ -1,8 +1,7 @@
 """A folder of tensors by key, which several processes write and read at once."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import uuid
 
 import pytest
@@ -86,33 +85,31 @@ def test_a_fork_opens_the_file_itself(tmp_path):
         assert_same(own, entry(index))
 
 
-def write_many(folder, number, count, more=0):
-    """Entries in groups of ten; then say so, and write large ones until somebody kills this process."""
+def write_many(folder, number, written):
+    """Write entries in groups of ten; then say so, and write large ones until somebody kills this process."""
     store = PredictionStore(folder, FINGERPRINT)
-    keys = [f"{number}-{index:014d}".encode() for index in range(count)]
-    for start in range(0, count, 10):
+    keys = [f"{number}-{index:014d}".encode() for index in range(100)]
+    for start in range(0, 100, 10):
         store.add({key: entry(start + index) for index, key in enumerate(keys[start : start + 10])})
-    print("written", flush=True)
-    for _ in range(more):
+    written.set()
+    while True:
         store.add({f"{number}-{uuid.uuid4().hex[:14]}".encode(): entry(0.0, length=1000)})
 
 
 def test_processes_write_at_once_and_one_that_is_killed_leaves_what_it_has_written(tmp_path):
-    folder = str(tmp_path / "cache")
-    code = "import sys, test_prediction_store as t; t.write_many(sys.argv[1], int(sys.argv[2]), 100, more=500)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    forks = multiprocessing.get_context("fork")  # a new interpreter would import for seconds
+    written = [forks.Event() for _ in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, folder, str(number)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for number in range(2)
+        forks.Process(target=write_many, args=(tmp_path, number, event), daemon=True)
+        for number, event in enumerate(written)
     ]
     for process in processes:
-        assert process.stdout.readline() == "written\n"
+        process.start()
+    assert all(event.wait(60) for event in written)
     for process in processes:
         process.kill()
-        process.communicate(timeout=60)
+        process.join()
     keys = [f"{number}-{index:014d}".encode() for number in range(2) for index in range(100)]
-    found = PredictionStore(folder, FINGERPRINT).get(keys)
+    found = PredictionStore(tmp_path, FINGERPRINT).get(keys)
     for index, own in enumerate(found):
         assert_same(own, entry(index % 100))

@@ -25,6 +25,7 @@ def grid_process(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.slow  # four processes; the two tests below have two each
 def test_a_grid_that_is_killed_goes_on_where_it_was_with_the_same_numbers(tmp_path: Path) -> None:
     settings = {"mlm": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3}}
     settings |= {"finetuning": {"epochs": 2, "rows": 24, "batch_size": 8, "learning_rate": 1e-3}}

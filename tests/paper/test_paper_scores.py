@@ -4,7 +4,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import EvalPrediction
 
-from examples.paper.scores import calibration_error, correlation, scores_for
+from examples.data.metrics import calibration_error, correlation
+from examples.paper.train import scores_for
 
 DRAW = np.random.default_rng(0)
 

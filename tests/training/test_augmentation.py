@@ -279,7 +279,7 @@ def test_two_views_of_other_lengths_are_not_compared_token_by_token(views, tmp_p
     rows = rows_of(tiny_batch("masked-lm", 8))
     pair = {"model": tiny_model("bert", "masked-lm"), "student_model": tiny_model("bert", "masked-lm", 1)}
     options = {"train_dataset": rows, "data_collator": default_data_collator, "max_steps": 2, "augmentation": longer}
-    message = rf"`augmented='{views}'`: `augmentation` makes `\w+` \(4, 11\) of \(4, 10\).*Keep the length"
+    message = rf"`augmented='{views}'`: `augmentation` changes .* `\w+` from \(4, 10\) to \(4, 11\).*Keep the length"
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, **pair, **options, augmented=views).train()
     tiny_trainer(tmp_path, **pair, **options).train()  # the labels are as long
