@@ -91,6 +91,10 @@ def test_what_is_finished_is_not_run_again_and_other_runs_go_on_after_a_failure(
     path = write(tmp_path / "study.yaml", {**settings, "variants": variants})
     output = tmp_path / "out"
     arguments = [str(path), "--output", str(output), "--seeds", "2", "--variants", "wrong", "1 layer"]
+    killed = next(c for c in study.load_study(path).cells() if (c.variant, c.seed) == ("1 layer", 2))
+    killed.folder(output).mkdir(parents=True)  # a run that was killed between training and evaluation is not finished
+    (killed.folder(output) / "arguments.json").write_text(json.dumps(killed.all_arguments(output)))
+    (killed.folder(output) / "all_results.json").write_text(json.dumps({"train_samples": 12}))
     assert run.main(arguments) == 1
     printed = capsys.readouterr()
     assert "cola, wrong, seed 2: FAILED" in printed.out
