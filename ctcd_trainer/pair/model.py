@@ -4,6 +4,7 @@ One wrap (DDP, FSDP, DeepSpeed), one backward pass, one scaler and one checkpoin
 training loop can train them.
 """
 
+import inspect
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..arguments import DistillationArguments
 from ..graph import PRETRAINED, STUDENT, TEACHER
@@ -20,7 +22,7 @@ from ..losses.fused_linear import LinearHead, ScoredPositions
 from ..losses.head_tap import HeadTap
 from ..losses.objective import Objective, SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
-from ..model_structure import base_model, forward_parameters, layer_classes
+from ..model_structure import base_model, forward_parameters, is_peft_model, is_quantised, layer_classes
 from ..tasks import Task
 from ..tasks.two_tokenizers import inputs_of_learner
 from .fused_heads import FusedHeads
@@ -37,6 +39,11 @@ def _of_primary(name: str) -> property:
 
     return property(get)
 
+
+# Pipelines know models by the name of their class. The pair does what its primary learner does.
+logging.get_logger("transformers.pipelines.base").addFilter(
+    lambda record: "'CoDistillationModel' is not supported" not in record.getMessage()
+)
 
 #: Facts about the way in which a model was loaded. The pair was not loaded: no one may take it for such a model.
 _LOADING = {"hf_device_map", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"}
@@ -65,13 +72,19 @@ class CoDistillationModel(PreTrainedModel):
 
     config_class = PreTrainedConfig
     supports_gradient_checkpointing = True
-    can_generate = _of_primary("can_generate")
     active_adapters = _of_primary("active_adapters")
+    add_adapter = _of_primary("add_adapter")
     base_model = _of_primary("base_model")
+    can_generate = _of_primary("can_generate")
+    delete_adapter = _of_primary("delete_adapter")
     disable_adapters = _of_primary("disable_adapters")
     enable_adapters = _of_primary("enable_adapters")
+    get_adapter_state_dict = _of_primary("get_adapter_state_dict")
     get_decoder = _of_primary("get_decoder")
     get_encoder = _of_primary("get_encoder")
+    input_modalities = _of_primary("input_modalities")
+    load_adapter = _of_primary("load_adapter")
+    output_modalities = _of_primary("output_modalities")
     set_adapter = _of_primary("set_adapter")
 
     def __init__(
@@ -98,6 +111,7 @@ class CoDistillationModel(PreTrainedModel):
         self.shared_run: SharedRun | None = None
         self.two_tokenizers = two_tokenizers
         self.config = self.learners[self.primary].config
+        self.name_or_path = getattr(self.config, "name_or_path", "")
         self.main_input_name = base_model(self.learners[self.primary]).main_input_name
         self.frozen = frozenset(arguments.graph.frozen)
         for name in self.frozen:
@@ -194,23 +208,31 @@ class CoDistillationModel(PreTrainedModel):
             The input embeddings of the primary learner.
 
         Raises:
-            ValueError: The learners have two tokenizers or share parts, or a frozen teacher outside of the pair reads
-                the same ids; nothing is changed.
+            ValueError: The learners have two tokenizers or share parts; or a model is frozen, so that nothing would
+                train its new rows; or a model is quantised or has adapters. Nothing is changed.
         """
+        if new_num_tokens is None and not (args or kwargs):
+            return self.get_input_embeddings()
         obstacles = {
             "the models have two tokenizers": self.two_tokenizers,
             "the models share parameters": any(
                 len(self.own_parameters(name)) < len(list(model.parameters())) for name, model in self.learners.items()
             ),
-            "`pretrained_teacher` reads the same token ids and is frozen": bool(self.sources),
         }
+        for name, model in self.models.items():
+            obstacles[f"the {name} model is frozen, so that its new rows would not be trained"] = (
+                name not in self.trained
+            )
+            obstacles[f"the {name} model is quantised"] = is_quantised(model)
+            obstacles[f"the {name} model has adapters, which are saved without its embeddings"] = is_peft_model(model)
         for obstacle, holds in obstacles.items():
-            if holds and new_num_tokens is not None:
+            if holds:
                 raise ValueError(
                     f"`resize_token_embeddings({new_num_tokens})` of the pair: {obstacle}. Resize the plain models "
-                    "before you make the trainer."
+                    "before you make the pair, and before PEFT wraps them."
                 )
         resized = [model.resize_token_embeddings(new_num_tokens, *args, **kwargs) for model in self.learners.values()]
+        self.fused_heads = FusedHeads()  # the output layers are others
         return resized[0]
 
     # ---- The loss ----
@@ -218,6 +240,7 @@ class CoDistillationModel(PreTrainedModel):
     @torch.compiler.disable(recursive=False)  # the models are compiled, the bookkeeping between them is not
     def forward(
         self,
+        *inputs: Tensor,
         learner: str | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
@@ -228,6 +251,7 @@ class CoDistillationModel(PreTrainedModel):
         Each model receives the inputs that its `forward` names: a DistilBERT student gets no `token_type_ids`.
 
         Args:
+            *inputs: Inputs by position, as the primary learner takes them.
             learner: Name of a learner. Only this learner runs, and its own output is returned, with its hard loss as
                 the `loss`.
             num_items_in_batch: Scored items in the whole accumulated batch, by which every term is divided: a number,
@@ -240,6 +264,14 @@ class CoDistillationModel(PreTrainedModel):
             The loss, its terms, the primary learner's fields and the outputs of all learners; see
             `CoDistillationOutput`.
         """
+        if batch.pop("return_dict", None) is False:
+            output = self.forward(
+                *inputs, learner=learner, num_items_in_batch=num_items_in_batch, return_logits=return_logits, **batch
+            )
+            return output.to_tuple()
+        if inputs:
+            names = inspect.signature(base_model(self.learners[self.primary]).forward).parameters
+            batch = dict(zip(names, inputs, strict=False)) | batch
         labelled = self.objective.is_labelled(batch)
         if learner is not None:
             output = self._run(learner, batch, labelled)
@@ -248,7 +280,7 @@ class CoDistillationModel(PreTrainedModel):
             return output
         if return_logits is None:
             return_logits = not (self.training and torch.is_grad_enabled())
-        if not return_logits and self._is_fused(batch):
+        if labelled and not return_logits and self._is_fused(batch):
             scored = ScoredPositions(self.task.targets(batch))
             heads = self._run_all(batch, head_at=scored) | self._run_sources(batch, scored)
             loss, losses = self.objective.fused(heads, scored.labels, num_items_in_batch)

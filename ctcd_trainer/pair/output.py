@@ -33,3 +33,22 @@ class CoDistillationOutput(ModelOutput):
         for name, value in {**(fields or {}), **more}.items():
             if value is not None:
                 self[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field that the primary learner has and has not filled, such as `hidden_states`: `None`."""
+        primary = next(iter((self.__dict__.get("outputs") or {}).values()), None)
+        if name.startswith("_") or not hasattr(primary, name):
+            hint = (
+                ""
+                if primary is not None
+                else (
+                    ": the losses were computed without the models' whole outputs. Call the pair with "
+                    "`return_logits=True`, or in evaluation mode"
+                )
+            )
+            raise AttributeError(f"The output of the pair has no {name!r}, only {list(self)}{hint}.")
+        return getattr(primary, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies and pickles be made of all fields."""
+        return type(self), (dict(self),)

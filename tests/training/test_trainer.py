@@ -188,7 +188,7 @@ def test_configs_of_the_other_models_keep_their_cache_setting_and_no_cache_is_ma
     )
     trainer.train()
     outputs = trainer.model(input_ids=torch.ones(1, 4, dtype=torch.long))
-    assert all(output.past_key_values is None for output in outputs.values())
+    assert all(output.past_key_values is None for output in outputs.outputs.values())
     assert student.config.use_cache
     assert pretrained.config.use_cache
 
