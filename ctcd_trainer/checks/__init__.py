@@ -1,7 +1,7 @@
-"""Every reason for which a training is refused, checked in four steps before any work starts.
+"""All checks that can refuse a training, in four steps before any work starts.
 
-1. `check_before_loading`: the arguments, which models are given, whether the data sets have examples.
-2. `check_learners`: whether the models fit together; again for the new models of each trial of a search.
+1. `check_before_loading`: the arguments, the models that are passed, and the size of the data sets.
+2. `check_learners`: the fit of the models to each other; again for the new models of each trial of a search.
 3. `check_setup`: the models with the data, the tokenizers, the optimizer and the augmentation.
 4. `check_strategy`: the ways of `accelerate` to distribute the work, which Trainer has set up.
 
@@ -33,7 +33,7 @@ def check_before_loading(
     given: Mapping[str, Any],
     datasets: Mapping[str, Any],
 ) -> None:
-    """Check what can be told without the models.
+    """Check all that needs no model.
 
     Args:
         arguments: The distillation arguments; the defaults where `args` has none.
@@ -65,13 +65,13 @@ def check_learners(
         learners: The learners by name, the primary one first.
         pretrained: The frozen pre-trained teacher.
         task: The user's task, or its name; by default it is recognised by the class of the models.
-        has_soft_loss: Whether the user's function compares the outputs, so that any head will do.
+        has_soft_loss: Whether the user's function compares the outputs, so that any head is allowed.
 
     Returns:
         The task of all models.
 
     Raises:
-        ValueError: They do not fit.
+        ValueError: The models do not fit together, or to the mode.
     """
     for name, model in learners.items():
         check_adapters(argument_of(name), model)
@@ -98,7 +98,7 @@ def check_setup(
     optimizer: Optimizer | None = None,
     optimizer_cls: Any = None,
 ) -> None:
-    """Check the models with all that the trainer is given beside them.
+    """Check the models together with the other arguments of the trainer.
 
     Args:
         task: The task of the models.
@@ -108,7 +108,7 @@ def check_setup(
         pretrained: The frozen pre-trained teacher.
         datasets: The data sets by name of their argument.
         processing_class: The tokenizer or processor of the trainer, or of its collator.
-        student_processing_class: The tokenizer of the learners other than the primary one, if it is another one.
+        student_processing_class: The tokenizer of the learners other than the primary one, if it differs.
         augmentation: Changes the batches.
         augmented: The models that get the changed batches.
         optimizer: The first of the trainer's `optimizers`.

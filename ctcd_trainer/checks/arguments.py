@@ -50,7 +50,7 @@ def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> N
 
 
 def check_arguments(args: TrainingArguments | None) -> None:
-    """Refuse arguments of Trainer that cannot hold for two models at once."""
+    """Refuse arguments of Trainer that do not support two models at once."""
     if args is None:
         return
     _check_devices(args)
@@ -85,13 +85,13 @@ def check_arguments(args: TrainingArguments | None) -> None:
 def check_strategy(
     accelerator: Accelerator, has_pretrained: bool, share: str | None, args: TrainingArguments | None = None
 ) -> None:
-    """Refuse ways to distribute the work that cannot hold for two models at once.
+    """Refuse ways to distribute the work that do not support two models at once.
 
     Args:
-        accelerator: Trainer's, with the plugins that the arguments or `accelerate launch` have made.
+        accelerator: Trainer's accelerator, with the plugins of the arguments and of `accelerate launch`.
         has_pretrained: Whether there is a frozen teacher outside of the pair.
-        share: The argument of this name.
-        args: Trainer's, which it makes itself where the user gives none.
+        share: The training argument `share`.
+        args: The trainer's arguments.
 
     Raises:
         ValueError: A strategy is refused.
@@ -110,7 +110,7 @@ def check_strategy(
     if share is not None and (fsdp is not None or zero3):
         raise ValueError(
             f"`share={share!r}` gives both models the same parameters, and {'DeepSpeed ZeRO-3' if zero3 else 'FSDP'} "
-            "shards each of them by the layer that it is in. Leave `share` out, or train with DDP or ZeRO-2."
+            "shards a parameter with the layer that contains it. Leave `share` out, or train with DDP or ZeRO-2."
         )
     dynamo = getattr(accelerator.state, "dynamo_plugin", None)
     if dynamo is not None and dynamo.backend != DynamoBackend.NO and share not in (None, EMBEDDINGS):
@@ -121,7 +121,7 @@ def check_strategy(
         )
     if zero3 and has_pretrained:
         raise ValueError(
-            "DeepSpeed ZeRO-3 shards the models that it trains alone, and `pretrained_teacher` is none of them. Use "
+            "DeepSpeed ZeRO-3 shards only the models that it trains, and `pretrained_teacher` is not trained. Use "
             "FSDP2, which shards the frozen teacher too, or ZeRO-2, where each process holds it whole."
         )
 
@@ -132,7 +132,7 @@ def check_optimizer(
     trained: Mapping[str, nn.Module],
     args: TrainingArguments | None,
 ) -> None:
-    """Refuse an optimizer that lacks a trained learner, ignores arguments, or cannot be joined of several models."""
+    """Refuse an optimizer that lacks a trained learner, ignores arguments, or cannot hold several models."""
     if optimizer is None:
         _check_optimizer_class(getattr(args, "optim", None), optimizer_cls)
         return
@@ -153,13 +153,13 @@ def check_optimizer(
 
 
 def _set_by_learner(args: TrainingArguments | None) -> dict[str, float]:
-    """The arguments for one learner that are set (`student_learning_rate`, ...)."""
-    values = {f"{each}_{name}": getattr(args, f"{each}_{name}", None) for each in LEARNERS for name in PER_LEARNER}
-    return {name: value for name, value in values.items() if value is not None}
+    """Return the arguments for one learner that are set (`student_learning_rate`, ...)."""
+    names = [f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER]
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def _check_devices(args: TrainingArguments) -> None:
-    """Refuse several devices of one process."""
+    """Refuse a process with several devices."""
     if args.n_gpu > 1:
         raise ValueError(
             f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "

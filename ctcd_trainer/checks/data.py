@@ -148,21 +148,21 @@ def _check_mixing(name: str, views: str, task: Task, cache: str | None) -> None:
 
 
 def _parts(dataset: Any, argument: str) -> list[tuple[str, Any]]:
-    """The data sets of a dict of data sets with their names for a message, or the one itself."""
+    """List the data sets of a dict, or the only one, with their names for a message."""
     if not isinstance(dataset, Mapping):
         return [(argument, dataset)]
     return [pair for name, part in dataset.items() for pair in _parts(part, f"{argument}[{name!r}]")]
 
 
 def _columns_of(dataset: Any) -> list[str]:
-    """The columns of a data set, as far as it tells them."""
+    """List the columns of a data set; none if they are unknown."""
     if isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
         return list(dataset[0])
     return getattr(dataset, "column_names", None) or []
 
 
 def _labels_of(dataset: Any) -> Sequence[Any] | None:
-    """The labels of a data set that has them at hand."""
+    """Return the labels of a data set; `None` if it has none, or would have to be read for them."""
     column = next((name for name in LABEL_COLUMNS if name in _columns_of(dataset)), None)
     if column is None or not isinstance(dataset, Sized):
         return None

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def argument_of(name: str) -> str:
-    """The trainer's argument that gives a model: of a learner, or of the frozen pre-trained teacher."""
+    """Name the trainer's argument that gives a learner or the frozen pre-trained teacher."""
     return {LEARNERS[0]: "model", PRETRAINED: "pretrained_teacher"}.get(name, f"{name}_model")
 
 
@@ -30,15 +30,15 @@ def check_models(
 
     Args:
         models: The models by name, the primary learner first.
-        given_task: The user's task, or the name of one; by default it is recognised by the class of the models.
-        has_soft_loss: Whether the user's own function compares the outputs, so that any head will do.
+        given_task: The user's task or its name; by default the task of the model's class.
+        has_soft_loss: Whether the user's function compares the outputs, so that any head is allowed.
         may_share: Whether learners may have parameters in common (`share`).
 
     Returns:
-        The task of all of them.
+        The task of all models.
 
     Raises:
-        ValueError: One is no model with a supported head, is divided among processes or given twice; two train the
+        ValueError: A model has no supported head, is divided among processes or is given twice, two models train the
             same parameter, or their heads do not fit together.
     """
     primary, *others = models
@@ -65,7 +65,7 @@ def check_models(
 
 
 def _check_distinct(before: Mapping[str, nn.Module], model: nn.Module, argument: str, may_share: bool) -> None:
-    """Refuse a model that is one of those before it, or trains a parameter of one of them."""
+    """Refuse a model that is an earlier model, or trains a parameter of an earlier model."""
     for other, value in before.items():
         if value is model:
             raise ValueError(
@@ -95,7 +95,7 @@ def _check_whole(model: nn.Module, argument: str) -> None:
 
 
 def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None, has_soft_loss: bool) -> Task:
-    """The task of a model: the given one, or the one of its head; see `check_models`."""
+    """Return the given task, or the task of a model's head; see `check_models`."""
     if given_task is not None:
         return named_task(given_task, model.config)
     try:
@@ -107,7 +107,7 @@ def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None
 
 
 def _storage_of(model: nn.Module) -> dict[int, tuple[str, bool]]:
-    """The memory that a model's parameters lie in, with the name of one, and whether it is trained."""
+    """Map the memory address of each parameter to its name and whether it is trained."""
     return {
         memory_of(parameter): (name, parameter.requires_grad)
         for name, parameter in model.named_parameters()
@@ -119,9 +119,9 @@ def check_adapters(argument: str, model: nn.Module) -> None:
     """Refuse adapters that transformers has added: its Trainer saves them and cannot load them again."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"`{argument}` has the adapters {sorted(model.peft_config)} inside of it, as `add_adapter` or "
-            "`load_adapter` put them there: they could not be loaded again from a checkpoint. Wrap the model instead "
-            "(`peft.get_peft_model` or `PeftModel.from_pretrained`)."
+            f"`{argument}` contains the adapters {sorted(model.peft_config)} of `add_adapter` or `load_adapter`, "
+            "which cannot be loaded again from a checkpoint. Wrap the model instead (`peft.get_peft_model` or "
+            "`PeftModel.from_pretrained`)."
         )
 
 
@@ -145,15 +145,15 @@ def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
     """Refuse a learner that the mode freezes and that has adapters to train, or cannot be run or saved."""
     if is_peft_model(model) and model.peft_type == "ADALORA" and not hasattr(model.base_model, "rankallocator"):
         raise ValueError(
-            f"The {learner} has an AdaLoRA that was loaded with `is_trainable=False`, of which PEFT computes no loss, "
-            "not even to evaluate it. Merge it (`merge_and_unload`), or load it with `is_trainable=True` and call "
+            f"The {learner} has an AdaLoRA that was loaded with `is_trainable=False`. PEFT computes no loss for it, "
+            "not even in evaluation. Merge it (`merge_and_unload`), or load it with `is_trainable=True` and call "
             "`requires_grad_(False)`."
         )
     if is_quantised(model) and not is_peft_model(model) and not model.hf_quantizer.is_serializable():
         raise ValueError(
             f"The {learner} is saved with the pair, and its weights are quantised by a method that cannot save them "
-            f"({model.config.quantization_config.quant_method}). Quantise it with another one, or, to learn from it "
-            "alone, pass it as `pretrained_teacher`, which is not saved."
+            f"({model.config.quantization_config.quant_method}). Quantise it with another method. To learn from it "
+            "only, pass it as `pretrained_teacher`, which is not saved."
         )
     if is_peft_model(model) and any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -163,15 +163,15 @@ def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
 
 
 def check_prompts(learners: Mapping[str, nn.Module], why: str) -> None:
-    """Refuse adapters that PEFT does not save whole, where adapters are loaded again.
+    """Refuse adapters that PEFT does not save whole and that are loaded again.
 
     Args:
         learners: The models by name.
-        why: Why they are loaded, for the message.
+        why: The reason for which they are loaded, for the message.
 
     Raises:
-        ValueError: One has virtual tokens that a network makes (`PromptEncoderConfig`, or `PrefixTuningConfig` with
-            `prefix_projection`): PEFT saves the tokens without it, so the training could not go on from them.
+        ValueError: A network makes the virtual tokens of an adapter (`PromptEncoderConfig`, or `PrefixTuningConfig`
+            with `prefix_projection`). PEFT saves the tokens without the network, so the training could not go on.
     """
     for name, model in learners.items():
         encoders = getattr(model, "prompt_encoder", {})
@@ -180,6 +180,6 @@ def check_prompts(learners: Mapping[str, nn.Module], why: str) -> None:
         ]
         if is_peft_model(model) and lost:
             raise ValueError(
-                f"{why} loads the adapter of the {name}, and of its prompt encoder PEFT saves what comes out, without "
+                f"{why} loads the adapter of the {name}, and PEFT saves the output of its prompt encoder without "
                 f"{lost[:2]} ({len(lost)} in all). Use `PromptTuningConfig`, or `prefix_projection=False`."
             )

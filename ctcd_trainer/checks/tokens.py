@@ -13,7 +13,7 @@ _CHOOSE = "Choose a model that shares the tokenizer, or cut one from the teacher
 
 
 def check_vocabularies(teacher: PreTrainedModel, other: PreTrainedModel, argument: str, processing_class: Any) -> None:
-    """Refuse two models of different tokenizers: they receive the same token ids.
+    """Refuse models with different tokenizers, since they receive the same token ids.
 
     Embeddings may be padded to different sizes over one tokenizer. Nothing is downloaded: the other model's tokenizer
     is compared if it is in the folder that the model was loaded from, or in the cache.
@@ -47,7 +47,7 @@ def check_vocabularies(teacher: PreTrainedModel, other: PreTrainedModel, argumen
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer itself, or the one of a processor; `None` if there is none."""
+    """Return the tokenizer, or that of a processor; `None` without a tokenizer."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
@@ -55,7 +55,7 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
 def check_tokenizer(
     model: PreTrainedModel, argument: str, tokenizer: PreTrainedTokenizerBase, named: str, remedy: str
 ) -> None:
-    """Refuse a tokenizer other than the one that a model was trained with, as far as can be told.
+    """Refuse a tokenizer that differs from the one that a model was saved with.
 
     Args:
         model: The model.
@@ -92,22 +92,22 @@ def check_tokenizer(
 
 
 def vocabulary_size(model: PreTrainedModel) -> int | None:
-    """Number of token ids that a model's config states; `None` for a model of other inputs (images, audio)."""
+    """Return the number of token ids in a model's config; `None` for images and audio."""
     return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 def _is_padded(size: int, num_tokens: int) -> bool:
-    """Whether a vocabulary size is the tokenizer's, or that one rounded up as is usual (to multiples of 8 or more)."""
+    """Tell whether a vocabulary size is the tokenizer's, possibly rounded up to a multiple of 8 or more."""
     return size == num_tokens or (size % 8 == 0 and 0 < size - num_tokens < 1024)
 
 
 def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a model was saved with, if it is in a local folder or in the cache of the Hub."""
+    """Load the tokenizer that a model was saved with, from a local folder or the cache of the Hub."""
     name = getattr(model.config, "name_or_path", "")
     if not name or (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json"))):
         return None
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except Exception as error:  # there is none, or a library for it is missing: no reason to stop a training
+    except Exception as error:  # no tokenizer, or a missing library: no reason to stop a training
         logger.debug("No tokenizer of %s could be loaded to compare it: %r", name, error)
         return None

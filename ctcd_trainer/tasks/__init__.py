@@ -36,7 +36,7 @@ class UnknownHead(Task):
         """No check: the meaning of the outputs is unknown."""
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Integer labels unchanged; otherwise 0 for each row."""
+        """Return integer labels unchanged, otherwise 0 for each row."""
         labels = inputs.get("labels")
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             return labels
@@ -44,11 +44,11 @@ class UnknownHead(Task):
         return torch.zeros(len(first), dtype=torch.long, device=first.device)
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The labels, unchanged."""
+        """Return the labels unchanged."""
         return {name: inputs[name] for name in self.label_names if name in inputs}
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> None:
-        """`None`: the meaning of the outputs is unknown."""
+        """Return `None`: the meaning of the outputs is unknown."""
         return None
 
 
@@ -67,7 +67,7 @@ TASKS: tuple[type[Task], ...] = (
 
 
 def find_task(model: nn.Module, argument: str = "model") -> Task:
-    """The task of a model, by the name of its class or of a class that it inherits from.
+    """Find the task of a model by the name of its class or of a parent class.
 
     Args:
         model: A model with a head, PEFT-wrapped or not.
@@ -89,7 +89,7 @@ def find_task(model: nn.Module, argument: str = "model") -> Task:
 
 
 def named_task(task: Task | str, config: PreTrainedConfig) -> Task:
-    """The task that the user gives as an object or by name.
+    """Return the task that the user gives as an object or by name.
 
     Raises:
         ValueError: There is no task of this name.

@@ -14,7 +14,7 @@ from .labels import IGNORE_INDEX, label_array, own_labels
 
 
 def model_names_of(mapping: str) -> frozenset[str]:
-    """Class names of the models that an `AutoModelFor...` class can load."""
+    """Return the class names of the models that an `AutoModelFor...` class can load."""
     names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
     return frozenset(name for entry in names for name in ((entry,) if isinstance(entry, str) else entry))
 
@@ -43,20 +43,20 @@ class Task:
         *("attention_mask", "input_ids", "inputs_embeds", "token_type_ids", "position_ids"),
         *("input_values", "input_features"),
     )
-    #: The same for the labels of an encoder-decoder, whose decoder sees nothing behind a position.
+    #: The inputs that have a value for each label of an encoder-decoder; a position does not see later ones.
     decoder_token_inputs: ClassVar[tuple[str, ...]] = (
         *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
     )
-    #: Whether the classes are the tokens of a vocabulary.
+    #: True if the classes are the tokens of a vocabulary.
     language_model: ClassVar[bool] = False
-    #: Whether the models shift the labels, so that a position predicts the next label.
+    #: True if the models shift the labels, so that a position predicts the next label.
     shifts_labels: ClassVar[bool] = False
     #: The outputs that `compared` reads.
     compared_outputs: ClassVar[tuple[str, ...]] = ("logits",)
-    #: Whether these outputs have a value for each token, so that their length depends on the padding; `False` if they
-    #: have one value for each row, `None` if unknown.
+    #: True if these outputs have a value per token, so that their length depends on the padding; False if they have a
+    #: value per row; `None` if unknown.
     per_token: ClassVar[bool | None] = None
-    #: Whether a whole row is one item, so that a row without a label can still be compared.
+    #: True if a row is one item, so that a row without a label can still be compared.
     per_row: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -66,11 +66,11 @@ class Task:
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
-        """Whether a model with a class of `model_names` has this head."""
+        """Tell whether a model with a class of `model_names` has this head."""
         return True
 
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """Both models must have the same number of labels, with the same meaning.
+        """Refuse models whose labels differ in number or meaning.
 
         Args:
             teacher: Config of the teacher.
@@ -78,7 +78,7 @@ class Task:
             role: Name of the argument that gave the second model, for the message.
 
         Raises:
-            ValueError: They differ; the message has both values.
+            ValueError: The labels differ. The message has both values.
         """
         labels = [own_labels(config) for config in (teacher, student)]
         same_names = None in labels or labels[0] == labels[1]
@@ -97,7 +97,7 @@ class Task:
             )
 
     def unlabelled_rows(self, rows: Sequence[Any]) -> np.ndarray:
-        """Which rows of a data set have no label (`IGNORE_INDEX`), bool `(rows,)`.
+        """Mark the rows of a data set without a label (`IGNORE_INDEX`): bool `(rows,)`.
 
         Args:
             rows: The label of each row.
@@ -105,7 +105,7 @@ class Task:
         return np.asarray([np.all(np.asarray(label) == IGNORE_INDEX) for label in rows])
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Every label of a data set must be the index of a class.
+        """Refuse labels of a data set that are no index of a class.
 
         Args:
             rows: The label of each row: a number, or a list of numbers.
@@ -130,7 +130,7 @@ class Task:
     # ---- Scored positions ----
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The label of each position that the models predict, `IGNORE_INDEX` where it is not scored.
+        """Return the label of each predicted position, `IGNORE_INDEX` where it is not scored.
 
         Raises:
             ValueError: The batch has no labels.
@@ -143,11 +143,11 @@ class Task:
         return inputs["labels"]
 
     def counted(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The targets as `num_items_in_batch` counts them: one entry per item, `IGNORE_INDEX` if not scored."""
+        """Return the targets to count: one entry per item of `num_items_in_batch`, `IGNORE_INDEX` if not scored."""
         return self.targets(inputs)
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The labels to give to the model, or class 0 everywhere if nothing is scored.
+        """Return the labels for the models, or class 0 everywhere if nothing is scored.
 
         The mean cross-entropy over nothing is NaN, and so are its gradients even when it is multiplied by 0. The loss
         of such a batch has weight 0, so any finite value will do.
@@ -157,38 +157,38 @@ class Task:
         return {name: value.masked_fill(nothing, 0) for name, value in labels.items()}
 
     def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Whether a model makes predictions only if it is given the labels."""
+        """Tell whether a model predicts only if it gets the labels."""
         return False
 
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of a model without labels, from which it makes the same predictions."""
+        """Return the inputs without labels, from which a model makes the same predictions."""
         return {name: value for name, value in inputs.items() if name not in self.label_names}
 
     # ---- The comparison ----
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """The logits of a model that are compared, `(*positions, outcomes)`."""
+        """Return the logits to compare, `(*positions, outcomes)`."""
         return outputs["logits"]
 
     def scored(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Which of the compared positions are scored, bool `(rows, *positions)`."""
+        """Mark the compared positions that are scored: bool `(rows, *positions)`."""
         return self.targets(inputs).ne(IGNORE_INDEX)
 
     def distilled(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Which positions the soft losses compare: the scored ones, or all rows where an item is a row."""
+        """Mark the positions that the soft losses compare: the scored positions, or all rows if `per_row`."""
         scored = self.scored(inputs)
         return torch.ones_like(scored) if self.per_row else scored
 
     def family(self, inputs: Mapping[str, Any]) -> Family:
-        """The meaning of the compared logits."""
+        """Return the meaning of the compared logits."""
         return Categorical()
 
     def hard_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Mean of the model's loss over the labelled items; `None` if the model has computed none."""
+        """Return the mean of the model's loss over the labelled items; `None` if the model has computed none."""
         return outputs.get("loss")
 
     def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
-        """Mean of a soft loss over the compared positions.
+        """Compute the mean of a soft loss over the compared positions.
 
         Args:
             learner: Output of the model that is trained.
@@ -206,12 +206,12 @@ class Task:
         return torch.where(compared, values, 0.0).sum() / compared.sum().clamp(min=1)
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """How often two models predict the same.
+        """Count how often two models predict the same.
 
         Args:
             first: Output of one model.
             second: Output of the other one.
-            inputs: The batch. Without labels, all positions count but for known padding.
+            inputs: The batch. Without labels, all positions except known padding count.
 
         Returns:
             Two float tensors `(rows,)`: equal predictions and scored positions of each row; `None` where predictions
@@ -226,5 +226,5 @@ class Task:
         return (same * scored).sum(-1), scored.sum(-1)
 
     def _unlabelled_scored(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The positions that count in an agreement without labels, `None` for all of them."""
+        """Return the positions that count in an agreement without labels, `None` for all."""
         return None

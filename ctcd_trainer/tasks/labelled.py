@@ -46,7 +46,7 @@ class SequenceClassification(Task):
         self._problem_type: str | None = config.problem_type
 
     def problem_type(self, integer_labels: bool) -> str:
-        """The problem type, as transformers infers it where the config does not say.
+        """Return the problem type, inferred as in transformers if the config has none.
 
         Args:
             integer_labels: Whether the labels are integers.
@@ -64,7 +64,7 @@ class SequenceClassification(Task):
         return self.problem_type("labels" not in inputs or not inputs["labels"].is_floating_point())
 
     def family(self, inputs: Mapping[str, Any]) -> Family:
-        """A distribution over the classes, one per label, or a number."""
+        """Return a distribution over the classes, one per label, or a number."""
         families: dict[str, type[Family]] = {
             "regression": Point,
             "single_label_classification": Categorical,
@@ -84,7 +84,7 @@ class SequenceClassification(Task):
         super().check_pair(teacher, student, role)
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Every label must fit the head.
+        """Refuse labels that do not fit the head.
 
         Args:
             rows: Labels of a data set, `(rows,)` or `(rows, num_labels)`.
@@ -125,40 +125,40 @@ class SequenceClassification(Task):
             )
 
     def counted(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Every label but NaN counts. A score of -100.0 is a label: only integers are ignored."""
+        """Count every label except NaN. A score of -100.0 is a label: only integers are ignored."""
         labels = self.targets(inputs)
         if self._problem_type_of(inputs) == "single_label_classification":
             return labels
         return labels.isnan().long() * IGNORE_INDEX
 
     def unlabelled_rows(self, rows: Sequence[Any]) -> np.ndarray:
-        """Which rows have no label; see `Task.unlabelled_rows`."""
+        """Mark the rows without a label; see `Task.unlabelled_rows`."""
         labels = label_array(rows)
         if np.issubdtype(labels.dtype, np.integer) and self.problem_type(True) == "single_label_classification":
             return super().unlabelled_rows(rows)
         return np.isnan(labels.astype(np.float64)).reshape(len(labels), -1).all(axis=1)
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The labels, with 0 in place of missing scores; see `hard_loss`."""
+        """Return the labels, with 0 in place of missing scores; see `hard_loss`."""
         if self._problem_type_of(inputs) == "single_label_classification":
             return super().trainable_labels(inputs)
         return {"labels": inputs["labels"].nan_to_num()} if "labels" in inputs else {}
 
     def hard_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The loss of the model, or a mean over the labelled rows where scores are missing."""
+        """Return the loss of the model, or a mean over the labelled rows if scores are missing."""
         loss, labels = outputs.get("loss"), inputs.get("labels")
         if loss is None or labels is None or self._problem_type_of(inputs) == "single_label_classification":
             return loss
-        there = self.scored(inputs)
-        if there.all() or not there.any():  # without any label the weight is 0, and any finite value will do
+        scored = self.scored(inputs)
+        if scored.all() or not scored.any():  # without any label the weight is 0, and any finite value will do
             return loss
-        logits, labels = outputs["logits"][there], labels[there]
+        logits, labels = outputs["logits"][scored], labels[scored]
         if self._problem_type_of(inputs) == "regression":
             return nn.functional.mse_loss(logits.reshape(labels.shape).float(), labels.float())
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
     def scored(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Which rows are scored, bool `(rows,)`."""
+        """Mark the rows that are scored: bool `(rows,)`."""
         counted = self.counted(inputs).ne(IGNORE_INDEX)
         return counted.reshape(counted.shape[0], -1).any(-1)
 
@@ -184,7 +184,7 @@ class AudioClassification(Task):
 
 
 class TokenClassification(Task):
-    """One label for each token (`...ForTokenClassification`); without labels, all tokens count but padding."""
+    """One label for each token (`...ForTokenClassification`); without labels, all tokens except padding count."""
 
     name = "token-classification"
     pipeline_tag = "token-classification"
@@ -196,14 +196,14 @@ class TokenClassification(Task):
         return inputs.get("attention_mask")
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The labels; without them 0 for every token that is no padding, to train on soft losses alone."""
+        """Return the labels; without labels, 0 for every token except padding, to train on soft losses only."""
         if "labels" not in inputs and "attention_mask" in inputs:
             return inputs["attention_mask"].long().eq(0).long() * IGNORE_INDEX
         return super().targets(inputs)
 
 
 class MultipleChoice(Task):
-    """The right one of several sequences (`...ForMultipleChoice`): a distribution over the choices."""
+    """The right choice among several sequences (`...ForMultipleChoice`): a distribution over the choices."""
 
     name = "multiple-choice"
     pipeline_tag = "multiple-choice"
@@ -241,7 +241,7 @@ class QuestionAnswering(Task):
         """No check: the models ignore positions beyond the text."""
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Start and end `(rows, 2)`; `IGNORE_INDEX` beyond the input, where the models ignore them."""
+        """Return start and end `(rows, 2)`; `IGNORE_INDEX` beyond the input, which the models ignore."""
         missing = [name for name in self.label_names if name not in inputs]
         if missing:
             raise ValueError(
@@ -254,10 +254,10 @@ class QuestionAnswering(Task):
         return positions.clamp(min=0).masked_fill(positions >= length, IGNORE_INDEX)
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Start and end logits `(rows, 2, length)`."""
+        """Return start and end logits `(rows, 2, length)`."""
         return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
 
     def family(self, inputs: Mapping[str, Any]) -> Family:
-        """A distribution over the tokens that are no padding."""
+        """Return a distribution over the tokens that are not padding."""
         mask = inputs.get("attention_mask")
         return Categorical(None if mask is None else mask.bool().unsqueeze(1))

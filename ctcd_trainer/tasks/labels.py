@@ -13,13 +13,13 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def own_labels(config: PreTrainedConfig) -> list[str] | None:
-    """Names of the labels in the order of the outputs; `None` for the default names, which mean nothing."""
+    """Return the names of the labels in the order of the outputs; `None` for the default names."""
     names = [config.id2label[index] for index in sorted(config.id2label)]
     return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
 
 def label_array(rows: Sequence[Any], first_row: int = 0) -> np.ndarray:
-    """Labels as an array of numbers.
+    """Turn labels into an array of numbers.
 
     Args:
         rows: The label of each row, a number or a list of numbers.

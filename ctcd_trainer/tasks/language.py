@@ -24,12 +24,12 @@ class LanguageModel(Task):
         """No check: labels are token ids, made by the data collator."""
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The labels; where nothing is scored, token 0 at every position."""
+        """Return the labels; token 0 at every position if nothing is scored."""
         nothing = self.counted(inputs).eq(IGNORE_INDEX).all()
         return {"labels": inputs["labels"].masked_fill(nothing, 0)}
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """The logits at the scored positions alone, `(scored, vocabulary)`."""
+        """Return the logits at the scored positions, `(scored, vocabulary)`."""
         logits = outputs["logits"]
         if logits.ndim == 2:  # the model has selected them (ModernBERT with `sparse_prediction`)
             return logits
@@ -37,14 +37,14 @@ class LanguageModel(Task):
         return logits[:, -targets.shape[1] :][targets.ne(IGNORE_INDEX)]  # prompt tuning has put tokens in front
 
     def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
-        """Mean over the scored positions of a soft loss on the shared ids; see `Task.soft_loss`."""
+        """Compute the mean of a soft loss on the shared ids over the scored positions; see `Task.soft_loss`."""
         logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
         shared = min(z.shape[-1] for z in logits)
         values = self.family(inputs).soft_loss(*(z[:, :shared] for z in logits), name, temperature)
         return values.sum() / max(len(values), 1)
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """How often two models predict the same token; see `Task.agreement`. `None` without labels."""
+        """Count how often two models predict the same token; see `Task.agreement`. `None` without labels."""
         if "labels" not in inputs:
             return None
         scored = self.scored(inputs)
@@ -65,30 +65,34 @@ class Seq2SeqLM(LanguageModel):
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
-        """Whether the model has an encoder: some of the classes have a decoder only."""
+        """Tell whether the model has an encoder: some of the classes have only a decoder."""
         return config.is_encoder_decoder
 
     def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Whether the model makes its decoder inputs only together with its loss (M2M100, NLLB, Blenderbot)."""
-        given = inputs.get("decoder_input_ids") is not None or "decoder_inputs_embeds" in inputs
-        return "labels" in inputs and not given and not hasattr(model, "prepare_decoder_input_ids_from_labels")
+        """Tell whether the model makes its decoder inputs only together with its loss (M2M100, NLLB, Blenderbot)."""
+        has_decoder_inputs = inputs.get("decoder_input_ids") is not None or "decoder_inputs_embeds" in inputs
+        return (
+            "labels" in inputs
+            and not has_decoder_inputs
+            and not hasattr(model, "prepare_decoder_input_ids_from_labels")
+        )
 
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs without labels, but with the decoder inputs that the model makes of them.
+        """Return the inputs without labels, but with the decoder inputs that the model makes from them.
 
         Raises:
             ValueError: The model makes them only together with its loss.
         """
-        own = super().unlabelled(model, inputs)
-        if "labels" in inputs and own.get("decoder_input_ids") is None and "decoder_inputs_embeds" not in own:
+        result = super().unlabelled(model, inputs)
+        if "labels" in inputs and result.get("decoder_input_ids") is None and "decoder_inputs_embeds" not in result:
             if self.needs_labels(model, inputs):
                 raise ValueError(
                     f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, so it needs "
                     "`decoder_input_ids` in the batch. Let the `data_collator` add them: the labels, shifted to the "
                     "right."
                 )
-            own["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
-        return own
+            result["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        return result
 
 
 class MaskedLM(LanguageModel):
@@ -110,6 +114,6 @@ class CausalLM(LanguageModel):
     shifts_labels = True
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The label of the next position; none at the last one."""
+        """Return the label of the next position; `IGNORE_INDEX` at the last position."""
         labels = super().targets(inputs)
         return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)

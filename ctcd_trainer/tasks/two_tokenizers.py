@@ -1,4 +1,4 @@
-"""Inputs for one learner alone: those of a student with a second tokenizer, or one learner's view of a batch."""
+"""Inputs for one learner: those of a student with a second tokenizer, or its view of an augmented batch."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,7 @@ from .labels import LABEL_COLUMNS
 
 
 def prefix_of(learner: str) -> str:
-    """Start of the names of a learner's own inputs, in examples and in batches (`student_input_ids`).
-
-    The inputs of the primary learner have their plain names.
-    """
+    """Return the prefix of a learner's inputs (`student_input_ids`); the primary learner's have none."""
     return "" if learner == LEARNERS[0] else f"{learner}_"
 
 
@@ -31,7 +28,7 @@ class PairDataCollator:
 
     Args:
         teacher: Collates the teacher's inputs and the labels.
-        student: Collates the student's inputs; it is given the labels, too.
+        student: Collates the student's inputs with the labels.
 
     Example:
         ```python
@@ -46,11 +43,11 @@ class PairDataCollator:
     def of(
         cls, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, **options: Any
     ) -> "PairDataCollator":
-        """Pads to the longest text of the batch; options are those of `DataCollatorWithPadding`."""
+        """Pad to the longest text of a batch, with options of `DataCollatorWithPadding`."""
         return cls(DataCollatorWithPadding(teacher, **options), DataCollatorWithPadding(student, **options))
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch of both models' inputs."""
+        """Collate the inputs of both models."""
         teachers, students = [], []
         for feature in features:
             students.append({n.removeprefix(PREFIX): v for n, v in feature.items() if n.startswith(PREFIX)})
@@ -58,8 +55,8 @@ class PairDataCollator:
             # Some collators (of multiple choice) need labels; the batch has the teacher's.
             students[-1] |= {name: feature[name] for name in LABEL_COLUMNS if name in feature}
         batch = dict(self.teacher(teachers))
-        own = self.student(students)
-        return batch | {f"{PREFIX}{name}": value for name, value in own.items() if name not in LABEL_COLUMNS}
+        second = self.student(students)
+        return batch | {f"{PREFIX}{name}": value for name, value in second.items() if name not in LABEL_COLUMNS}
 
 
 def inputs_of_learner(
@@ -69,18 +66,18 @@ def inputs_of_learner(
     known: Collection[str],
     two_tokenizers: bool = False,
 ) -> dict[str, Any]:
-    """The part of a batch that is for one model: its own inputs and the labels if it has any, else the common inputs.
+    """Return a model's part of a batch: its own inputs with the labels, or the common inputs if it has none.
 
     Args:
         learner: Name of the model.
         inputs: The batch.
         label_names: The inputs that are labels.
-        known: The inputs that a model names. `student_input_ids` is the student's own input; another column that
-            happens to begin with `student_`, such as `student_id`, is left as it is.
+        known: The inputs that the models take. `student_input_ids` is the student's own input, but a column such as
+            `student_id`, which no model takes, is a common input.
         two_tokenizers: Whether every learner but the primary one must have its own inputs.
 
     Raises:
-        ValueError: It must have its own inputs, and the batch has none.
+        ValueError: The learner must have its own inputs, and the batch has none.
     """
     own, common = {}, {}
     for name, value in inputs.items():
@@ -101,7 +98,7 @@ def inputs_of_learner(
 
 
 def _owner_of(name: str, known: Collection[str]) -> str | None:
-    """The only learner that an input is for; `None` if it is common to all models."""
+    """Return the learner that owns an input; `None` if it is common to all models."""
     for learner in LEARNERS[1:]:
         prefix = prefix_of(learner)
         if name.startswith(prefix) and name.removeprefix(prefix) in known:

@@ -30,7 +30,7 @@ ZERO3 = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=SimpleNamespace(zero_
     ("state", "has_pretrained", "share", "message"),
     [
         (FSDP1, False, None, "FSDP1 with `use_orig_params=False` joins parameters of both models into one"),
-        (ZERO3, True, None, "`pretrained_teacher` is none of them. Use FSDP2"),
+        (ZERO3, True, None, "`pretrained_teacher` is not trained. Use FSDP2"),
         (FSDP2, False, "embeddings", "`share='embeddings'` gives both models the same parameters, and FSDP shards"),
         (ZERO3, False, "embeddings", "`share='embeddings'` gives both models the same parameters, and DeepSpeed"),
     ],
