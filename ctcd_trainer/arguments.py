@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from .graph import EDGES, LEARNERS, MODES, Edge, Graph
 from .soft_losses import SOFT_LOSSES
 
-#: Values of the argument `share`, but for `layers:K`.
+#: Values of the argument `share`; `LAYERS` is followed by a number.
 EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
-#: The arguments of `TrainingArguments` that a learner can have of its own, as `<learner>_<name>`.
+#: The arguments of `TrainingArguments` that can be set for one learner, as `<learner>_<name>`.
 PER_LEARNER = ("learning_rate", "weight_decay", "max_grad_norm")
 
 

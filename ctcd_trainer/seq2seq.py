@@ -19,11 +19,11 @@ class CoDistillationSeq2SeqTrainingArguments(DistillationArguments, Seq2SeqTrain
 class CoDistillationSeq2SeqTrainer(CoDistillationTrainer, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` for a teacher and a student that are trained together.
 
-    With `predict_with_generate` both models generate, and `compute_metrics` is called once per model with the texts
-    that it has generated. `eval_agreement` is measured with teacher forcing, since two models rarely generate equal
-    texts. An `args.generation_config` holds for both.
+    With `predict_with_generate` both models generate, and `compute_metrics` is called once per model with its
+    generated texts. `eval_agreement` is measured with teacher forcing, since two models rarely generate equal texts.
+    An `args.generation_config` holds for both.
 
-    It takes the arguments of `CoDistillationTrainer` but for `optimizer_cls_and_kwargs`, which `Seq2SeqTrainer` lacks.
+    It takes the arguments of `CoDistillationTrainer` except `optimizer_cls_and_kwargs`, which `Seq2SeqTrainer` lacks.
     """
 
     def _install_pair(self, learners: dict[str, nn.Module]) -> None:

@@ -21,7 +21,7 @@ Buffer = Callable[[Tensor], Tensor]
 
 
 class Prediction(NamedTuple):
-    """What the closed form of a soft loss reads of a model.
+    """A prediction of a model, as the closed form of a soft loss takes it.
 
     Attributes:
         outcomes: Log-probabilities `(rows, outcomes)`, or logits if the loss is one `of_logits`.
@@ -35,8 +35,8 @@ class Prediction(NamedTuple):
 class ClosedForm(NamedTuple):
     """Value of a soft loss, and its gradient with respect to the learner's logits (divided by the temperature).
 
-    The gradient is `probs_factor * p + factor * term`, where `p` are the learner's probabilities. It stands in two
-    parts because whoever adds it up has `p` already.
+    The gradient is `probs_factor * p + factor * term`, where `p` are the learner's probabilities. It has two
+    parts because the caller has computed `p` already.
 
     Attributes:
         value: One value per row, `(rows,)`.
@@ -57,11 +57,11 @@ class SoftLoss(ABC):
     Predictions are log-probabilities, or the logits themselves if the loss is one `of_logits`.
     """
 
-    #: What the loss is, for the help text of the argument `soft_loss`.
+    #: Description of the loss, for the help text of the argument `soft_loss`.
     summary: ClassVar[str]
-    #: Whether logits are compared, and not log-probabilities. The temperature has no effect then.
+    #: True if logits are compared, not log-probabilities. The temperature has no effect then.
     of_logits: ClassVar[bool] = False
-    #: Whether the sum that `value` returns is divided by the number of outcomes.
+    #: True if the sum that `value` returns is to be divided by the number of outcomes.
     averaged: ClassVar[bool] = False
 
     @abstractmethod
@@ -191,7 +191,7 @@ def _upcast(logits: Tensor) -> Tensor:
 
 
 class Family(Protocol):
-    """What the logits of a head mean, for the purpose of comparing two models."""
+    """The meaning of a head's logits, for the comparison of two models."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
         """Compare the predictions of two models.
@@ -207,15 +207,14 @@ class Family(Protocol):
         """
 
     def same(self, first: Tensor, second: Tensor) -> Tensor | None:
-        """Where two models with logits `(..., outputs)` predict the same (bool), `None` if that means nothing."""
+        """Mark where two models with logits `(..., outputs)` predict the same (bool); `None` if that is undefined."""
 
 
 class Categorical:
     """One of several classes: probabilities are the softmax over the last dimension.
 
     Args:
-        possible: Which classes are possible, bool, of a shape that broadcasts to that of the logits; `None` for all.
-            The others have no probability.
+        possible: Marks the classes with a probability, bool, broadcast to the shape of the logits; `None` for all.
     """
 
     #: In place of the logits of impossible classes: no probability in any dtype, and finite after a division by any
@@ -244,7 +243,7 @@ class Categorical:
         return value / self._possible.expand_as(learner).sum(-1).clamp(min=1)
 
     def same(self, first: Tensor, second: Tensor) -> Tensor:
-        """Whether both choose the same class: bool `(...)` from logits `(..., classes)`."""
+        """Mark where both choose the same class: bool `(...)` from logits `(..., classes)`."""
         if self._possible is not None:
             first, second = self._masked(first), self._masked(second)
         return first.argmax(-1) == second.argmax(-1)
@@ -254,7 +253,7 @@ class Bernoulli:
     """Several labels, each present or not: probabilities are the sigmoids of the logits."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
-        """Sum over the labels of the comparisons of each; see `Family.soft_loss`."""
+        """Compare the probabilities of each label, and sum over the labels; see `Family.soft_loss`."""
         loss, logits = find_soft_loss(name), (_upcast(learner), _upcast(source))
         if loss.of_logits:  # one outcome per label
             return loss.value(*(z.unsqueeze(-1) for z in logits)).sum(-1)
@@ -265,7 +264,7 @@ class Bernoulli:
         return value / 2 if loss.averaged else value
 
     def same(self, first: Tensor, second: Tensor) -> Tensor:
-        """Whether both predict the same for each label (probability above one half): bool `(..., labels)`."""
+        """Mark the labels for which both predict the same (probability above one half): bool `(..., labels)`."""
         return (first > 0) == (second > 0)
 
 

@@ -92,7 +92,7 @@ class CoDistillationMixin:
         super().__init_subclass__(**kwargs)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         if "__init__" not in cls.__dict__:
-            own = [each for each in parameters if each.kind == each.KEYWORD_ONLY]
+            own = [parameter for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
             parameters = [*_trainer_arguments(cls), *own]
         cls.__signature__ = inspect.Signature(parameters)
 
@@ -109,7 +109,7 @@ class CoDistillationMixin:
         soft_loss_func: SoftLossFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        names = [each.name for each in _trainer_arguments(type(self))]
+        names = [parameter.name for parameter in _trainer_arguments(type(self))]
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__} takes the {len(names)} arguments {names}, not {len(args)}.")
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -133,7 +133,7 @@ class CoDistillationMixin:
             seed=TrainingArguments.seed if arguments is None else arguments.seed,
         )
         plain = not isinstance(arguments, DistillationArguments) or arguments.distillation_mode == "standalone"
-        #: Whether there is, or will be, a pair.
+        #: True if there is, or will be, a pair.
         self._paired = self._sources.given or not plain
         if self._paired:
             self._sources.check_before_loading(given)
@@ -236,7 +236,7 @@ class CoDistillationMixin:
 
     @for_pairs
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; see `Trainer.train`. What a killed training has left of a checkpoint is removed first."""
+        """Train; see `Trainer.train`. Remains of a checkpoint that a killed training left are removed first."""
         self.checkpoints.clean_up(Path(self.args.output_dir))
         return super().train(*args, **kwargs)
 
@@ -512,7 +512,7 @@ class CoDistillationMixin:
         if self.pair is None or not student_predictions:
             output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
             return CoDistillationPredictionOutput(*output, None) if student_predictions else output
-        with self.evaluation.keeping_predictions() as predictions:  # `Trainer.predict` makes an output of its own
+        with self.evaluation.keeping_predictions() as predictions:  # `Trainer.predict` makes a new output
             output = super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
             return CoDistillationPredictionOutput(*output, predictions[STUDENT])
 

@@ -67,9 +67,9 @@ def write_model_cards(
     """Write the card of each learner beside its model, in place of any that is there.
 
     Args:
-        facts: What the cards state.
+        facts: The facts to state.
         folder: Output folder: the primary learner's, with a folder for each other learner.
-        options: What the user adds.
+        options: The user's additions.
         complete: Whether to time the models and draw the figure. A card without these is replaced by the next save.
 
     Raises:
@@ -95,7 +95,7 @@ def save_model_cards(facts: CardFacts, folder: str | os.PathLike, only: str | No
     A card that cannot be made is no reason to lose a checkpoint: then there is a warning.
 
     Args:
-        facts: What the cards state.
+        facts: The facts to state.
         folder: Output or checkpoint folder.
         only: The learner to which the whole folder belongs, if it is not a folder of all learners.
 
@@ -130,10 +130,10 @@ class _Card:
     """The card of one learner; the template reads it.
 
     Attributes:
-        facts: What the cards state.
+        facts: The facts to state.
         learner: Name of the learner.
         folders: Folders of all learners.
-        options: What the user adds.
+        options: The user's additions.
         baseline: Metrics of models that were trained in another way.
         latencies: Measured times, or why they are missing; empty on a short card.
         figure: The figure as a PNG file, with its alternative text.
@@ -206,7 +206,7 @@ class _Card:
         return f"in the folder [`{path}`]({path}/{FILE})"
 
     def sources(self, learner: str) -> list[str]:
-        """What a learner learns from, in words; empty if it is frozen."""
+        """Describe what a learner learns from; empty if it is frozen."""
         graph = self.facts.distillation.graph
         weight = graph.hard_weights.get(learner, 0.0)
         sources = [f"the labels (weight {weight:g})"] * bool(weight)

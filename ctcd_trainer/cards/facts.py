@@ -37,11 +37,11 @@ NOT_MEASURED = Latencies({}, "")
 
 @dataclass(frozen=True, eq=False)
 class CardFacts:
-    """What the model cards of a run are made from.
+    """The facts about a run that its model cards state.
 
     Attributes:
         learners: The models by name, the primary first.
-        task: What they are for.
+        task: The task of the models.
         distillation: The arguments of co-distillation.
         args: The training arguments.
         state: Trainer's state, with the logs.

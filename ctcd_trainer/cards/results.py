@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerState
 
-#: Names of metrics of which a smaller value is better.
+#: Names of metrics for which a smaller value is better.
 _LOWER_IS_BETTER = re.compile(r"(^|_)(loss|perplexity|mse|mae|rmse|error|wer|cer|ter)($|_)")
 #: Keys of an evaluation that say how fast it was.
 _SPEED = re.compile(r"(^|_)(runtime|samples|\w+_per_second|model_preparation_time)(_mm)?$")
@@ -61,9 +61,9 @@ class Results:
         during, after = (_evaluations(part, learners) for part in (logs[:end], logs[end:]))
         final = (after or during or [None])[-1]
         if ends and not after and best_is_loaded and state.best_global_step is not None:
-            final = next((each for each in during if each.step == state.best_global_step), final)
+            final = next((evaluation for evaluation in during if evaluation.step == state.best_global_step), final)
         losses = {name: f"{name}_hard_loss" for name in learners}
-        curves = {name: [(each["step"], each[key]) for each in logs if key in each] for name, key in losses.items()}
+        curves = {name: [(log["step"], log[key]) for log in logs if key in log] for name, key in losses.items()}
         return cls(learners, during if state.global_step else [], final, curves)
 
     @property
@@ -181,12 +181,12 @@ def metric_names(metrics: Metrics) -> list[str]:
 
 
 def is_agreement(name: str) -> bool:
-    """Whether a metric says how often the models predict the same."""
+    """Tell whether a metric counts how often the models predict the same."""
     return name.endswith("agreement")
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a smaller value of a metric is better, as far as its name tells."""
+    """Tell from the name of a metric whether a smaller value is better."""
     return _LOWER_IS_BETTER.search(name) is not None
 
 

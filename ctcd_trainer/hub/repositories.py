@@ -97,7 +97,7 @@ class PairUploads:
                 logger.warning("The repository %r cannot be made now. It is tried later: %s", repository.name, text)
         names = list(self.repositories.values())
         if len(set(names)) < len(names):
-            raise ValueError(f"Each model needs a repository of its own, but these are given: {self.repositories}.")
+            raise ValueError(f"Each model needs another repository, but these are given: {self.repositories}.")
         return names[0]
 
     def push(
@@ -152,7 +152,7 @@ class PairUploads:
             self.queue.start()
 
     def finish(self) -> None:
-        """Wait for the uploads at the end of a training, and warn of what is not on the Hub.
+        """Wait for the uploads at the end of a training, and warn of those that are not on the Hub.
 
         The other processes wait in their next collective call meanwhile, which fails after `ddp_timeout` seconds.
         """

@@ -116,7 +116,7 @@ class Upload:
 class UploadQueue:
     """Pending uploads of an output folder, oldest first. A newer upload replaces an older one to the same place.
 
-    Uploads run in the background, in rounds. A round tries each pending upload once. What fails stays pending.
+    Uploads run in the background, in rounds. A round tries each pending upload once. A failed upload stays pending.
 
     Args:
         output_dir: The output folder, which also holds the snapshots.
@@ -170,7 +170,7 @@ class UploadQueue:
         tried: set[Upload] = set()
         while True:
             with self._lock:
-                self._current = upload = next((each for each in self.pending if each not in tried), None)
+                self._current = upload = next((entry for entry in self.pending if entry not in tried), None)
                 self._delete_unused()
             if upload is None:
                 return
@@ -267,7 +267,7 @@ def without_token(error: Exception, token: str | None) -> str:
 
 
 def _takes_space(folder: str) -> bool:
-    """Whether files of a snapshot are nowhere else on the disk."""
+    """Tell whether a snapshot holds the only copy of a file."""
     return any(path.is_file() and path.stat().st_nlink == 1 for path in Path(folder).rglob("*"))
 
 

@@ -160,7 +160,7 @@ def _share(counted: Tensor, num_items_in_batch: Tensor | int | None, which: int)
     Args:
         counted: The items that count in this micro-batch, bool.
         num_items_in_batch: The number of items of the whole batch; see `Objective.__call__`.
-        which: Which of the numbers, 0 for labelled items and -1 for compared ones.
+        which: Index of the number: 0 for labelled items, -1 for compared items.
     """
     if num_items_in_batch is None:
         return counted.sum().clamp(max=1)

@@ -27,7 +27,7 @@ class PredictionStore:
 
     Args:
         folder: The folder, made if it does not exist.
-        fingerprint: What all entries depend on besides their key; strings and numbers.
+        fingerprint: Strings and numbers on which all entries depend besides their key.
 
     Raises:
         ValueError: The folder has entries of another fingerprint or of an older version, or its file is damaged.

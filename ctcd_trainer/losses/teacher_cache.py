@@ -177,7 +177,7 @@ class _Batch:
                 self._lengths[name] = (axis - 1, last)
 
     def keys(self) -> list[bytes]:
-        """Return the key of each row: a hash of its inputs and of what else the predictions depend on."""
+        """Return the key of each row: a hash of its inputs and of all else that changes a prediction."""
         shared = hashlib.blake2b(b"outputs" if self._scored is None else b"hidden", digest_size=16)
         columns = {}
         for name, value in sorted(self._taken.items()):

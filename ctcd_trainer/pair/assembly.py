@@ -20,7 +20,7 @@ from .loading import load_model
 from .model import CoDistillationModel
 from .shared_layers import SharedRun, share_modules
 
-#: What `from_pretrained` takes.
+#: Types that `from_pretrained` takes.
 NAME_OR_PATH = (str, os.PathLike)
 
 
@@ -52,7 +52,7 @@ class PairSources:
 
     @property
     def given(self) -> bool:
-        """Whether there is any model besides the teacher."""
+        """Tell whether a model besides the teacher is given."""
         return any(source is not None for source in (self.student, self.student_init, self.pretrained))
 
     # ---- Before the models are loaded ----

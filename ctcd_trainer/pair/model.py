@@ -53,12 +53,12 @@ _LOADING |= {"quantization_method", "is_parallelizable", "model_parallel"}
 class CoDistillationModel(PreTrainedModel):
     """Learners that train together, by name; the first is the primary, whose place is the root of every folder.
 
-    `forward` runs all learners and returns their loss. The pair can be used as its primary learner: it has that
-    learner's config, an attribute or method that the pair does not define itself is looked up in it, and `forward`
-    returns its fields at the top level.
+    `forward` runs all learners and returns their loss. The pair can be used as its primary learner. It has the config
+    of that learner and looks up there the attributes and methods that it does not define. `forward` returns the
+    fields of that learner at the top level.
 
-    The pair has no checkpoint format of its own: `save_pretrained` writes each learner as the ordinary model that it
-    is. Make it with `make_pair`, which checks that the models fit together.
+    `save_pretrained` writes each learner as an ordinary model; there is no checkpoint format for the pair. Make a pair
+    with `make_pair`, which checks that the models fit together.
 
     Args:
         learners: The models by name, the primary (the teacher) first.
@@ -67,7 +67,7 @@ class CoDistillationModel(PreTrainedModel):
             in evaluation mode, run without gradients, and their parameters have `requires_grad=False`.
         pretrained: A frozen teacher outside of the pair (Community KD).
         soft_loss_func: The user's own soft loss.
-        two_tokenizers: Whether the student has a tokenizer, and so inputs, of its own.
+        two_tokenizers: Whether the student has another tokenizer, and so other inputs.
     """
 
     config_class = PreTrainedConfig

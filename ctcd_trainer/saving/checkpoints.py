@@ -93,7 +93,7 @@ class PairCheckpoints:
         """Write a folder beside `final` and move it there when all processes are done; after an error nothing is left.
 
         Raises:
-            OSError: The folder could not be written. What `final` held before is unchanged.
+            OSError: The folder could not be written. The former content of `final` is unchanged.
         """
         self.clean_up(final.parent)
         try:
@@ -114,7 +114,7 @@ class PairCheckpoints:
         wait_for_everyone()
 
     def save_alone(self, learner: str, final: Path, weights: dict[str, Tensor] | None) -> None:
-        """Save one learner in a folder of its own, which is replaced as a whole.
+        """Save one learner in a folder, which is replaced as a whole.
 
         Args:
             learner: Name of the learner.
@@ -222,7 +222,7 @@ class PairCheckpoints:
 
 
 def _is_write_error(error: Exception) -> bool:
-    """Whether the system refused to write a file. Other errors (memory, CUDA, another process) keep their type."""
+    """Tell whether the system refused to write a file; errors of memory, CUDA or another process keep their type."""
     if isinstance(error, SafetensorError):
         return "I/O error" in str(error)
     if type(error) is RuntimeError:

@@ -106,7 +106,7 @@ class PairEvaluation:
             if losses[name] is not None:
                 repeated = losses[name].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own
                 self._meter.add_losses(gather(repeated))
-            outputs = [views[each].outputs for each in (pair.primary, name)]
+            outputs = [views[pair.primary].outputs, views[name].outputs]
             with torch.no_grad():
                 agreement = pair.task.agreement(*outputs, inputs) if None not in outputs else None
             if agreement is not None:

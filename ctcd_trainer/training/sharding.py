@@ -1,4 +1,4 @@
-"""FSDP: clip, wrap and place models of which each process holds a part."""
+"""FSDP: clip, wrap and place models that are divided among processes."""
 
 import copy
 from collections.abc import Iterable, Iterator

@@ -83,7 +83,7 @@ def test_names_without_an_owner_become_full_names_also_in_the_cards(hub, tmp_pat
 
 
 def test_models_cannot_share_a_repository(hub, tmp_path):
-    with pytest.raises(ValueError, match="needs a repository of its own"):
+    with pytest.raises(ValueError, match="needs another repository"):
         tiny_trainer(tmp_path, push_to_hub=True, hub_model_id="pair", student_hub_model_id="me/pair")
 
 
