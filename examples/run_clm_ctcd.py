@@ -7,7 +7,7 @@ A 12-layer teacher, pre-trained, and a 6-layer student cut from it, on a data se
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --block_size 512 \
         --do_train --do_eval --output_dir out
 
-Both from scratch, on your own text; the student's config is the teacher's but for what is given:
+Both from scratch, on your own text; the student has the teacher's config, with the changes that are given:
 
     python examples/run_clm_ctcd.py --model_type gpt2 --tokenizer_name openai-community/gpt2 \
         --config_overrides n_layer=6,n_embd=256,n_head=4,n_positions=256 --student_config_overrides n_layer=4 \
@@ -51,7 +51,7 @@ class CausalTextArguments(TextArguments):
 def prepare(
     tokenizer: PreTrainedTokenizerBase, data_args: CausalTextArguments, training_args: TrainingArguments
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What turns texts into examples of a given `length`, and the data collator."""
+    """Return the function that turns texts into examples of a given `length`, and the data collator."""
     return partial(Blocks, tokenizer, masked=False), collate_blocks
 
 

@@ -6,7 +6,7 @@ One of the nine GLUE tasks, a 12-layer teacher and a 6-layer student cut from it
     python examples/run_glue_ctcd.py --model_name_or_path google-bert/bert-base-uncased --student_num_hidden_layers 6 \
         --dataset_name nyu-mll/glue --task_name rte --do_train --do_eval --output_dir out
 
-Your own files (columns `label` and one or two of text), a student of its own, all arguments in a file:
+Your own files (columns `label` and one or two of text), a pre-trained student, all arguments in a file:
 
     python examples/run_glue_ctcd.py arguments.json
 

@@ -7,7 +7,7 @@ A 12-layer teacher, pre-trained, and a 6-layer student cut from it, on a data se
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --max_seq_length 128 \
         --do_train --do_eval --output_dir out
 
-Both from scratch, on your own text; the student's config is the teacher's but for what is given:
+Both from scratch, on your own text; the student has the teacher's config, with the changes that are given:
 
     python examples/run_mlm_ctcd.py --model_type bert --tokenizer_name google-bert/bert-base-uncased \
         --config_overrides num_hidden_layers=6,hidden_size=384,num_attention_heads=12,intermediate_size=1536 \
@@ -64,7 +64,7 @@ class MaskedTextArguments(TextArguments):
 def prepare(
     tokenizer: PreTrainedTokenizerBase, data_args: MaskedTextArguments, training_args: TrainingArguments
 ) -> tuple[Callable[..., Any], DataCollatorForLanguageModeling]:
-    """What turns texts into examples of a given `length`, and the collator that masks them.
+    """Return the function that turns texts into examples of a given `length`, and the collator that masks them.
 
     Raises:
         ValueError: The tokenizer has no mask token.

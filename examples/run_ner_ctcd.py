@@ -6,7 +6,7 @@ Named entities, a 12-layer teacher and a 6-layer student cut from it:
     python examples/run_ner_ctcd.py --model_name_or_path google-bert/bert-base-cased --student_num_hidden_layers 6 \
         --dataset_name lhoestq/conll2003 --do_train --do_eval --output_dir out
 
-Your own files (columns `tokens` and `ner_tags`: lists, or texts with spaces between the words), a student of its own:
+Your own files (columns `tokens` and `ner_tags`: lists, or texts with spaces between the words), a pre-trained student:
 
     python examples/run_ner_ctcd.py --model_name_or_path google-bert/bert-base-cased \
         --student_model_name_or_path distilbert/distilbert-base-cased \

@@ -7,7 +7,7 @@ A 12-layer teacher and a 6-layer student cut from it:
         --dataset_name rajpurkar/squad --do_train --do_eval --output_dir out
 
 Your own files (columns `id`, `context`, `question` and `answers` with `text` and `answer_start`, as SQuAD has them),
-with questions that have no answer, and a student of its own:
+with questions that have no answer, and a pre-trained student:
 
     python examples/run_qa_ctcd.py --model_name_or_path google-bert/bert-base-uncased \
         --student_model_name_or_path distilbert/distilbert-base-uncased --version_2_with_negative \

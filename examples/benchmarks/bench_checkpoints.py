@@ -25,7 +25,7 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ctcd_trainer.saving import atomic_folders as whole_folders
+from ctcd_trainer.saving import atomic_folders
 from examples.benchmarks.bench_sequence_classification import CO_TRAINING, STUDENT, TEACHER, VARIANTS, Workload
 from examples.benchmarks.measuring import (
     COMPARISON_HEADER,
@@ -57,8 +57,8 @@ def save(trainer: Trainer) -> None:
 
 
 def wait_for_disk(trainer: Trainer) -> None:
-    """What `whole_folders.py` does for each checkpoint."""
-    whole_folders._sync(Path(get_last_checkpoint(trainer.args.output_dir)))
+    """Wait until a checkpoint is on the disk, as the trainer does for a pair."""
+    atomic_folders._sync(Path(get_last_checkpoint(trainer.args.output_dir)))
 
 
 def measure(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[float]]:
@@ -66,7 +66,7 @@ def measure(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[float]]
     alone = [trainers[TEACHER], trainers[STUDENT]]
 
     def without_wait() -> None:
-        with patch.object(whole_folders, "_sync", lambda folder: None):
+        with patch.object(atomic_folders, "_sync", lambda folder: None):
             save(trainers[CO_TRAINING])
 
     def both(*actions: Callable[[Trainer], None]) -> None:

@@ -6,12 +6,12 @@ both cross-entropies and of the KL divergence in both directions, to the gradien
 - ours: `ctcd_trainer.losses.fused_linear.linear_losses`;
 - naive: the logits of all positions, `F.cross_entropy` of each head, and `F.kl_div` both ways;
 - plain: `F.cross_entropy` of each head, one after the other, without distillation;
-- products: nothing but the three matrix products of each head, which none of them can do without.
+- products: only the three matrix products of each head, which every variant needs.
 
-A ratio is the median over rounds in which all take turns, with the smallest and the largest. Peak memory is that of a
-process of its own that does it once; weights, hidden states and gradients are a part of it. `--growth` and `--plot`
-show how both grow with the positions and with the vocabulary, and `--chunk_size` compares chunk sizes of ours. It is a
-measurement and no test: it exits with 0 whatever it finds.
+A ratio is the median over rounds in which all variants take turns, with the smallest and the largest. Peak memory is
+that of a separate process that does the work once, with weights, hidden states and gradients. `--growth` and `--plot`
+show the growth of both with the positions and with the vocabulary, and `--chunk_size` compares chunk sizes of ours.
+The benchmark is no test: it exits with 0 whatever it measures.
 
 Examples:
     python examples/benchmarks/bench_fused_linear.py --markdown --plot growth.png
@@ -56,7 +56,7 @@ LOGITS_HELD = {OURS: 0, NAIVE: 12, PLAIN: 5}  # tensors of positions x vocabular
 
 @dataclass(frozen=True)
 class Size:
-    """What is computed, and where.
+    """The sizes of a head, and the device.
 
     Attributes:
         positions: Scored positions.
@@ -79,7 +79,7 @@ class Size:
         return 2 * sum(self.widths) * (self.positions + self.vocabulary) * itemsize / 1e6
 
     def fits(self, variant: str) -> bool:
-        """Whether a variant fits into the memory that is free now."""
+        """Tell whether a variant fits into the free memory."""
         needed = self.unavoidable * 1e6 + LOGITS_HELD[variant] * self.positions * self.vocabulary * 4
         if self.device == "cuda":
             return needed < 0.9 * torch.cuda.mem_get_info()[0]
@@ -153,7 +153,7 @@ class Problem:
 
 
 def run_once(size: Size, variant: str, chunk_size: int | None = None) -> None:
-    """What a process does whose peak memory is taken."""
+    """Run a variant once, in the process whose peak memory is measured."""
     Problem(size).run(variant, chunk_size)
 
 
@@ -204,7 +204,7 @@ def compare_chunks(size: Size, rounds: int, chunk_sizes: list[int]) -> list[list
 
 @dataclass(frozen=True)
 class Sweep:
-    """Sizes of which one measure grows, with what was measured.
+    """Measurements for sizes that grow along one axis.
 
     Attributes:
         axis: The attribute of `Size` that grows.
@@ -220,12 +220,12 @@ class Sweep:
 
     @property
     def values(self) -> list[int]:
-        """The measure that grows."""
+        """The values along the axis."""
         return [getattr(size, self.axis) for size in self.sizes]
 
     @property
     def fixed(self) -> str:
-        """What does not grow."""
+        """The size that does not grow, in words."""
         other = "vocabulary" if self.axis == "positions" else "positions"
         return f"{other} {getattr(self.sizes[0], other)}"
 

@@ -9,8 +9,8 @@ A step is a whole optimizer step (forward, backward, clipping, AdamW, zeroing) o
    `F.kl_div` both ways at the scored positions;
 3. itself with `fused_lm_head=False`, for information.
 
-A ratio is the median over the rounds, with the smallest and the largest. Peak memory is that of a process of its own.
-It is a measurement and no test: it exits with 0 whatever it finds.
+A ratio is the median over the rounds, with the smallest and the largest. Peak memory is that of a separate process.
+The benchmark is no test: it exits with 0 whatever it measures.
 
 Examples:
     python examples/benchmarks/bench_language_models.py --markdown
@@ -64,8 +64,8 @@ class Work:
     """A pair of models and their batch, with the ratios of time and memory to stay within.
 
     Attributes:
-        title: What it is.
-        causal: Whether it is a causal language model, like GPT-2, or a masked one, like BERT.
+        title: Name of the pair in the table.
+        causal: Whether the models are causal, like GPT-2; otherwise masked, like BERT.
         layers: Layers of the teacher and of the student.
         width: Hidden size of both.
         heads: Attention heads of both.
@@ -175,7 +175,7 @@ class NaiveTrainer(Trainer):
 
     @property
     def causal(self) -> bool:
-        """Whether the logits of a position predict the next token."""
+        """True if the logits of a position predict the next token."""
         return isinstance(self.model["teacher"], GPT2LMHeadModel)
 
 
@@ -184,7 +184,7 @@ def _scored(logits: Tensor, labels: Tensor, causal: bool) -> Tensor:
 
 
 def trainer_of(work: Work, variant: str, folder: str, device: str = "cpu", bf16: bool = False) -> Trainer:
-    """A trainer of one variant that trains for one step, with the same initial weights in each.
+    """Make the trainer of a variant for one step; all variants start from the same weights.
 
     Args:
         work: The models and the data.
@@ -223,7 +223,7 @@ def measure_steps(work: Work, rounds: int, device: str, bf16: bool) -> dict[str,
 
 
 def train_variant(work: Work, variant: str, device: str, bf16: bool) -> None:
-    """A short training of one variant, of which the peak memory is taken."""
+    """Train a variant shortly, in the process whose peak memory is measured."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(work, variant, folder, device, bf16)
         trainer.train()

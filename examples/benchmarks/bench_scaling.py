@@ -1,12 +1,12 @@
-"""What do two processes gain over one, and how much do they say to each other?
+"""What do two processes gain over one, and how much data do they exchange?
 
-Two gloo processes (DDP) of one thread each take turns with one process of one thread, all of them alive all the time,
-each with the same number of rows. The work is an optimizer step of a co-training of two BERT-like sequence classifiers
+Two gloo processes (DDP) take turns with one process. All have one thread and the same number of rows, and none ends
+before the others. The work is an optimizer step of a co-training of two BERT-like sequence classifiers
 with random weights and random tokens, at fp32, and for comparison that of a plain `Trainer` for the teacher alone.
 Samples per second count the rows of both processes. The volume is counted where DDP hands gradients over to be summed
 (a communication hook), in one step, for both models and for the teacher alone.
 
-It wants a machine with two free cores. It is a measurement and no test: it exits with 0 whatever it finds.
+It needs a machine with two free cores. The benchmark is no test: it exits with 0 whatever it measures.
 
 Example:
     python examples/benchmarks/bench_scaling.py --markdown
@@ -40,7 +40,7 @@ TARGET = 1.7
 #: The teacher alone, and the pair.
 COMPARED = (TEACHER, CO_TRAINING)
 
-#: What a process has, once it is set up.
+#: The trainers and batches of this process.
 _trainers: dict[str, Trainer] = {}
 _batches: dict[str, dict[str, torch.Tensor]] = {}
 _sent: dict[str, int] = {}
@@ -95,7 +95,7 @@ def start(stack: ExitStack, count: int, folder: str, quick: bool) -> list[Proces
 
 
 def in_all(processes: list[ProcessPoolExecutor], function: Callable[[str], int], variant: str) -> list[int]:
-    """What a function returns in each process, once all have done it."""
+    """Run a function in all processes at once, and return the results."""
     return [future.result() for future in [process.submit(function, variant) for process in processes]]
 
 

@@ -4,12 +4,12 @@ Three things are measured on the CPU for BERT-like sequence classifiers with ran
 
 1. One optimizer step (forward, backward, clipping, AdamW, zeroing) of `CoDistillationTrainer` against the sum of the
    same step of a plain `transformers.Trainer` for the teacher and one for the student. The three take turns, step by
-   step, in one process, so that whatever else the machine does slows all of them alike.
+   step, in one process, so that other work of the machine slows all of them equally.
 2. A whole `trainer.train()` against the two plain ones in sequence, on the same data, from the same initial weights.
-3. The peak memory of each of the three, in a process of its own.
+3. The peak memory of each of the three, in separate processes.
 
 A ratio is the median over the rounds of co-training / (teacher alone + student alone), with the smallest and the
-largest one. It is a measurement and no test: it exits with 0 whatever it finds.
+largest one. The benchmark is no test: it exits with 0 whatever it measures.
 
 Example:
     python examples/benchmarks/bench_sequence_classification.py --markdown
@@ -50,7 +50,7 @@ class Workload:
     """The models, the data and the arguments that all measurements share.
 
     Args:
-        quick: Whether to use tiny models and batches, which shows that it works and nothing else.
+        quick: Whether to use tiny models and batches, only to show that the benchmark runs.
         steps: Optimizer steps of one `trainer.train()`.
         folder: Output folder that Trainer asks for; nothing is saved.
     """
@@ -123,7 +123,7 @@ def measure_trainings(workload: Workload, rounds: int) -> dict[str, list[float]]
 
 
 def train_variant(variant: str, quick: bool, steps: int) -> None:
-    """A short training of one variant, of which the peak memory is taken."""
+    """Train a variant shortly, in the process whose peak memory is measured."""
     with tempfile.TemporaryDirectory() as folder:
         Workload(quick, steps, folder).make_trainer(variant).train()
 

@@ -76,10 +76,10 @@ def optimizer_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
 def in_turns(
     actions: dict[str, Callable[[], object]], rounds: int, warmup: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds that each action takes, one after the other in each round, and backwards in every second round.
+    """Time actions one after the other in rounds, in reverse order in every second round; return seconds.
 
     Args:
-        actions: What to time, by name.
+        actions: The actions by name.
         rounds: Number of timed rounds.
         warmup: Number of rounds before them that are not timed.
         device: Where the actions compute; a GPU has to finish before the clock is read.
@@ -116,7 +116,7 @@ def peak_memory(device: str = "cpu") -> float:
 def peak_memory_of(
     action: Callable[..., object], *arguments: object, device: str = "cpu", live: bool = False
 ) -> float:
-    """Peak memory in MB of an action in a process of its own, above what the imports take.
+    """Measure the peak memory in MB of an action in a new process, without that of the imports.
 
     Args:
         action: A function that can be imported.
@@ -167,11 +167,11 @@ def comparison_row(
     memory: tuple[float, float] | None = None,
     memory_target: float | None = None,
 ) -> list[str]:
-    """A line under `COMPARISON_HEADER`: ours against something else, in time and in peak memory.
+    """Write a line under `COMPARISON_HEADER`: our time and peak memory against those of another implementation.
 
     Args:
-        work: What was done.
-        other: What ours is compared with.
+        work: Name of the work.
+        other: Name of the implementation to compare with.
         seconds: Our times and theirs, by round.
         time_target: The ratio of times to stay within; `None` if there is none.
         memory: Our peak memory and theirs, in MB; `None` if it is not compared.

@@ -1,1 +1,1 @@
-"""What the example scripts and the studies share."""
+"""Common parts of the example scripts and the studies."""

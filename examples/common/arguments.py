@@ -116,7 +116,7 @@ def check_file(path: str, argument: str, readers: Mapping[str, str] = TABLE_READ
 
 @dataclass
 class ModelArguments:
-    """Which models are trained, and where they come from. Some scripts add arguments in a subclass."""
+    """The models to train, and their sources. Some scripts add arguments in a subclass."""
 
     model_name_or_path: str = field(metadata={"help": "The teacher: a folder or the name of a model on the Hub."})
     student_model_name_or_path: str | None = option(
@@ -139,8 +139,8 @@ class ModelArguments:
     )
     student_init: Literal["copy", "shared", "random"] = option(
         "copy",
-        "Weights of a student that is cut from the teacher: `copy` takes the teacher's, `random` draws new ones, and "
-        "`shared` keeps one frozen base in memory for both models, with adapters for each.",
+        "Weights of a student that is cut from the teacher: `copy` takes the teacher's, `random` draws new weights, "
+        "and `shared` keeps one frozen base in memory for the adapters of both models.",
     )
     lora_r: int | None = option(None, "Freeze the teacher, and train LoRA adapters of this rank and its head.")
     student_lora_r: int | None = option(None, "Freeze the student, and train LoRA adapters of this rank and its head.")
@@ -215,7 +215,7 @@ class ModelArguments:
 
     @property
     def has_student(self) -> bool:
-        """Whether there is a second model."""
+        """True if a student is given."""
         return self.cuts is not None or any(getattr(self, option) is not None for option in self.student_options)
 
     @property
@@ -252,14 +252,14 @@ class ModelArguments:
 
 @dataclass
 class LabelledModelArguments(ModelArguments):
-    """Which models are trained, and where they come from, for heads with an output for each label."""
+    """The models to train, and their sources, for heads with an output per label."""
 
     ignore_mismatched_sizes: bool = option(False, "Replace a head with another number of labels by a new one.")
 
 
 @dataclass
 class LanguageModelArguments(ModelArguments):
-    """Which language models are trained: where they come from, or the configs of models from scratch."""
+    """The language models to train: their sources, or the configs of models from scratch."""
 
     model_name_or_path: str | None = option(
         None, "The teacher: a folder or the name of a model on the Hub. Leave it out to train from scratch."
@@ -321,7 +321,7 @@ class LanguageModelArguments(ModelArguments):
 
     @property
     def student_from_scratch(self) -> bool:
-        """Whether the student is made from a config."""
+        """True if the student is made from a config."""
         return any(getattr(self, option) is not None for option in self._from_config)
 
     @property

@@ -36,7 +36,7 @@ class OutputLabels(Protocol):
         """Settings of a config."""
 
     def same_order(self, config: PreTrainedConfig) -> bool:
-        """Whether the outputs of a model with this config mean the same."""
+        """Tell whether the outputs of a model with this config mean the same."""
 
 
 # ---- Loading ----
@@ -188,7 +188,7 @@ def with_adapters(model: PreTrainedModel, rank: int, target_modules: str | None)
 def limits_of_length(
     tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
 ) -> Iterator[tuple[int, str]]:
-    """The largest number of tokens that the tokenizer and each model take, each with the name of its owner."""
+    """Return the largest numbers of tokens of the tokenizer and the models, with the names of these."""
     yield tokenizer.model_max_length, "the tokenizer"
     for argument, model in models.items():
         for name, module in model.named_modules():

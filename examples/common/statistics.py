@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Whether the first method is better, by the bootstrap interval."""
+        """The verdict of the bootstrap interval: is the first method better?"""
         if self.bootstrap is None:
             return "one seed"
         low, high = self.bootstrap

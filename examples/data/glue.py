@@ -164,7 +164,7 @@ class Labels:
         }
 
     def fits(self, config: PreTrainedConfig) -> bool | None:
-        """Whether a config names the same labels, in whatever order and case; `None` if it names none."""
+        """Tell whether a config names the same labels, in any order and case; `None` if it names none."""
         known = _named_labels(config)
         if self.problem_type == "regression" or known is None:
             return None
@@ -178,7 +178,7 @@ class Labels:
         return replace(self, names=tuple(names[name] for name in _named_labels(config)))
 
     def same_order(self, config: PreTrainedConfig) -> bool:
-        """Whether the outputs of a model mean these labels in this order, as far as its config tells."""
+        """Tell whether the outputs of a model mean these labels in this order; true if its config names none."""
         known = _named_labels(config)
         return known is None or known == [name.lower() for name in self.names]
 
@@ -352,11 +352,13 @@ class GlueMetric(evaluate.Metric):
 
 
 def metrics_for(labels: Labels, task: str | None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """GLUE's own metrics for a task (with `combined_score`, their mean, if there are two).
+    """Return GLUE's metrics for a task (with `combined_score`, their mean, if there are two).
 
-    Without a task, they depend on the labels: the mean squared error of scores (`mse`); the `accuracy` of classes; for
-    several labels a row, the share of rows without an error (`accuracy`) and the F1 over all labels of all rows
-    (`f1_micro`).
+    Without a task, they depend on the labels:
+
+    - scores: the mean squared error (`mse`);
+    - classes: the `accuracy`;
+    - several labels a row: the share of rows without an error (`accuracy`), and the F1 over all labels (`f1_micro`).
     """
     glue = GlueMetric(task) if task is not None else None
 

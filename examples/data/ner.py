@@ -101,7 +101,7 @@ class WordLabels:
         }
 
     def same_order(self, config: PreTrainedConfig) -> bool:
-        """Whether the outputs of a model mean these labels in this order, as far as its config tells."""
+        """Tell whether the outputs of a model mean these labels in this order; true if its config names none."""
         own = own_labels(config)
         return own is None or own == list(self.names)
 

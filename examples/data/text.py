@@ -49,10 +49,10 @@ class TextArguments(DataArguments):
 def select_splits(
     raw: DatasetDict | IterableDatasetDict, data_args: TextArguments, training_args: TrainingArguments
 ) -> dict[str, Rows]:
-    """The texts to train and to evaluate on. Without validation texts, they are the first part of the training texts.
+    """Load the texts to train and to evaluate on; without validation texts, the first training texts become these.
 
     Returns:
-        `train` if there is training, `validation` if there is evaluation, each with the one column of text.
+        The splits `train`, for training, and `validation`, for evaluation, with one column of text.
 
     Raises:
         ValueError: A split that is wanted has no texts.
@@ -62,8 +62,9 @@ def select_splits(
         percentage = data_args.validation_split_percentage
         if data_args.streaming:
             raise ValueError(
-                f"`--do_eval` needs the split 'validation', and the data has only {list(raw)}. A stream has no length "
-                f"of which {percentage} % could be taken: give `--validation_file`, or leave out `--streaming`."
+                f"`--do_eval` needs the split 'validation', and the data has only {list(raw)}. The length of a "
+                f"stream is unknown, so {percentage} % cannot be split off. Give `--validation_file`, or leave out "
+                "`--streaming`."
             )
         count = len(splits["train"]) * percentage // 100
         if count == 0:

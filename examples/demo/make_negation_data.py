@@ -66,7 +66,7 @@ TOPICS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-#: What is said about a subject, by the number of times it is turned around. Negating words: see the rule above.
+#: Predicates by their number of negations. Negating words: see the rule above.
 PREDICATES = (
     ("{s} was {a}", "{s} seemed {a}", "{s} looked {a}"),
     ("{s} was not {a}", "{s} was never {a}", "{s} was hardly {a}", "{s} failed to be {a}", "nobody found {s} {a}"),

@@ -117,5 +117,5 @@ class Grid:
 
 
 def _lost(cell: Cell, failed: Mapping[Cell, str]) -> bool:
-    """Whether a cell, or one that it needs, has failed."""
+    """Tell whether a cell, or a cell that it needs, has failed."""
     return cell in failed or any(_lost(source, failed) for source in cell.sources)

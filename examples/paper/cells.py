@@ -43,7 +43,7 @@ class Method:
 
     @property
     def uses_pretrained(self) -> bool:
-        """Whether there is a frozen teacher outside of the pair."""
+        """True if there is a frozen teacher outside of the pair."""
         return any(edge.source == PRETRAINED for edge in self.graph.edges)
 
 
@@ -233,8 +233,8 @@ def expand(grid: Sequence[Mapping[str, Any]], defaults: Mapping[str, Mapping[str
     """All cells of a grid, each after the cells that it needs.
 
     Args:
-        grid: Blocks with fields of `Cell`, where a list gives one cell for each of its values, and `then`: the GLUE
-            tasks on which each resulting model is fine-tuned by itself.
+        grid: Blocks with fields of `Cell`, and `then`, the GLUE tasks on which every resulting model is fine-tuned
+            alone. A list of values makes a cell per value.
         defaults: Values of the fields that a block leaves out: `mlm` for pre-training, `finetuning` for one model
             by itself, `cotraining` for a pair on a GLUE task.
 

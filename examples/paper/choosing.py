@@ -52,7 +52,7 @@ class Candidate:
 
 
 def is_cotraining(method: str, learner: str) -> bool:
-    """Whether a method trains both models at once, and a model learns from the other trained one."""
+    """Tell whether a method trains both models at once, and one learns from the other."""
     graph = METHODS[plain_method(method)].graph
     return len(graph.trained) == 2 and any(
         edge.learner == learner and edge.source in (TEACHER, STUDENT) for edge in graph.edges
@@ -92,7 +92,7 @@ def candidates(
 
 
 def choosing(experiments: Experiments) -> list[str]:
-    """For each claim: the setting that is best on dev for each measure, and all that were tried."""
+    """Write tables by claim: the best setting on dev for each measure, and all settings that were tried."""
     groups = [(experiments.pretraining, loss(MLM), experiments.baseline)] if experiments.pretraining else []
     for task in sorted({task for task, _ in experiments.cotraining}):
         cells = [result for (name, _), own in experiments.cotraining.items() if name == task for result in own]
@@ -110,11 +110,11 @@ def choosing(experiments: Experiments) -> list[str]:
     if not best:
         return []
     intro = (
-        "For each claim and measure, the co-training (method and setting) that is best on dev, the part of the "
-        "training set that is kept for choosing, of all that were *tried*; and what it is worth on the validation "
-        "set, which plays no part in the choice. Differences to the reference of the claim with the same steps, rows, "
-        "initialisation and learning rates: **positive is better**. A setting with one seed may be chosen by luck. "
-        "`community` learns from a third model, which its references (`alone`, `kd`) do not have."
+        "For each claim and measure, the co-training (method and setting) that is best on dev among all that were "
+        "*tried*, and its result on the validation set. Dev is the part of the training set that is kept for "
+        "choosing; the validation set plays no part in the choice. Differences to the reference of the claim with the "
+        "same steps, rows, initialisation and learning rates: **positive is better**. A setting with one seed may be "
+        "chosen by luck. `community` learns from a third model, which its references (`alone`, `kd`) do not have."
     )
     return ["### Choosing a setting on dev", intro, table(best), *every]
 

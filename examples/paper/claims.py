@@ -59,11 +59,11 @@ def claims(experiments: Experiments) -> list[str]:
     )
     limits = (
         f"**How much this says.** The fewest seeds of a row are {min(fewest)}. The bootstrap draws from the "
-        "differences of the seeds that there are. With three, its interval is simply the smallest and the largest "
-        "of them: *holds* then means no more than that all three agree, which happens by chance, without any "
-        "effect, in one row of eight (with two seeds in one of four); and there are many rows, which are not "
-        "independent. The t interval pays for few seeds, and assumes differences that are normally distributed; a "
-        "row in which it contains 0 is a hint and no finding. Seeds vary the training (order, masks, dropout, new "
+        "differences of these seeds. With three seeds, its interval goes from the smallest difference to the largest, "
+        "and *holds* only means that all three agree. Without any effect, that happens by chance in one row of eight, "
+        "and with two seeds in one of four. There are many rows, and they are not independent. The t interval is "
+        "wider for few seeds, and assumes normally distributed differences; a row in which it contains 0 is a hint "
+        "and no finding. Seeds vary the training (order, masks, dropout, new "
         "weights), but neither the validation set nor the pre-trained weights."
     )
     return ["### The three claims", intro, *section, limits]

@@ -47,7 +47,7 @@ class Rows(Dataset):
 
 @dataclass(frozen=True)
 class Masking:
-    """Masks tokens as BERT does: 15 % are scored, of which 80 % are masked, 10 % random and 10 % kept.
+    """Masks tokens as BERT does: 15 % are scored. Of these 80 % are masked, 10 % random and 10 % kept.
 
     The same seed and number give the same masks, whatever else draws random numbers: all methods see equal data.
     """

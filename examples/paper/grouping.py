@@ -67,7 +67,7 @@ def setting_of(result: Result) -> Setting:
 
 
 def belongs(result: Result, setting: Setting) -> bool:
-    """Whether a cell has a setting; fields that the cell or the setting does not use count as equal."""
+    """Tell whether a cell has a setting; fields that the cell or the setting does not use count as equal."""
     own = setting_of(result)
     return all(
         own.get(name) == value or (name in SOFT_FIELDS and None in (own.get(name), value))

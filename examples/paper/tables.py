@@ -135,8 +135,8 @@ def pretraining(experiments: Experiments) -> list[str]:
         "differences to the same model trained alone with the same seeds: negative is better.",
         described(experiments.baseline),
         table(rows),
-        f"{SPENT} That of `kd` and `reversed` comes on top of the run of `alone` that trained their frozen model, and "
-        "so does that of the community methods whose frozen teacher was trained alone.",
+        f"{SPENT} The cost of `kd` and `reversed` comes on top of the run of `alone` that trained their frozen model. "
+        "So does the cost of community methods with a frozen teacher that was trained alone.",
         table(costs([{"method": method_of(cell)} for cell in cells], cells)),
     ]
 

@@ -1,11 +1,11 @@
 """Costs of the variants of a study: parameters, latency, and time and memory of a step of training.
 
-Text is not needed for that: the rows are random tokens, all of one length. Three things are measured, on the CPU:
+The rows are random tokens of one length. Three things are measured on the CPU:
 
 1. The latency of the students and of the teacher for one sequence, all of them in turns. Adapters are merged first.
-2. One optimizer step of each variant, in turns with one of the reference, so that whatever else the machine does slows
-   both alike; the reference against itself shows how much is noise.
-3. The peak memory of a few steps of each variant, in a process of its own, above what the imports take.
+2. One optimizer step of each variant, in turns with a step of the reference, so that other work of the machine slows
+   both equally. The reference against itself shows the noise.
+3. The peak memory of a few steps of each variant, in a separate process, without that of the imports.
 
 Example:
     python -m examples.students.costs examples/students/choices.yaml --reference "first 3 layers" \

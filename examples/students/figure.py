@@ -25,7 +25,7 @@ KINDS: Mapping[str, tuple[str, str, bool]] = {
 
 
 def kind_of(choice: Mapping[str, Any]) -> str:
-    """What a variant is a choice of."""
+    """Return the kind of choice that a variant makes."""
     if choice.get("distillation_mode") == "standalone":
         return "trained alone"
     if "student_lora_r" in choice:

@@ -12,15 +12,15 @@ class Point:
     """A choice.
 
     Attributes:
-        quality: How good its student is; more is better.
-        cost: What it costs (milliseconds, parameters, ...); less is better.
+        quality: Score of its student; more is better.
+        cost: Cost in milliseconds, parameters, ...; less is better.
     """
 
     quality: float
     cost: float
 
     def beats(self, other: "Point", tolerance: float = TOLERANCE) -> bool:
-        """Whether this choice is better and not more expensive than the other, or as good and cheaper."""
+        """Tell whether this choice is better and no more expensive than the other, or as good and cheaper."""
         if self.quality > other.quality:
             return self.cost <= other.cost * (1 + tolerance)
         return self.quality == other.quality and self.cost * (1 + tolerance) < other.cost

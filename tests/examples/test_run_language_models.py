@@ -525,7 +525,9 @@ def test_missing_splits():
     with pytest.raises(ValueError, match=r"`--do_train` needs the split 'train', .* only \['validation'\]"):
         language_model_data.select_splits(DatasetDict(validation=rows), data_args, both)
     data_args.streaming = True
-    with pytest.raises(ValueError, match=r"only \['train'\]. A stream has no length .* 5 % .* `--validation_file`"):
+    with pytest.raises(
+        ValueError, match=r"only \['train'\]. length of a stream is unknown, so 5 % .* `--validation_file`"
+    ):
         language_model_data.select_splits(DatasetDict(train=rows), data_args, both)
 
 

@@ -66,7 +66,7 @@ def run_seq2seq(
     tasks: str,
     **extra: Any,
 ) -> Run:
-    """What both scripts share."""
+    """Run the common part of both scripts."""
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_path, use_fast=True)
     model = AutoModelForSeq2SeqLM.from_pretrained(model_path, config=AutoConfig.from_pretrained(model_path))

@@ -1,8 +1,7 @@
 """The structure of Hugging Face's example scripts, each as a function that takes the class of the trainer.
 
-What a script does between its command line and its end is kept: columns of its data set, tokenization, collator,
-metrics, subclasses of the trainer, and the order of its calls. Metrics are local ones, since `evaluate` would fetch
-them.
+Everything between the command line and the end of a script is kept: columns of its data set, tokenization, collator,
+metrics, subclasses of the trainer, and the order of its calls. Metrics are local, since `evaluate` would fetch them.
 """
 
 import math
@@ -37,7 +36,7 @@ from transformers.trainer_utils import PredictionOutput
 
 @dataclass
 class Run:
-    """What a script leaves behind."""
+    """The results of a script."""
 
     trainer: Trainer
     metrics: dict[str, float]

@@ -306,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
 def use_hub(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, token: str | None = None) -> None:
     """Point this process's huggingface_hub and transformers, which are already imported, to a Hub, logged in as "me".
 
-    Until this is undone, the process can connect to no other machine, and the client waits for nothing.
+    Until `monkeypatch` undoes this, the process cannot connect to other machines, and the client never sleeps.
     """
     for name in _SETTINGS:
         monkeypatch.delenv(name, raising=False)

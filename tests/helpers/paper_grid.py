@@ -7,7 +7,7 @@ Result = dict[str, Any]
 
 SHAPES = {"teacher": (6, 22_713_216), "student": (3, 17_389_824)}
 TRAINED = {"kd": ("student",), "reversed": ("teacher",)}
-#: What each method adds to the losses of the teacher and of the student.
+#: Differences that each method makes to the losses of the teacher and of the student.
 GAINS = {
     "alone": (0.0, 0.0),
     "kd": (0.0, -0.06),

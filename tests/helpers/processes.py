@@ -22,11 +22,11 @@ def run_forked(count: int, function: Callable[[], None], grouped: bool | None = 
 
     Args:
         count: Number of processes.
-        function: What each of them runs.
-        grouped: Whether they are in a group; by default if they are several.
+        function: Runs in every process.
+        grouped: Whether the processes form a group; by default if there are several.
 
     Raises:
-        RuntimeError: It failed in one of them, whose traceback is on stderr; the others were ended.
+        RuntimeError: The function failed in a process. The traceback is on stderr, and the others were ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store") if grouped or (grouped is None and count > 1) else None

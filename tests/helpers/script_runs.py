@@ -75,5 +75,5 @@ def results(folder: Path, name: str = "eval") -> dict[str, float]:
 
 
 def printed_table(text: str) -> list[list[str]]:
-    """The words of each line of the table at the end of what a script prints."""
+    """Split the table at the end of a script's output into lines of words."""
     return [line.split() for line in text.split("\n\n")[-1].splitlines()]

@@ -79,7 +79,7 @@ def tiny_args(output_dir: Path, **arguments: Any) -> CoDistillationTrainingArgum
         "per_device_eval_batch_size": 5,
         "max_steps": 5,
         "learning_rate": 1e-2,
-        "adam_epsilon": 1e-4,  # gradients that are zero but for rounding must not become steps
+        "adam_epsilon": 1e-4,  # gradients that are only rounding errors must not become steps
         "train_sampling_strategy": "sequential",
         "report_to": "none",
         "save_strategy": "no",

@@ -32,7 +32,7 @@ HEADS = {
     "audio-classification": AutoModelForAudioClassification,
 }
 
-#: What a family needs besides the settings of a text model, by the `model_type` of its config. Settings that scale or
+#: Settings of a family beyond those of a text model, by the `model_type` of its config. Settings that scale or
 #: bound the logits are far from 1: a loss that forgets them must differ.
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {},
@@ -88,7 +88,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, head: str, layers: int = 2, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A model with random weights, of which none is zero, and without dropout but what `settings` say.
+    """Make a model with random nonzero weights, and without dropout unless `settings` have one.
 
     Args:
         family: A key of `FAMILIES`.
@@ -127,7 +127,7 @@ def tiny_model(family: str, head: str, layers: int = 2, seed: int = 0, **setting
 
 
 def tiny_batch(head: str, rows: int = ROWS, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of random inputs, padded at the right, with labels of which some are ignored.
+    """Make a batch of random inputs, padded at the right, with some ignored labels.
 
     Args:
         head: A key of `HEADS`.
