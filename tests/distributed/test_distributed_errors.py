@@ -58,7 +58,7 @@ def test_a_norm_for_the_student_alone_is_refused_where_deepspeed_clips_both(tmp_
 def test_a_checkpoint_that_was_written_without_fsdp_is_refused_with_it(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="was written without FSDP, and this training uses it"):
+    with pytest.raises(ValueError, match="was written without FSDP, and this training uses FSDP"):
         trainer._load_from_checkpoint(str(tmp_path), trainer.pair)
 
 
