@@ -526,7 +526,7 @@ def test_missing_splits():
         language_model_data.select_splits(DatasetDict(validation=rows), data_args, both)
     data_args.streaming = True
     with pytest.raises(
-        ValueError, match=r"only \['train'\]. length of a stream is unknown, so 5 % .* `--validation_file`"
+        ValueError, match=r"only \['train'\]. The length of a stream is unknown, so 5 % .* `--validation_file`"
     ):
         language_model_data.select_splits(DatasetDict(train=rows), data_args, both)
 

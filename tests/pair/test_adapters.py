@@ -333,7 +333,7 @@ def test_a_frozen_adalora_teaches_unless_it_was_loaded_to_predict_only(tmp_path)
 def test_adapters_that_transformers_added_are_refused(argument, tmp_path):
     model = tiny_bert(2)
     model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(ValueError, match=rf"`{argument}` has the adapters \['default'\] inside.*get_peft_model"):
+    with pytest.raises(ValueError, match=rf"`{argument}` contains the adapters \['default'\].*get_peft_model"):
         tiny_trainer(tmp_path, **{argument: model})
 
 
