@@ -272,7 +272,7 @@ def test_the_optimizer_of_another_mode_is_refused(mode, message, tmp_path):
         tmp_path, model=tiny_bert(2, seed=1), student_model=tiny_bert(2, seed=2), distillation_mode=mode
     )
     with pytest.raises(
-        ValueError, match=rf"optimizer of the checkpoint .* is of another training: .*{message}.*Resume"
+        ValueError, match=rf"optimizer of the checkpoint .* belongs to another training: .*{message}.*Resume"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
