@@ -162,8 +162,8 @@ class DistillationArguments:
         ranges = {f"{learner}_hard_weight": "of 0 or more" for learner in LEARNERS}
         ranges |= {edge.weight_name: "of 0 or more" for edge in EDGES}
         ranges |= {"temperature": "above 0", "soft_warmup_ratio": "from 0 to 1.0"}
-        own = (f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER)
-        ranges |= {name: "of 0 or more" for name in own if getattr(self, name, None) is not None}
+        optional = (f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER)
+        ranges |= {name: "of 0 or more" for name in optional if getattr(self, name, None) is not None}
         for name, valid in ranges.items():
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

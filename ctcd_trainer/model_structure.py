@@ -174,17 +174,19 @@ def layer_stacks(model: PreTrainedModel) -> list[str]:
     if getattr(model.config, "num_hidden_groups", None) == 1:
         return []
     sizes = [getattr(model.config, attribute) for attribute in depth_attributes(model.config)]
-    found = [
+    stacks = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) in sizes
     ]
-    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    if len(found) > len(sizes):  # a stack of convolutions, say, with as many layers
-        found = [name for name in found if any("att" in part for part, _ in model.get_submodule(name).named_modules())]
-    if len(found) > 1:
-        found.sort(key=lambda name: "decoder" in name.split("."))
-    if [len(model.get_submodule(name)) for name in found] != sizes:
+    stacks = [name for name in stacks if not any(name.startswith(f"{outer}.") for outer in stacks)]
+    if len(stacks) > len(sizes):  # a stack of convolutions, say, with as many layers
+        stacks = [
+            name for name in stacks if any("att" in part for part, _ in model.get_submodule(name).named_modules())
+        ]
+    if len(stacks) > 1:
+        stacks.sort(key=lambda name: "decoder" in name.split("."))
+    if [len(model.get_submodule(name)) for name in stacks] != sizes:
         raise ValueError(
-            f"A {type(model).__name__} has {len(found)} stacks of layers {found} where {sizes} layers are expected, "
+            f"A {type(model).__name__} has {len(stacks)} stacks of layers {stacks} where {sizes} layers are expected, "
             "and cutting needs exactly one for each. Build the student from a smaller config instead."
         )
-    return found
+    return stacks

@@ -133,11 +133,11 @@ class CardFacts:
 
 @cache  # reading them takes longer than writing a short card
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def repo_id(name: Any) -> str | None:

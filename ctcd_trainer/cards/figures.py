@@ -28,7 +28,7 @@ def draw_curves(results: Results, metric: str | None, baseline: Metrics) -> tupl
     panels = {}
     for key in dict.fromkeys(("loss", metric or "loss")):
         evaluated = {
-            name: [(each.step, each.metrics[name][key]) for each in results.during if key in each.metrics[name]]
+            name: [(entry.step, entry.metrics[name][key]) for entry in results.during if key in entry.metrics[name]]
             for name in results.learners
         }
         trained = results.curves if key == "loss" else {}

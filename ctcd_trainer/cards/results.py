@@ -61,7 +61,7 @@ class Results:
         during, after = (_evaluations(part, learners) for part in (logs[:end], logs[end:]))
         final = (after or during or [None])[-1]
         if ends and not after and best_is_loaded and state.best_global_step is not None:
-            final = next((evaluation for evaluation in during if evaluation.step == state.best_global_step), final)
+            final = next((entry for entry in during if entry.step == state.best_global_step), final)
         losses = {name: f"{name}_hard_loss" for name in learners}
         curves = {name: [(log["step"], log[key]) for log in logs if key in log] for name, key in losses.items()}
         return cls(learners, during if state.global_step else [], final, curves)
@@ -99,17 +99,17 @@ class Results:
 
     def evaluations_table(self) -> str:
         """The metrics of all learners by step, at most 20 rows; empty without an evaluation."""
-        keys = dict.fromkeys(key for each in self.during for key in metric_names(each.metrics))
+        keys = dict.fromkeys(key for entry in self.during for key in metric_names(entry.metrics))
         # An agreement is the same for all learners: one column.
         columns = [(name, key) for key in keys for name in self.learners[: 1 if is_agreement(key) else None]]
-        columns = [(name, key) for name, key in columns if any(key in each.metrics[name] for each in self.during)]
+        columns = [(name, key) for name, key in columns if any(key in entry.metrics[name] for entry in self.during)]
         titles = [words(key) if is_agreement(key) else f"{name} {words(key)}" for name, key in columns]
         chosen = np.linspace(0, len(self.during) - 1, min(len(self.during), _MAX_ROWS)).round().astype(int)
         rows = []
-        for each in (self.during[index] for index in chosen):
-            epoch = f"{each.epoch:.2f}" if each.epoch is not None else "-"
-            values = (format_number(each.metrics[name].get(key)) for name, key in columns)
-            rows.append([str(each.step), epoch, *values])
+        for entry in (self.during[index] for index in chosen):
+            epoch = f"{entry.epoch:.2f}" if entry.epoch is not None else "-"
+            values = (format_number(entry.metrics[name].get(key)) for name, key in columns)
+            rows.append([str(entry.step), epoch, *values])
         return markdown_table(["step", "epoch", *titles], rows, texts=0)
 
     def agreement(self) -> str:
@@ -170,13 +170,16 @@ def baseline_of(baseline: Any, learners: Sequence[str]) -> Metrics:
         baseline = metrics_of(_with_prefix(baseline), learners)
     if unknown := set(baseline) - set(learners):
         raise ValueError(f"`baseline` names {sorted(unknown)}, but the models are {list(learners)}: use these names.")
-    found = {name: metrics_of(_with_prefix(given), learners)[learners[0]] for name, given in baseline.items()}
-    return {name: {key: value for key, value in own.items() if not is_agreement(key)} for name, own in found.items()}
+    cleaned = {name: metrics_of(_with_prefix(values), learners)[learners[0]] for name, values in baseline.items()}
+    return {
+        name: {key: value for key, value in values.items() if not is_agreement(key)}
+        for name, values in cleaned.items()
+    }
 
 
 def metric_names(metrics: Metrics) -> list[str]:
     """The names of all metrics: losses first, agreements last."""
-    names = dict.fromkeys(name for found in metrics.values() for name in found)
+    names = dict.fromkeys(name for values in metrics.values() for name in values)
     return sorted(names, key=lambda name: (not name.endswith("loss"), is_agreement(name)))
 
 
@@ -217,11 +220,11 @@ def _with_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _evaluations(logs: Sequence[Mapping[str, Any]], learners: Sequence[str]) -> list[Evaluation]:
     """The evaluations in the logs; those of several data sets at the same step are joined."""
-    found: dict[int, Evaluation] = {}
+    by_step: dict[int, Evaluation] = {}
     for entry in logs:
         metrics, step = metrics_of(entry, learners), entry.get("step", 0)
         if any(metrics.values()):
-            joined = found.setdefault(step, Evaluation(step, entry.get("epoch"), metrics))
+            joined = by_step.setdefault(step, Evaluation(step, entry.get("epoch"), metrics))
             for name, values in metrics.items():
                 joined.metrics[name].update(values)
-    return list(found.values())
+    return list(by_step.values())

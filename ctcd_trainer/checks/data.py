@@ -74,15 +74,15 @@ def check_own_inputs(
     learner: str, model: nn.Module, task: Task, datasets: Mapping[str, Any], share: str | None = None
 ) -> None:
     """Refuse a second tokenizer where models share parts, tokens are compared, or the data have no inputs of it."""
-    given = f"`{learner}_processing_class`"
+    named = f"`{learner}_processing_class`"
     if share is not None:
         raise ValueError(
-            f"`share={share!r}` and {given} are both given: models of two tokenizers have different inputs, so that "
+            f"`share={share!r}` and {named} are both given: models of two tokenizers have different inputs, so that "
             "no output of a shared part is the same. Leave out one of them."
         )
     if not task.per_row:
         raise ValueError(
-            f"{given} is given, and {task.name} compares the predictions for each token: with two tokenizers these "
+            f"{named} is given, and {task.name} compares the predictions for each token: with two tokenizers these "
             f"are not the same tokens. Choose a {learner} of the teacher's tokenizer."
         )
     prefix = prefix_of(learner)
@@ -92,7 +92,7 @@ def check_own_inputs(
             columns = _columns_of(part)
             if columns and not wanted & set(columns):
                 raise ValueError(
-                    f"{given} is given, and `{name}` has no inputs of the {learner}, only {columns}. Add the output "
+                    f"{named} is given, and `{name}` has no inputs of the {learner}, only {columns}. Add the output "
                     f"of its tokenizer, with {prefix!r} before each name."
                 )
 

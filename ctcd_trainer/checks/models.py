@@ -72,13 +72,13 @@ def _check_distinct(before: Mapping[str, nn.Module], model: nn.Module, argument:
                 f"`{other}` and `{argument}` are the same object: a model cannot learn from itself. Pass two models, "
                 "e.g. `student_model=create_student(model, num_hidden_layers=3)`."
             )
-    own = _storage_of(model)
+    ours = _storage_of(model)
     for other, value in before.items():
         theirs = {} if may_share else _storage_of(value)
         # Frozen parameters may be shared: the base of adapters of both.
-        for memory in (memory for memory in own if memory in theirs and (own[memory][1] or theirs[memory][1])):
+        for memory in (memory for memory in ours if memory in theirs and (ours[memory][1] or theirs[memory][1])):
             raise ValueError(
-                f"`{other}` and `{argument}` share a parameter (`{theirs[memory][0]}` and `{own[memory][0]}`): each "
+                f"`{other}` and `{argument}` share a parameter (`{theirs[memory][0]}` and `{ours[memory][0]}`): each "
                 "step would update it for both. Copy the weights instead, e.g. with `copy.deepcopy`, or set `share`."
             )
 

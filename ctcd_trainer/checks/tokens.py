@@ -67,10 +67,10 @@ def check_tokenizer(
     Raises:
         ValueError: An id is another token to the tokenizer that the model was saved with, or the model has fewer ids.
     """
-    own = _saved_tokenizer(model)
+    saved = _saved_tokenizer(model)
     tokens, own_tokens = (
         {index: token for token, index in one.get_vocab().items()} if one is not None else {}
-        for one in (tokenizer, own)
+        for one in (tokenizer, saved)
     )
     # Ids that only one of them has are added tokens. The size of the embeddings is checked below.
     different = [index for index in sorted(tokens.keys() & own_tokens.keys()) if tokens[index] != own_tokens[index]]
@@ -80,7 +80,7 @@ def check_tokenizer(
             for index in different[:3]
         )
         raise ValueError(
-            f"`{argument}` was trained with another tokenizer than {named}: {own.name_or_path!r} has "
+            f"`{argument}` was trained with another tokenizer than {named}: {saved.name_or_path!r} has "
             f"{len(own_tokens)} tokens and {tokenizer.name_or_path!r} has {len(tokens)}, and {first}. {remedy}"
         )
     size = vocabulary_size(model)

@@ -238,11 +238,11 @@ def take_snapshot(folder: str | os.PathLike, output_dir: Path, live: bool) -> Te
 
     The copy of a checkpoint consists of hard links. The process deletes it at its end at the latest.
     """
-    own = f"{_SNAPSHOT}-{os.getpid()}-"
+    prefix = f"{_SNAPSHOT}-{os.getpid()}-"
     for path in output_dir.glob(f"{_SNAPSHOT}-*"):
-        if not path.name.startswith(own):
+        if not path.name.startswith(prefix):
             shutil.rmtree(path, ignore_errors=True)
-    snapshot = TemporaryDirectory(prefix=own, dir=output_dir, ignore_cleanup_errors=True)
+    snapshot = TemporaryDirectory(prefix=prefix, dir=output_dir, ignore_cleanup_errors=True)
     top, not_models = os.fspath(folder), shutil.ignore_patterns(*NOT_MODELS)
     try:
         shutil.copytree(

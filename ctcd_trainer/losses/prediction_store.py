@@ -42,19 +42,19 @@ class PredictionStore:
         with self._connected() as connection:
             connection.executescript(_TABLES)
             connection.execute("INSERT OR IGNORE INTO fingerprint VALUES (0, ?)", [json.dumps(fingerprint)])
-            there = json.loads(connection.execute("SELECT json FROM fingerprint").fetchone()[0])
-        different = [name for name in {**there, **fingerprint} if there.get(name) != fingerprint.get(name)]
+            stored = json.loads(connection.execute("SELECT json FROM fingerprint").fetchone()[0])
+        different = [name for name in {**stored, **fingerprint} if stored.get(name) != fingerprint.get(name)]
         if different:
             self.close()
-            parts = (f"`{name}` is {there.get(name)!r} there, {fingerprint.get(name)!r} here" for name in different)
+            parts = (f"`{name}` is {stored.get(name)!r} there, {fingerprint.get(name)!r} here" for name in different)
             raise ValueError(self._refusal(f"has the predictions of another frozen teacher: {'; '.join(parts)}"))
 
     def get(self, keys: Sequence[bytes]) -> list[dict[str, Tensor] | None]:
         """Return the entries of some keys, `None` for a key that has none."""
         query = "SELECT tensors FROM predictions WHERE key = ?"
         with self._connected() as connection:
-            found = [connection.execute(query, [key]).fetchone() for key in keys]
-        return [None if row is None else load(row[0]) for row in found]
+            rows = [connection.execute(query, [key]).fetchone() for key in keys]
+        return [None if row is None else load(row[0]) for row in rows]
 
     def add(self, entries: Mapping[bytes, Mapping[str, Tensor]]) -> None:
         """Write entries to the disk; a key that is there keeps its entry."""

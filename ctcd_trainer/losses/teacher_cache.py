@@ -258,11 +258,11 @@ def fingerprint_of(model: nn.Module, task: Task, precision: str) -> dict[str, An
 def _plain(value: Any) -> Any:
     """Drop the settings that do not change a prediction; the rest is the same in every process and after loading."""
     if isinstance(value, Mapping):
-        items = {str(name): own for name, own in value.items() if name not in _IGNORED_SETTINGS}
-        return {name: _plain(own) for name, own in items.items() if not name.startswith("_")}
+        items = {str(name): setting for name, setting in value.items() if name not in _IGNORED_SETTINGS}
+        return {name: _plain(setting) for name, setting in items.items() if not name.startswith("_")}
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
-    return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value
+    return [_plain(setting) for setting in value] if isinstance(value, (list, tuple)) else value
 
 
 def _add(digest: Any, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a model costs (parameters, bytes, operations, latency), and how much memory a co-training needs."""
+"""The costs of a model (parameters, bytes, operations, latency), and the memory of a co-training."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ _WARMUPS, _REPEATS, _SEQUENCE_LENGTH = 3, 30, 128
 _MAX_TIMED_PARAMETERS = 500_000_000
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
-#: The parts of the training state of which each process holds a share only.
+#: The parts of the training state that are divided among processes.
 _SHARDED: Mapping[str, tuple[str, ...]] = {
     "ddp": (),
     "zero1": ("optimizer",),
@@ -57,7 +57,7 @@ _BUFFERS_OF_MODEL, _BUFFERS_OF_EDGE = 4, 1
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a model costs.
+    """The costs of a model.
 
     Attributes:
         parameters: Number of parameters; tied ones count once.
@@ -220,7 +220,7 @@ def measure_latencies(models: Sequence[nn.Module], length: int, repeats: int) ->
         length: Number of tokens.
         repeats: Number of timed calls of each model; three untimed calls come first.
     """
-    return [statistics.median(own) for own in _time_calls(models, length, repeats)]
+    return [statistics.median(milliseconds) for milliseconds in _time_calls(models, length, repeats)]
 
 
 @torch.no_grad()  # `inference_mode` would leave tensors in the models that cannot be trained on
@@ -238,13 +238,13 @@ def _time_calls(
         late = time.perf_counter() - begin > seconds
         if late and times[0]:
             break
-        for model, own in zip(models, times, strict=True):
+        for model, milliseconds in zip(models, times, strict=True):
             size = model.config.get_text_config().vocab_size
             input_ids = torch.randint(size, (1, length), generator=generator)
             start = time.perf_counter()
             model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
             if repeat >= 0 or late:
-                own.append(1000 * (time.perf_counter() - start))
+                milliseconds.append(1000 * (time.perf_counter() - start))
     return times
 
 
@@ -415,7 +415,7 @@ def estimate_memory(
 def _fused_pass_bytes(
     models: Sequence[PreTrainedModel], trained: Sequence[nn.Module], edges: int, positions: int, device: str
 ) -> int:
-    """What the pass of `fused_linear.py` holds: a chunk of logits of each model, scratch, gradients of the heads."""
+    """Memory of the pass of `fused_linear.py`: a chunk of logits of each model, scratch, gradients of the heads."""
     largest = 4 * max(map(_vocabulary, models))  # losses and gradients are computed in fp32
     chunk = fused_linear._CPU_CHUNK_BYTES if device == "cpu" else fused_linear._CUDA_CHUNK_BYTES
     rows = min(positions, max(32, chunk // largest // 32 * 32))
@@ -432,7 +432,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _gathered_bytes(model: nn.Module) -> int:
-    """What is whole at a time of a sharded model: two layers, and all parameters outside of layers."""
+    """Memory of the whole parts of a sharded model at a time: two layers, and all parameters outside of layers."""
     names = layer_classes([model])
     sizes = [_bytes(module.parameters()) for module in model.modules() if type(module).__name__ in names]
     return _bytes(model.parameters()) - sum(sizes) + 2 * max(sizes, default=0)

@@ -155,9 +155,9 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
     state = teacher.state_dict(keep_vars=shared)
     for stack, indices in stacks.items():
         layer_of = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.*)")
-        own = {name: match for name in state if (match := layer_of.fullmatch(name))}
+        matches = {name: match for name in state if (match := layer_of.fullmatch(name))}
         layers: dict[int, dict[str, Tensor]] = {}
-        for name, match in own.items():
+        for name, match in matches.items():
             layers.setdefault(int(match[1]), {})[match[2]] = state.pop(name)
         for new, old in enumerate(indices):
             # Parameters that only layer 0 has (T5's position bias) go to the student's layer 0, whichever it was.
@@ -166,8 +166,8 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
             )
             state |= {f"{stack}.{new}.{name}": value for name, value in parameters.items()}
     names = student.state_dict().keys()
-    own = {name: value for name, value in state.items() if name in names and not name.startswith(quantised)}
-    report = student.load_state_dict(own, strict=False, assign=shared)
+    kept_state = {name: value for name, value in state.items() if name in names and not name.startswith(quantised)}
+    report = student.load_state_dict(kept_state, strict=False, assign=shared)
     # A norm that only layers after the first one have (ModernBERT) keeps its initial values.
     missing = [n for n in report.missing_keys if "norm" not in n.lower() and not n.startswith(quantised)]
     if missing:
@@ -191,14 +191,14 @@ def _share_quantised(
     Returns:
         Prefixes of the names of the parameters in these modules.
     """
-    found = []
+    prefixes = []
     for name, module in list(student.named_modules()):
-        there = name
+        source = name
         for stack, indices in stacks.items():
             if match := re.fullmatch(rf"{re.escape(stack)}\.(\d+)(\..*)?", name):
-                there = f"{stack}.{indices[int(match[1])]}{match[2] or ''}"
-        own = teacher.get_submodule(there)
-        if type(own) is not type(module):
-            student.set_submodule(name, own)
-            found.append(f"{name}.")
-    return tuple(found)
+                source = f"{stack}.{indices[int(match[1])]}{match[2] or ''}"
+        quantised = teacher.get_submodule(source)
+        if type(quantised) is not type(module):
+            student.set_submodule(name, quantised)
+            prefixes.append(f"{name}.")
+    return tuple(prefixes)

@@ -121,8 +121,8 @@ def _key_heads(heads: int, key_heads: int, new_heads: int) -> int:
 
 def head_width(config: PreTrainedConfig) -> int:
     """Width of one head."""
-    given = (getattr(config, name, None) for name in _HEAD_WIDTHS)
-    return next((width for width in given if width is not None), config.hidden_size // config.num_attention_heads)
+    widths = (getattr(config, name, None) for name in _HEAD_WIDTHS)
+    return next((width for width in widths if width is not None), config.hidden_size // config.num_attention_heads)
 
 
 def new_model(like: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -345,8 +345,8 @@ def _choose(scores: Mapping[Axis, Tensor]) -> dict[Axis, Tensor]:
             groups = _largest(scores[keys] + score.reshape(keys.units, size).sum(1), keys.kept)
             kept[axis] = (groups[:, None] * size + torch.arange(size)).flatten()
         elif axis.groups > 1:
-            own = [_largest(part, axis.kept // axis.groups) for part in score.chunk(axis.groups)]
-            kept[axis] = torch.cat([part + index * (axis.units // axis.groups) for index, part in enumerate(own)])
+            chosen = [_largest(part, axis.kept // axis.groups) for part in score.chunk(axis.groups)]
+            kept[axis] = torch.cat([part + index * (axis.units // axis.groups) for index, part in enumerate(chosen)])
         else:
             kept[axis] = _largest(score, axis.kept)
     return kept

@@ -36,10 +36,10 @@ def create_optimizer(
     for learner, model in pair.trained.items():
         optimizer = create(model, learner_arguments(args, learner))
         rate = getattr(args, f"{learner}_learning_rate", None)
-        own = {id(parameter) for parameter in pair.own_parameters(learner).values()}
+        ids = {id(parameter) for parameter in pair.own_parameters(learner).values()}
         for group in optimizer.param_groups:
             group["learner"] = learner
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in ids]
             if rate is not None:  # `optimizer_cls_and_kwargs` brings one rate for all
                 group["lr"] = rate
             if merged is not None:

@@ -45,9 +45,9 @@ def shard_frozen(model: nn.Module, accelerator: Accelerator) -> None:
         accelerator: The accelerator of a training with FSDP2.
     """
     plugin = accelerator.state.fsdp_plugin
-    own = copy.copy(plugin)  # accelerate would keep the class names of this model's layers in the plugin
-    own.transformer_cls_names_to_wrap = layer_classes([model])
-    accelerator.state.fsdp_plugin = own
+    changed = copy.copy(plugin)  # accelerate would keep the class names of this model's layers in the plugin
+    changed.transformer_cls_names_to_wrap = layer_classes([model])
+    accelerator.state.fsdp_plugin = changed
     try:
         with heads_in_root(model, all_heads=True):
             # The fused pass reads the weights of its output layer after its forward, so the root stays gathered.
