@@ -271,6 +271,12 @@ class CoDistillationMixin:
     @for_pairs
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
         """Wrap the pair and make its optimizer, as Trainer does; place the frozen teacher, too."""
+        self._place_pretrained()
+        with heads_in_root(self.pair, all_heads=self.task.language_model and self.distillation.fused_lm_head):
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _place_pretrained(self) -> None:
+        """Place the frozen teacher where Trainer leaves that to the strategy, sharded if the strategy shards."""
         for model in self.pair.sources.values():
             if is_quantised(model):
                 continue  # it is where it was loaded to
@@ -279,8 +285,6 @@ class CoDistillationMixin:
             elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 # With a cache, a process runs it only for rows that are new to it: sharded, it would wait for others.
                 self._move_model_to_device(model, self.args.device)
-        with heads_in_root(self.pair, all_heads=self.task.language_model and self.distillation.fused_lm_head):
-            return super()._prepare_for_training(*args, **kwargs)
 
     @for_pairs
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
