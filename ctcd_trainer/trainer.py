@@ -90,10 +90,11 @@ class CoDistillationMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let the signature of the class name the arguments of its Trainer class and of the mixin."""
         super().__init_subclass__(**kwargs)
+        theirs = _trainer_arguments(cls)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        if "__init__" not in cls.__dict__:
+        if cls.__init__ is CoDistillationMixin.__init__:
             own = [parameter for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
-            parameters = [*_trainer_arguments(cls), *own]
+            parameters = sorted([*theirs, *own], key=lambda parameter: parameter.kind)  # `**kwargs` last
         cls.__signature__ = inspect.Signature(parameters)
 
     def __init__(
@@ -109,7 +110,8 @@ class CoDistillationMixin:
         soft_loss_func: SoftLossFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        names = [parameter.name for parameter in _trainer_arguments(type(self))]
+        theirs = _trainer_arguments(type(self))
+        names = [parameter.name for parameter in theirs if parameter.kind == parameter.POSITIONAL_OR_KEYWORD]
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__} takes the {len(names)} arguments {names}, not {len(args)}.")
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -743,8 +745,8 @@ def _trainer_arguments(trainer: type) -> list[inspect.Parameter]:
     for base in trainer.__mro__[trainer.__mro__.index(CoDistillationMixin) + 1 :]:
         parameters = inspect.signature(base.__init__).parameters
         if "model" in parameters:
-            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-            return [each for name, each in parameters.items() if name != "self" and each.kind not in variable]
+            own = list(parameters.values())[1:]
+            return [parameter for parameter in own if parameter.kind != parameter.VAR_POSITIONAL]
     raise TypeError(
         f"{trainer.__name__} has no Trainer class after `CoDistillationMixin` among its bases. Write `class "
         f"{trainer.__name__}(CoDistillationMixin, TheirTrainer)`, where `TheirTrainer.__init__` names `model`."
