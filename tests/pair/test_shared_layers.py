@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
 from tiny_models import HEADS, rows_of, tiny_batch, tiny_model
-from transformers import AutoModelForSequenceClassification, default_data_collator
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, TrainerCallback, default_data_collator
 
 from ctcd_trainer import create_student
 from ctcd_trainer.pair import shared_layers as shared_parts
@@ -389,3 +390,50 @@ def test_one_layer_that_is_run_several_times_is_not_shared_in_part():
     teacher = tiny_model("albert", "masked-lm", 3)
     with pytest.raises(ValueError, match="runs one layer several times"):
         share_modules(teacher, create_student(teacher, 2), "layers:1")
+
+
+class SeededSteps(TrainerCallback):
+    """Draws the same noise at a step as another training."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(state.global_step)
+
+
+def test_neftune_adds_its_noise_once_to_shared_embeddings(tmp_path):
+    """The weights are those of a loop that adds it by hand, to the teacher's embeddings and then to the student's."""
+    alpha, rate, models = 5.0, 1e-2, pair_of()
+    teacher, student = copy.deepcopy(list(models.values()))
+    student.bert.embeddings = teacher.bert.embeddings
+    trainer = tiny_trainer(
+        tmp_path,
+        **models,
+        share="embeddings",
+        neftune_noise_alpha=alpha,
+        optim="sgd",
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        callbacks=[SeededSteps()],
+    )
+    trainer.train()
+
+    def noisy(module, args, output):
+        bound = alpha / (output.shape[1] * output.shape[2]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-bound, bound)
+
+    teacher.get_input_embeddings().register_forward_hook(noisy)
+    parameters = list(dict.fromkeys([*teacher.parameters(), *student.parameters()]))
+    rows = tiny_rows()
+    for step in range(5):
+        torch.manual_seed(step)
+        batch = collate(rows[4 * step : 4 * step + 4])
+        outputs = [model(**batch) for model in (teacher, student)]
+        loss = sum(output.loss for output in outputs)
+        logs = [output.logits.log_softmax(-1) for output in outputs]
+        for learner, source in (logs, logs[::-1]):
+            loss = loss + F.kl_div(learner, source.detach(), log_target=True, reduction="batchmean")
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data -= rate * gradient
+    assert_same_weights(trainer.teacher_model, teacher, tolerance=1e-6)
+    assert_same_weights(trainer.student_model, student, tolerance=1e-6)
+    assert not trainer.teacher_model.get_input_embeddings()._forward_hooks
