@@ -3,7 +3,7 @@
 Change the class name of your `Trainer`, add a `student_model`, and get two models that taught each other.
 """
 
-from .arguments import CoDistillationTrainingArguments
+from .arguments import CoDistillationTrainingArguments, DistillationArguments
 from .pair.assembly import make_pair
 from .pair.model import CoDistillationModel
 from .pair.output import CoDistillationOutput
@@ -25,6 +25,7 @@ __all__ = [
     "CoDistillationSeq2SeqTrainingArguments",
     "CoDistillationTrainer",
     "CoDistillationTrainingArguments",
+    "DistillationArguments",
     "Estimate",
     "Mixup",
     "PairDataCollator",

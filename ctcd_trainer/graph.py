@@ -1,7 +1,7 @@
 """Who learns from whom: the modes of co-distillation as settings of one small graph.
 
-Learners are nodes, and an edge `source -> learner` carries the weight of a soft loss. All other code reads the graph
-and never asks for the mode.
+Learners are nodes, and an edge `source -> learner` carries the weight of a soft loss. All other code reads the graph,
+and asks for the mode only to check arguments.
 """
 
 from collections.abc import Mapping

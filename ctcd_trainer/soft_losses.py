@@ -4,7 +4,7 @@ A *soft loss* compares two predictions, and knows its value and its gradient in 
 `SoftLoss` class and put it into `SOFT_LOSSES`. A *prediction family* says what a head's logits mean (one of several
 classes, several yes/no labels, a number). A family returns one value per position, not reduced, in fp32 (or fp64 if
 the logits are), already multiplied by the square of the temperature (Hinton et al. 2015, section 2), so that the
-gradient keeps its scale.
+gradient keeps its scale. Language models go through `losses/fused_linear.py`, which applies the temperature itself.
 """
 
 import math

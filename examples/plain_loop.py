@@ -17,8 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ctcd_trainer import CoDistillationModel, make_pair
-from ctcd_trainer.arguments import DistillationArguments
+from ctcd_trainer import CoDistillationModel, DistillationArguments, make_pair
 
 LENGTH = 32
 

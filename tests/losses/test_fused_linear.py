@@ -44,6 +44,7 @@ def naive_soft(learner, source, name, tau):
         return tau**2 * (p * (p.log() - q.log())).sum()
     if name == "reverse_kl":
         return tau**2 * (q * (q.log() - p.log())).sum()
+    assert name == "js"
     m = (p + q) / 2
     return tau**2 * 0.5 * ((p * (p / m).log()).sum() + (q * (q / m).log()).sum())
 
