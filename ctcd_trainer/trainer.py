@@ -200,18 +200,21 @@ class CoDistillationMixin:
         for name, model in self.pair.models.items():
             if name != self.pair.primary and self.place_model_on_device and not is_quantised(model):
                 self._move_model_to_device(model, self.args.device)
-        self._give_hard_loss()
         self.checkpoints = PairCheckpoints(self.pair, self.args, self.processing_class_of, self._save_cards)
+        self._hand_over()
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
         # The pair divides every term of the loss by the item count of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False  # the task counts
 
-    def _give_hard_loss(self) -> None:
-        """Give the pair the loss functions of the trainer, which may have changed since it was made."""
+    def _hand_over(self) -> None:
+        """Give the parts the arguments and loss functions of the trainer, which may have changed since."""
         self.pair.objective.compute_loss_func = self.compute_loss_func
         self.pair.objective.label_smoother = self.label_smoother
+        for part in (self.checkpoints, self.evaluation, self.uploads):
+            if part is not None:
+                part.args = self.args
 
     def processing_class_of(self, learner: str) -> Any:
         """Return the tokenizer or processor of a learner; `None` if none is known."""
@@ -251,7 +254,7 @@ class CoDistillationMixin:
         """
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
         self.pair.fused_heads = FusedHeads()  # heads, adapters and loss functions may have changed
-        self._give_hard_loss()
+        self._hand_over()
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
             for name in list(self.pair.learners)[1:]:
                 align_special_tokens(self.pair.learners[name], self.processing_class_of(name))
@@ -341,6 +344,7 @@ class CoDistillationMixin:
             return_outputs: Whether to return the outputs as well.
             num_items_in_batch: Scored items in the accumulated batch of all processes.
         """
+        self._hand_over()
         self.pair.objective.progress = Progress(self.state.global_step, self.state.max_steps, self.state.epoch or 0.0)
         logits = {"return_logits": True} if return_outputs and not isinstance(model, LearnerView) else {}
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **logits)
@@ -349,12 +353,15 @@ class CoDistillationMixin:
                 f"The models have computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "
                 "'labels', or pass a `data_collator` that makes them."
             )
-        # DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them.
-        average = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        scale = self.accelerator.num_processes if average else 1
+        scale: float = 1
+        if num_items_in_batch is None:  # the means of several micro-batches are added up
+            scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1) if self.pair.training else 1
+        elif self.args.average_tokens_across_devices:
+            # DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them.
+            scale = self.accelerator.num_processes
         if not isinstance(model, LearnerView):
             self._loss_meter.add(outputs["losses"], self.state.global_step + 1, scale)
-        loss = outputs["loss"] * scale if scale > 1 else outputs["loss"]
+        loss = outputs["loss"] * scale if scale != 1 else outputs["loss"]
         return (loss, outputs) if return_outputs else loss
 
     @for_pairs
@@ -448,7 +455,7 @@ class CoDistillationMixin:
         """
         if self.is_in_train:
             self._loss_meter.check(self.accelerator.gather)  # before metrics fail on predictions of broken weights
-        self._give_hard_loss()
+        self._hand_over()
         users = self.compute_metrics, self.preprocess_logits_for_metrics
         try:
             self.compute_metrics, self.preprocess_logits_for_metrics = self.evaluation.start(
@@ -527,6 +534,7 @@ class CoDistillationMixin:
     @for_pairs
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the primary learner in the folder as Trainer does, and each other learner in a folder of its name."""
+        self._hand_over()
         with self.checkpoints.completed(output_dir if output_dir is not None else self.args.output_dir):
             super()._save(output_dir, state_dict)
 

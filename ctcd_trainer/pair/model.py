@@ -7,6 +7,7 @@ training loop can train them.
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -272,11 +273,15 @@ class CoDistillationModel(PreTrainedModel):
         if inputs:
             names = inspect.signature(base_model(self.learners[self.primary]).forward).parameters
             batch = dict(zip(names, inputs, strict=False)) | batch
+        batch = {
+            name: value for name, value in batch.items() if value is not None or name not in self.task.label_names
+        }
         labelled = self.objective.is_labelled(batch)
         if learner is not None:
             output = self._run(learner, batch, labelled)
             if labelled:
-                output["loss"] = self.objective.hard_loss(output, batch, num_items_in_batch)
+                with _without_autocast(self.device.type):
+                    output["loss"] = self.objective.hard_loss(output, batch, num_items_in_batch)
             return output
         if return_logits is None:
             return_logits = not (self.training and torch.is_grad_enabled())
@@ -288,7 +293,9 @@ class CoDistillationModel(PreTrainedModel):
         outputs = self._run_all(batch, labelled)
         loss, losses = None, {}
         if labelled or self.training:
-            loss, losses = self.objective({**outputs, **self._run_sources(batch)}, batch, num_items_in_batch)
+            every_output = {**outputs, **self._run_sources(batch)}
+            with _without_autocast(self.device.type):
+                loss, losses = self.objective(every_output, batch, num_items_in_batch)
         first = outputs[self.primary]
         fields = dict(first) if isinstance(first, Mapping) else {}
         return CoDistillationOutput({"loss": None, **fields} | {"loss": loss, "losses": losses, "outputs": outputs})
@@ -416,6 +423,11 @@ class CoDistillationModel(PreTrainedModel):
             folder = self.folder_of(name, os.fspath(save_directory))
             weights = state_dict and self.weights_of(name, state_dict)
             model.save_pretrained(folder, is_main_process=is_main_process, state_dict=weights, **kwargs)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """Compute losses from whole outputs in fp32, as Trainer does: accelerate's autocast is for the models."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class LearnerView:

@@ -89,6 +89,17 @@ def test_without_labels_there_is_no_loss(training):
     assert pair.fused_heads.used is (True if training else None)
 
 
+@pytest.mark.parametrize("head", ["causal-lm", "classification"])
+def test_labels_that_are_none_are_no_labels(head):
+    pair = tiny_pair() if head == "causal-lm" else make_pair(tiny_bert(2), tiny_bert(1))
+    batch = tiny_batch("causal-lm") if head == "causal-lm" else collate(tiny_rows(4))
+    for training in (True, False):
+        output = pair.train(training)(**{**batch, "labels": None})
+        assert output.loss is None
+        assert not output.losses
+    assert pair(**{**batch, "labels": None}, learner="student").get("loss") is None
+
+
 def test_a_language_model_in_training_returns_no_logits_unless_they_are_asked_for():
     pair, batch = tiny_pair(), tiny_batch("causal-lm")
     fused, whole = pair(**batch), pair(**batch, return_logits=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from places import ROOT
-from tiny import assert_same_weights, tiny_args, tiny_bert, tiny_trainer, train_alone, weights_of
+from tiny import assert_same_weights, tiny_args, tiny_bert, tiny_rows, tiny_trainer, train_alone, weights_of
 from tiny_models import rows_of, tiny_batch, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -139,6 +139,28 @@ def test_optimizers_of_few_bits_train_each_model_as_alone_and_go_on_from_checkpo
     resumed = trainer_of()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_weights(resumed.pair, trainer.pair)
+
+
+def test_loss_functions_of_the_user_compute_in_fp32_under_autocast(tmp_path):
+    seen = []
+
+    def product(logits: torch.Tensor) -> torch.Tensor:
+        values = logits @ torch.eye(logits.shape[-1])
+        seen.append(values.dtype)
+        return values
+
+    def soft_loss(source, learner, _inputs):
+        return (product(learner["logits"]) - source["logits"]).square().mean()
+
+    def hard_loss(outputs, labels, num_items_in_batch):
+        values = product(outputs["logits"])
+        return torch.nn.functional.cross_entropy(values, labels, reduction="sum") / num_items_in_batch
+
+    options = {"soft_loss_func": soft_loss, "compute_loss_func": hard_loss}
+    trainer = tiny_trainer(tmp_path, **options, bf16=True, max_steps=1, eval_dataset=tiny_rows(4))
+    trainer.train()
+    trainer.evaluate()
+    assert set(seen) == {torch.float32}
 
 
 # ---- fp16 ----

@@ -1,5 +1,6 @@
 """What a user of Trainer relies on keeps working, for both models."""
 
+import copy
 import logging
 import shutil
 
@@ -259,6 +260,38 @@ def test_label_smoothing_and_a_custom_loss_apply_to_both_models(tmp_path):
     assert not torch.allclose(
         plain.student_model.classifier.weight, pairs[0].student_model.classifier.weight, atol=1e-5
     )
+
+
+def test_a_loss_function_of_later_holds_at_once(tmp_path):
+    trainer, batch = tiny_trainer(tmp_path), collate(tiny_rows(4))
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: 0.0 * outputs.logits.sum() + 7.0
+    assert trainer.prediction_step(trainer.model, batch, True)[0].item() == pytest.approx(7.0)
+    assert trainer.compute_loss(trainer.model, batch).item() > 14.0
+
+
+def test_a_loss_without_the_count_is_the_mean_of_the_micro_batches(tmp_path):
+    """A common override passes no count on; all micro-batches have equally many items here."""
+
+    class WithoutCount(CoDistillationTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    trainers = [tiny_trainer(tmp_path, gradient_accumulation_steps=2, optim="sgd", max_steps=2) for _ in range(2)]
+    trainers[1].__class__ = WithoutCount
+    for trainer in trainers:
+        trainer.train()
+    first, second = (trainer.state.log_history[-1]["train_loss"] for trainer in trainers)
+    assert second == pytest.approx(first, rel=1e-5)
+    assert_same_weights(trainers[0].pair, trainers[1].pair, tolerance=1e-6)
+
+
+def test_arguments_of_later_hold_and_their_token_is_not_saved(tmp_path):
+    trainer = tiny_trainer(tmp_path / "first")
+    trainer.args = copy.copy(trainer.args)
+    trainer.args.hub_token, trainer.args.output_dir = "hf_secret", str(tmp_path / "second")
+    trainer.save_model()
+    assert torch.load(tmp_path / "second" / "training_args.bin", weights_only=False).hub_token is None
+    assert trainer.args.hub_token == "hf_secret"
 
 
 def test_a_models_own_loss_is_used(tmp_path):
