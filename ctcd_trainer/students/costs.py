@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -33,26 +33,14 @@ from ..model_structure import (
 )
 from ..tasks import find_task
 
-_WARMUPS, _REPEATS, _SEQUENCE_LENGTH = 3, 30, 128
-#: Models that have more parameters together are not timed: copying and running them would take too long.
+#: Larger sets of models are not timed: copying and running them would take too long.
 _MAX_TIMED_PARAMETERS = 500_000_000
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
-#: The parts of the training state that are divided among processes.
-_SHARDED: Mapping[str, tuple[str, ...]] = {
-    "ddp": (),
-    "zero1": ("optimizer",),
-    "zero2": ("optimizer", "gradients"),
-    "zero3": ("optimizer", "gradients", "weights"),
-    "fsdp": ("optimizer", "gradients", "weights"),
-}
+#: How many of these parts of the training state are divided among the processes: optimizer, gradients, weights.
+_DIVIDED_PARTS: Mapping[str, int] = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
 #: Bytes of optimizer state for each byte of weights.
-_STATES: Mapping[str, float] = {"adamw": 2.0, "sgd": 0.0}
-#: Tensors of the size of the logits that exist at a time where whole logits are used.
-_COPIES = 3.0
-#: Scratch buffers of the fused pass: two log-softmaxes, the scaled logits and the probabilities of each model, and a
-#: difference for each soft loss. Temperature 1 needs two less for each model, `js` one more for each soft loss.
-_BUFFERS_OF_MODEL, _BUFFERS_OF_EDGE = 4, 1
+_STATES: Mapping[str, int] = {"adamw": 2, "sgd": 0}
 
 
 @dataclass(frozen=True)
@@ -62,8 +50,8 @@ class Estimate:
     Attributes:
         parameters: Number of parameters; tied ones count once.
         bytes: Size of the parameters in memory, which is about the size of the saved files.
-        flops_per_token: Floating-point operations of a forward pass for one token (a multiplication and an addition
-            are two); of an encoder-decoder, for one token read and one written. `None` if they cannot be counted.
+        flops_per_token: Operations of a forward pass for one token (a multiplication and an addition are two), in an
+            encoder-decoder for one token read and one written. `None` if they cannot be counted.
         milliseconds: Median time of one sequence on the CPU; `None` if it was not measured.
         conditions: How the time was measured, or why it was not.
     """
@@ -86,18 +74,12 @@ def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float 
 
     Args:
         model: The model, on any device. Adapters count in all figures.
-        sequence_length: Number of tokens whose operations are counted together, since attention depends on it;
-            shortened to what the model allows.
+        sequence_length: Number of tokens whose operations are counted together, at most what the model allows.
         seconds: No timed call starts after this time.
 
     Returns:
         The figures. Operations and latency are `None` for models that do not read tokens, operations also for
         quantised models, and latency also for encoder-decoders.
-
-    Example:
-        ```python
-        print(estimate(create_student(teacher, num_hidden_layers=3)))
-        ```
     """
     with whole_parameters(model):
         latencies = latencies_of({"model": model}, seconds)
@@ -112,8 +94,7 @@ def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float 
 
 def weight_bytes(folder: Path) -> int:
     """Size of the weight files in a model's folder; 0 if there are none."""
-    patterns = ("*.safetensors", "pytorch_model*.bin")
-    return sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
+    return sum(file.stat().st_size for file in [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -121,10 +102,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _flops_per_token(model: PreTrainedModel, sequence_length: int) -> float | None:
-    """Operations of a forward pass on one sequence; `None` where they cannot be counted."""
     inner = base_model(model)
-    # The counter does not know the products of quantised weights.
-    if is_quantised(inner) or inner.main_input_name != "input_ids":
+    if is_quantised(inner) or inner.main_input_name != "input_ids":  # the counter does not know quantised weights
         return None
     length = _length_for(inner, sequence_length)
     implementations = inner.config._attn_implementation, getattr(inner.config, "_experts_implementation", None)
@@ -148,26 +127,22 @@ def _set_implementations(model: PreTrainedModel, attention: str, experts: str | 
 
 
 def _dummy_inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
-    """A batch of zeros: token ids (for the decoder too), images of the size in the config, or recordings.
-
-    Raises:
-        ValueError: The model reads something else.
-    """
+    """A batch of zeros: token ids (for the decoder too), images of the size in the config, or recordings."""
     config, name = model.config, model.main_input_name
     if name == "input_ids":
         ids = torch.zeros(rows, length, dtype=torch.long, device=model.device)
         has_decoder = config.is_encoder_decoder and "decoder_input_ids" in forward_parameters(model)
         inputs = {name: ids.unsqueeze(1) if "MultipleChoice" in type(model).__name__ else ids}
         return inputs | ({"decoder_input_ids": ids} if has_decoder else {})
-    if name not in ("pixel_values", "input_values"):
+    side = getattr(config, "image_size", 224)
+    sides = side if isinstance(side, (list, tuple)) else (side, side)
+    shapes = {"pixel_values": (rows, getattr(config, "num_channels", 3), *sides), "input_values": (rows, length)}
+    if name not in shapes:
         raise ValueError(
             f"The memory of a {type(model).__name__} cannot be estimated, because it reads `{name}`. Give models that "
             "read `input_ids`, `pixel_values` or `input_values`."
         )
-    side = getattr(config, "image_size", 224)
-    image = (getattr(config, "num_channels", 3), *(side if isinstance(side, (list, tuple)) else (side, side)))
-    shape = (rows, *(image if name == "pixel_values" else (length,)))
-    return {name: torch.zeros(shape, dtype=model.dtype, device=model.device)}
+    return {name: torch.zeros(shapes[name], dtype=model.dtype, device=model.device)}
 
 
 # ---- Latency ----
@@ -175,12 +150,7 @@ def _dummy_inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, T
 
 @dataclass(frozen=True)
 class Latencies:
-    """Measured times.
-
-    Attributes:
-        milliseconds: Median time by name of the model; empty if nothing was measured.
-        conditions: A sentence on how the times were measured, or why they were not.
-    """
+    """Median milliseconds by name of the model (empty if nothing was measured), and how or why not, as a sentence."""
 
     milliseconds: Mapping[str, float]
     conditions: str
@@ -190,17 +160,17 @@ def latencies_of(models: Mapping[str, nn.Module], seconds: float = 1.0) -> Laten
     """Time models on the CPU, one sequence at a time. The call changes neither the models nor the random state.
 
     Args:
-        models: Models of token sequences by name, on any device. Other models are not timed.
+        models: Models by name, on any device. Models that do not read one sequence of tokens are not timed.
         seconds: No call starts after this time.
     """
     reason = _why_not_timed(models.values())
     if reason is not None:
         return Latencies({}, f"The latency was not measured: {reason}.")
-    length = min(_length_for(model, _SEQUENCE_LENGTH) for model in models.values())
+    length = min(_length_for(model, 128) for model in models.values())
     try:
         with in_evaluation_mode(models.values()):
             timed = [_on_device(model, "cpu") for model in models.values()]
-            times = _time_calls(timed, length, _REPEATS, seconds)
+            times = _time_calls(timed, length, 30, seconds)
     except Exception as error:  # a card must not fail after a training
         return Latencies({}, f"The latency was not measured: a call failed with {type(error).__name__}.")
     dtypes = " and ".join(sorted({str(model.dtype).removeprefix("torch.") for model in timed}))
@@ -213,12 +183,9 @@ def latencies_of(models: Mapping[str, nn.Module], seconds: float = 1.0) -> Laten
 
 
 def measure_latencies(models: Sequence[nn.Module], length: int, repeats: int) -> list[float]:
-    """Median milliseconds of each model for one sequence of random tokens.
+    """Median milliseconds of each model (on the CPU, in evaluation mode) for one sequence of `length` random tokens.
 
-    Args:
-        models: The models, in evaluation mode, on the CPU.
-        length: Number of tokens.
-        repeats: Number of timed calls of each model; three untimed calls come first.
+    Each model gets three untimed calls and then `repeats` timed ones.
     """
     return [statistics.median(milliseconds) for milliseconds in _time_calls(models, length, repeats)]
 
@@ -227,14 +194,11 @@ def measure_latencies(models: Sequence[nn.Module], length: int, repeats: int) ->
 def _time_calls(
     models: Sequence[nn.Module], length: int, repeats: int, seconds: float = math.inf
 ) -> list[list[float]]:
-    """Milliseconds of the calls of each model. They take turns, so that a busy machine slows all of them alike.
-
-    No call starts after some seconds, except that each model is timed once.
-    """
+    """Milliseconds of the calls of each model, at least one; models take turns, so that a busy machine slows all."""
     generator = torch.Generator().manual_seed(0)
     begin = time.perf_counter()
     times: list[list[float]] = [[] for _ in models]
-    for repeat in range(-_WARMUPS, repeats):
+    for repeat in range(-3, repeats):
         late = time.perf_counter() - begin > seconds
         if late and times[0]:
             break
@@ -310,7 +274,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum of the parts. The real peak is close to it: allocators keep what is freed in other sizes."""
+        """The sum of the parts. The real peak is close to it, because allocators keep what is freed."""
         return sum(asdict(self).values())
 
     def __str__(self) -> str:
@@ -334,7 +298,7 @@ def estimate_memory(
     gradient_checkpointing: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
 ) -> MemoryEstimate:
-    """Estimate the memory of one process of a co-training, without computing or allocating anything.
+    """Estimate the memory of one process of a co-training, in bytes, without computing or allocating anything.
 
     Activations are counted by running the models' code on tensors without data. What Python, the runtime of the device
     and the allocator take is not included (1 to 2 GB on a GPU).
@@ -352,23 +316,14 @@ def estimate_memory(
         mixed_precision: As in the training arguments.
         optimizer: The optimizer; `adamw` keeps two numbers for each parameter.
         gradient_checkpointing: Whether layers keep their inputs only.
-        device: Device of the training: the fused pass over the logits works in larger chunks on `cuda`, which is the
-            default if torch finds it.
-
-    Returns:
-        The estimate, in bytes.
+        device: Device of the training, by default `cuda` if torch finds it. The fused pass has larger chunks there.
 
     Raises:
         ValueError: A choice is unknown, a size is not above 0, or a model reads neither tokens, images nor recordings.
-
-    Example:
-        ```python
-        print(estimate_memory(teacher, student, batch_size=32, sequence_length=128, strategy="fsdp", processes=8))
-        ```
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, value, valid in (
-        ("strategy", strategy, _SHARDED),
+        ("strategy", strategy, _DIVIDED_PARTS),
         ("distillation_mode", distillation_mode, MODES),
         ("optimizer", optimizer, _STATES),
         ("device", device, ("cpu", "cuda")),
@@ -381,33 +336,39 @@ def estimate_memory(
             raise ValueError(f"`{name}={value}` is not valid: it must be above 0.")
     mode, learners = MODES[distillation_mode], {TEACHER: teacher, STUDENT: student}
     trained = [learners[name] for name in mode.trained]
-    models = [*learners.values(), *([] if pretrained_teacher is None else [pretrained_teacher])]
+    models = [teacher, student, *([] if pretrained_teacher is None else [pretrained_teacher])]
     language_models = find_task(teacher).language_model
-    shares = {part: processes if part in _SHARDED[strategy] else 1 for part in ("weights", "gradients", "optimizer")}
+    share = {
+        part: processes if number < _DIVIDED_PARTS[strategy] else 1
+        for number, part in enumerate(("optimizer", "gradients", "weights"))
+    }
     trainable = _bytes(parameter for model in trained for parameter in model.parameters() if parameter.requires_grad)
 
     batch = (batch_size, sequence_length, mixed_precision, language_models)
-    whole = [_activations(model, *batch) for model in trained]
+    activations = [_activations(model, *batch) for model in trained]
     # A ResNet does not say how many layers it has.
     layers = [getattr(model.config.get_text_config(), "num_hidden_layers", 1) for model in trained]
-    layer = max(size // count for size, count in zip(whole, layers, strict=True))
-    working = 2 * layer if gradient_checkpointing else layer  # its gradients, and itself if it is computed again
-    working += trainable if processes > 1 and strategy in ("ddp", "zero1") else 0  # buckets of gradients
-    working += sum(map(_gathered_bytes, models)) if shares["weights"] > 1 else 0
-    working += max(_bytes(model.parameters()) for model in models) // 2 if mixed_precision != "no" else 0
-    if language_models:
-        positions = int(batch_size * sequence_length * scored)
-        if strategy == "zero3" and processes > 1:  # the whole logits, of all positions and of the scored ones
-            logits = 4 * positions * sum(map(_vocabulary, models))
-            working += int(logits * (_COPIES + _COPIES / scored))
-        else:
-            working += _fused_pass_bytes(models, trained, len(mode.edges), positions, device)
-    kept = [_activations(model, *batch, checkpointing=True) for model in trained] if gradient_checkpointing else whole
+    working = max(size // count for size, count in zip(activations, layers, strict=True))  # gradients inside a layer
+    if gradient_checkpointing:
+        working *= 2  # the layer is computed again
+        activations = [_activations(model, *batch, checkpointing=True) for model in trained]
+    if processes > 1 and strategy in ("ddp", "zero1"):  # buckets of gradients
+        working += trainable
+    if share["weights"] > 1:
+        working += sum(map(_gathered_bytes, models))
+    if mixed_precision != "no":
+        working += max(_bytes(model.parameters()) for model in models) // 2
+    positions = int(batch_size * sequence_length * scored)
+    if language_models and strategy == "zero3" and processes > 1:
+        # Three tensors of the size of the whole logits, of all positions and of the scored ones.
+        working += int(4 * positions * sum(map(_vocabulary, models)) * (3 + 3 / scored))
+    elif language_models:
+        working += _fused_pass_bytes(models, trained, len(mode.edges), positions, device)
     return MemoryEstimate(
-        weights=sum(_bytes([*model.parameters(), *model.buffers()]) for model in models) // shares["weights"],
-        gradients=trainable // shares["gradients"],
-        optimizer=int(trainable * _STATES[optimizer]) // shares["optimizer"],
-        activations=sum(kept),
+        weights=sum(_bytes([*model.parameters(), *model.buffers()]) for model in models) // share["weights"],
+        gradients=trainable // share["gradients"],
+        optimizer=trainable * _STATES[optimizer] // share["optimizer"],
+        activations=sum(activations),
         working=working,
     )
 
@@ -421,7 +382,9 @@ def _fused_pass_bytes(
     rows = min(positions, max(32, chunk // largest // 32 * 32))
     on_cpu = max(2 * torch.get_num_threads(), fused_linear._CPU_BLOCK_BYTES // largest)
     scratch = min(rows, on_cpu) if device == "cpu" else rows
-    buffers = _BUFFERS_OF_MODEL * len(models) + _BUFFERS_OF_EDGE * edges
+    # Two log-softmaxes, the scaled logits and the probabilities of each model, and a difference for each soft loss.
+    # Temperature 1 needs two less for each model, `js` one more for each soft loss.
+    buffers = 4 * len(models) + edges
     heads = [embeddings_of(base_model(model), "get_output_embeddings") for model in trained]
     gradients = sum(4 * head.weight.numel() for head in heads if head is not None)  # exist before all other gradients
     return sum(4 * rows * size for size in map(_vocabulary, models)) + buffers * scratch * largest + gradients
@@ -443,21 +406,14 @@ def _activations(
 ) -> int:
     """Bytes that a forward pass keeps for the backward pass, without weights.
 
-    Args:
-        model: The model.
-        rows: Rows of the batch.
-        length: Tokens of a row.
-        mixed_precision: As in the training arguments.
-        headless: Whether to leave out the output layer, of which the fused pass keeps nothing.
-        checkpointing: Whether layers keep their inputs only.
+    `headless` leaves out the output layer, of which the fused pass keeps nothing.
     """
     inner = base_model(model)
-    sizes: dict[int, int] = {}
-    alive: list[Tensor] = []  # else another tensor could get the address
+    kept: dict[int, UntypedStorage] = {}  # alive, else another tensor could get the address
 
     def keep(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
         return tensor
 
     with FakeTensorMode():
@@ -472,7 +428,6 @@ def _activations(
             torch.autocast("cpu", dtype=dtype, enabled=mixed_precision != "no"),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            outputs = run(**_dummy_inputs(run, rows, length))
+            run(**_dummy_inputs(run, rows, length))
         weights = {parameter.untyped_storage()._cdata for parameter in empty.parameters()}
-        del outputs
-    return sum(size for key, size in sizes.items() if key not in weights)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)

@@ -43,16 +43,14 @@ def create_student(
     heads, feed-forward units and hidden units (`narrowing.py`).
 
     Args:
-        teacher: A transformers model with `config.num_hidden_layers` layers in one stack, or with an encoder and a
-            decoder. It is not changed. It shares parameters with the student only if `init="shared"`.
+        teacher: A transformers model with layers in one stack, or with an encoder and a decoder. It is not changed.
         num_hidden_layers: Number of layers of the student, in each stack; by default the teacher's, or the length of
             `layers`.
         hidden_size: Width of the hidden states; by default the teacher's.
         intermediate_size: Width of the feed-forward layers; by default the teacher's.
         num_attention_heads: Number of heads. By default the teacher's, or, in families whose heads are
             `hidden_size / num_attention_heads` wide, as many of that width as `hidden_size` holds.
-        layers: The layers to keep: "uniform" (evenly spread, see `uniform_layers`), "first", "last", or their indices
-            from 0.
+        layers: The layers to keep: "uniform" (evenly spread), "first", "last", or their indices from 0.
         init: "copy" copies the teacher's weights, "random" draws new ones from the random state of torch, "shared"
             uses the teacher's own tensors (one frozen base for the PEFT adapters of both models).
         calibration: Batches of inputs. With them the importance of a unit is the mean size of what it passes on
@@ -64,11 +62,6 @@ def create_student(
     Raises:
         ValueError: A size is out of range or does not divide, the teacher has no such layers, the model cannot be cut
             like this, is wrapped by PEFT, or is quantised and would be copied.
-
-    Example:
-        ```python
-        student = create_student(teacher, num_hidden_layers=3, intermediate_size=768)
-        ```
     """
     if is_peft_model(teacher):
         raise ValueError(
@@ -101,11 +94,7 @@ def create_student(
 
 
 def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int]) -> list[int]:
-    """Indices of the layers that a stack keeps.
-
-    Raises:
-        ValueError: The number or the indices are not valid.
-    """
+    """Indices of the layers that a stack keeps."""
     if not isinstance(layers, str):
         indices = list(layers)
         if number not in (None, len(indices)):
@@ -113,25 +102,18 @@ def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int
                 f"`num_hidden_layers={number}`, but `layers={indices}` are {len(indices)}: leave out one of them."
             )
         if not indices or sorted({*indices} & {*range(num_layers)}) != indices:
-            raise ValueError(
-                f"`layers={indices}` are not valid: give at least one, in ascending order, of the teacher's layers 0 "
-                f"to {num_layers - 1}."
-            )
+            raise ValueError(f"`layers={indices}` are not valid: give them in ascending order, 0 to {num_layers - 1}.")
         return indices
     number = num_layers if number is None else number
     if not 1 <= number <= num_layers:
         raise ValueError(
-            f"`num_hidden_layers={number}` is not valid: the teacher has {num_layers} layers, so a student cut from "
-            f"it has from 1 to {num_layers}."
+            f"`num_hidden_layers={number}` is not valid: the teacher has {num_layers} layers. Give 1 to {num_layers}."
         )
-    choices = {
-        "uniform": uniform_layers(num_layers, number),
-        "first": list(range(number)),
-        "last": list(range(num_layers - number, num_layers)),
-    }
+    indices = range(num_layers)
+    choices = {"uniform": uniform_layers(num_layers, number), "first": indices[:number], "last": indices[-number:]}
     if layers not in choices:
         raise ValueError(f"`layers={layers!r}` is not known: it is one of {list(choices)}, or a list of indices.")
-    return choices[layers]
+    return list(choices[layers])
 
 
 def _cut_config(config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> PreTrainedConfig:
@@ -154,16 +136,14 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
     quantised = _share_quantised(teacher, student, stacks) if is_quantised(teacher) else ()
     state = teacher.state_dict(keep_vars=shared)
     for stack, indices in stacks.items():
-        layer_of = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.*)")
-        matches = {name: match for name in state if (match := layer_of.fullmatch(name))}
         layers: dict[int, dict[str, Tensor]] = {}
-        for name, match in matches.items():
-            layers.setdefault(int(match[1]), {})[match[2]] = state.pop(name)
+        for name in [*state]:
+            if match := re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.(.*)", name):
+                layers.setdefault(int(match[1]), {})[match[2]] = state.pop(name)
+        # Parameters that only layer 0 has (T5's position bias) go to the student's layer 0, whichever it was.
+        only_first = {name: value for name, value in layers[0].items() if name not in layers.get(indices[0], {})}
         for new, old in enumerate(indices):
-            # Parameters that only layer 0 has (T5's position bias) go to the student's layer 0, whichever it was.
-            parameters = layers.get(old, {}) | (
-                {name: value for name, value in layers[0].items() if name not in layers[old]} if new == 0 else {}
-            )
+            parameters = layers.get(old, {}) | (only_first if new == 0 else {})
             state |= {f"{stack}.{new}.{name}": value for name, value in parameters.items()}
     names = student.state_dict().keys()
     kept_state = {name: value for name, value in state.items() if name in names and not name.startswith(quantised)}
@@ -181,15 +161,9 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
 def _share_quantised(
     teacher: PreTrainedModel, student: PreTrainedModel, stacks: Mapping[str, list[int]]
 ) -> tuple[str, ...]:
-    """Replace the student's plain modules by the teacher's quantised ones.
+    """Replace the student's plain modules by the teacher's quantised ones; prefixes of the names of their parameters.
 
-    Args:
-        teacher: The teacher.
-        student: The student.
-        stacks: Indices of the layers that each stack keeps.
-
-    Returns:
-        Prefixes of the names of the parameters in these modules.
+    `stacks` has the indices of the layers that each stack keeps.
     """
     prefixes = []
     for name, module in list(student.named_modules()):
