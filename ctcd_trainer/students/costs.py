@@ -51,8 +51,8 @@ class Estimate:
         parameters: Number of parameters; tied ones count once.
         bytes: Size of the parameters in memory, which is about the size of the saved files.
         flops_per_token: Operations of a forward pass for one token (a multiplication and an addition are two), in an
-            encoder-decoder for one token read and one written. `None` if they cannot be counted.
-        milliseconds: Median time of one sequence on the CPU; `None` if it was not measured.
+            encoder-decoder for one token read and one written. `None` if quantised, or if it does not read tokens.
+        milliseconds: Median time of one sequence on the CPU; `None` if not measured.
         conditions: How the time was measured, or why it was not.
     """
 
@@ -76,10 +76,6 @@ def estimate(model: PreTrainedModel, sequence_length: int = 128, seconds: float 
         model: The model, on any device. Adapters count in all figures.
         sequence_length: Number of tokens whose operations are counted together, at most what the model allows.
         seconds: No timed call starts after this time.
-
-    Returns:
-        The figures. Operations and latency are `None` for models that do not read tokens, operations also for
-        quantised models, and latency also for encoder-decoders.
     """
     with whole_parameters(model):
         latencies = latencies_of({"model": model}, seconds)
@@ -404,10 +400,7 @@ def _gathered_bytes(model: nn.Module) -> int:
 def _activations(
     model: PreTrainedModel, rows: int, length: int, mixed_precision: str, headless: bool, checkpointing: bool = False
 ) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without weights.
-
-    `headless` leaves out the output layer, of which the fused pass keeps nothing.
-    """
+    """Bytes that a forward pass keeps for the backward pass; `headless`: except for the output layer."""
     inner = base_model(model)
     kept: dict[int, UntypedStorage] = {}  # alive, else another tensor could get the address
 

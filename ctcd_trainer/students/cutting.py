@@ -44,8 +44,7 @@ def create_student(
 
     Args:
         teacher: A transformers model with layers in one stack, or with an encoder and a decoder. It is not changed.
-        num_hidden_layers: Number of layers of the student, in each stack; by default the teacher's, or the length of
-            `layers`.
+        num_hidden_layers: Number of layers in each stack; by default the teacher's, or the length of `layers`.
         hidden_size: Width of the hidden states; by default the teacher's.
         intermediate_size: Width of the feed-forward layers; by default the teacher's.
         num_attention_heads: Number of heads. By default the teacher's, or, in families whose heads are
@@ -161,10 +160,7 @@ def _cut(teacher: PreTrainedModel, kept: Mapping[str, list[int]], shared: bool) 
 def _share_quantised(
     teacher: PreTrainedModel, student: PreTrainedModel, stacks: Mapping[str, list[int]]
 ) -> tuple[str, ...]:
-    """Replace the student's plain modules by the teacher's quantised ones; prefixes of the names of their parameters.
-
-    `stacks` has the indices of the layers that each stack keeps.
-    """
+    """Give the student the teacher's quantised modules; prefixes of the names of their parameters."""
     prefixes = []
     for name, module in list(student.named_modules()):
         source = name

@@ -51,11 +51,7 @@ class Widths:
         return any(size is not None for size in vars(self).values())
 
     def apply(self, config: PreTrainedConfig) -> None:
-        """Set the sizes in a config, under the names that its family has for them.
-
-        Raises:
-            ValueError: A size is below 1, the sizes do not fit together, or the family has no such size.
-        """
+        """Set the sizes in a config, under the names of its family, or raise `ValueError` if they do not fit."""
         for argument, size in vars(self).items():
             if size is not None and size < 1:
                 raise ValueError(f"`{argument}={size}` is not valid: it must be at least 1.")
@@ -76,8 +72,7 @@ class Widths:
             raise ValueError(
                 f"`hidden_size={new_hidden}` and `num_attention_heads={new_heads}` do not fit: the heads of a "
                 f"{config.model_type} are hidden_size / num_attention_heads wide, here {hidden} / {heads} = {width}, "
-                f"which is kept. Give `hidden_size={new_heads * width}`, or `num_attention_heads` = hidden_size / "
-                f"{width}."
+                f"and stay so. Give `hidden_size={new_heads * width}`, or hidden_size / {width} heads."
             )
         key_heads = getattr(config, "num_key_value_heads", None)
         if key_heads is not None:
@@ -117,22 +112,13 @@ def new_model(like: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
 
 @dataclass(frozen=True)
 class Axis:
-    """The units that a dimension of a parameter counts.
-
-    Attributes:
-        kind: Kind of the units.
-        scope: The layer or the attention within which units are chosen; empty for the whole model.
-        units: Number of units.
-        width: Number of consecutive indices of a unit; it can differ between parameters with the same units.
-        groups: Units come in this many equal groups; the same number is kept in each.
-        kept: Number of units that are kept.
-    """
+    """The units that a dimension of a parameter counts."""
 
     kind: str
-    scope: str
+    scope: str  # the layer or the attention within which units are chosen; empty for the whole model
     units: int
-    width: int = field(default=1, compare=False)
-    groups: int = 1
+    width: int = field(default=1, compare=False)  # indices of a unit; differs between parameters with the same units
+    groups: int = 1  # of units; the same number is kept in each
     kept: int = 0
 
     def split(self, tensor: Tensor, dim: int) -> Tensor:
@@ -219,17 +205,15 @@ def _axes(model: PreTrainedModel, student: PreTrainedModel) -> list[tuple[str, i
 
 
 def _head_axis(model: PreTrainedModel, name: str, dim: int, biased: Container[str]) -> Axis | None:
-    """The axis of a dimension that counts heads; `None` for another dimension.
-
-    The attentions in `biased` use one position bias in all layers (T5), so their layers must keep the same heads.
-    """
+    """The axis of a dimension that counts heads; `None` for another dimension."""
     match = _ATTENTION.fullmatch(name)
     if match is None:
         return None
     config, scope, module = model.config, match["scope"], match["module"]
     heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     groups = 1 if key_heads in (None, heads) else key_heads
-    scope = _unnumbered(scope) if _unnumbered(scope) in biased else scope
+    if _unnumbered(scope) in biased:  # one position bias for all layers (T5), which must keep the same heads
+        scope = _unnumbered(scope)
     if module == _BIAS:
         return Axis(HEADS, scope, heads) if dim == 1 else None
     out = int(isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and name.endswith("weight"))
@@ -279,7 +263,7 @@ def _importance_of_activations(
 
 
 def _choose(scores: Mapping[Axis, Tensor]) -> dict[Axis, Tensor]:
-    """Choose the units that each axis keeps; indices in ascending order.
+    """Indices of the units that each axis keeps, in ascending order.
 
     If key-value heads are cut, the heads that share them stay or go with them. Otherwise each of these groups keeps
     the same number of heads.
