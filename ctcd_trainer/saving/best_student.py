@@ -21,7 +21,7 @@ class BestStudent(TrainerCallback, ExportableState):
     Args:
         metric: `student_metric_for_best_model`: the name of a metric, with or without `eval_` and `student_` before
             it. With several evaluation sets, the name as it is logged (`<set>_student_<name>`).
-        greater_is_better: Whether larger values are better. By default they are, unless the name ends with "loss".
+        greater_is_better: By default true, unless the name of the metric ends with "loss".
         learner: Name of the learner.
     """
 
@@ -29,9 +29,7 @@ class BestStudent(TrainerCallback, ExportableState):
         self.metric, self.learner = metric, learner
         name = metric.removeprefix("eval_")
         self.key = f"eval_{name}" if f"{learner}_" in name else f"eval_{learner}_{name}"
-        if greater_is_better is None:
-            greater_is_better = not metric.endswith("loss")
-        self.greater_is_better = greater_is_better
+        self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
         self.value: float | None = None
         self.step: int | None = None
 
@@ -72,13 +70,13 @@ class BestStudent(TrainerCallback, ExportableState):
         """Compare a value with the best so far; remember it and return True if it is better.
 
         Raises:
-            KeyError: The evaluation lacks the metric. The message lists the metrics of the learner.
+            KeyError: The evaluation lacks the metric.
         """
         if self.key not in metrics:
             known = [key for key in metrics if f"{self.learner}_" in key]
             raise KeyError(
-                f"`{self.learner}_metric_for_best_model={self.metric!r}`: the evaluation has no {self.key!r}. Use "
-                f"one of the metrics of the {self.learner}: {known}."
+                f"`{self.learner}_metric_for_best_model={self.metric!r}`: the evaluation has no {self.key!r}, but has "
+                f"{known}. Use one of these."
             )
         better = operator.gt if self.greater_is_better else operator.lt
         if math.isnan(metrics[self.key]) or (self.value is not None and not better(metrics[self.key], self.value)):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ _INCOMPLETE = "checkpoint-is-incomplete.txt"
 _TORCH_CANNOT_WRITE = ("inline_container", "iostream error", "PytorchStreamWriter")
 
 
+@dataclass(eq=False)
 class PairCheckpoints:
-    """Writes and reads folders that hold all learners of a pair.
-
-    A checkpoint and a best model are whole or absent, whenever the process is killed.
+    """Writes and reads folders that hold all learners of a pair, whole or absent whenever the process is killed.
 
     Args:
         pair: The learners.
@@ -41,16 +41,11 @@ class PairCheckpoints:
         staging: The folder that stands for the output folder while a checkpoint is written; otherwise `None`.
     """
 
-    def __init__(
-        self,
-        pair: CoDistillationModel,
-        args: TrainingArguments,
-        processing_class_of: Callable[[str], Any],
-        write_cards: Callable[[str | os.PathLike, str | None], None],
-    ) -> None:
-        self.pair, self.args = pair, args
-        self.processing_class_of, self.write_cards = processing_class_of, write_cards
-        self.staging: str | None = None
+    pair: CoDistillationModel
+    args: TrainingArguments
+    processing_class_of: Callable[[str], Any]
+    write_cards: Callable[[str | os.PathLike, str | None], None]
+    staging: str | None = field(default=None, init=False)
 
     # ---- Writing ----
 
@@ -63,18 +58,13 @@ class PairCheckpoints:
         finally:
             self.args.hub_token = token
         if self.args.should_save:
-            for learner in self.pair.learners:
-                if learner != self.pair.primary:
-                    self._save_processing_class(learner, self.pair.folder_of(learner, folder))
+            for learner in self.pair.learners.keys() - {self.pair.primary}:
+                self._save_processing_class(learner, self.pair.folder_of(learner, folder))
             self.write_cards(folder, None)
 
     @contextmanager
     def checkpoint(self, run_dir: str, state: TrainerState) -> Iterator[None]:
-        """Let Trainer write the checkpoint of the present step into `staging`, and put it in place.
-
-        Raises:
-            OSError: The checkpoint could not be written. The earlier ones are unchanged.
-        """
+        """Let Trainer write the checkpoint of the present step into `staging`, and put it in place as in `whole`."""
         with self.whole(Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")) as written:
             self.staging = str(written.parent)
             try:
@@ -114,13 +104,7 @@ class PairCheckpoints:
         wait_for_everyone()
 
     def save_alone(self, learner: str, final: Path, weights: dict[str, Tensor] | None) -> None:
-        """Save one learner in a folder, which is replaced as a whole.
-
-        Args:
-            learner: Name of the learner.
-            final: The folder.
-            weights: The weights if they are gathered from several processes; see `weights_of`.
-        """
+        """Save one learner in a folder, which is replaced as a whole; `weights` are those of `weights_of`."""
         with self.whole(final) as written:
             if self.args.should_save:
                 self.pair.learners[learner].save_pretrained(written, state_dict=weights)
@@ -159,12 +143,9 @@ class PairCheckpoints:
         wait_for_everyone()
 
     def remove_old(self, run_dir: str, limit: int | None, best: str | None) -> None:
-        """Delete old checkpoints beyond `limit`, but not the best. Unlike in Trainer, a kill leaves no half folder.
+        """Delete old checkpoints beyond `limit` (`None` and 0 keep all), but not the best.
 
-        Args:
-            run_dir: Folder of the checkpoints.
-            limit: Number of checkpoints to keep; all with `None` or 0.
-            best: The best checkpoint, if there is one.
+        Unlike in Trainer, a kill leaves no half folder.
         """
         if not self.args.should_save or not limit or limit < 0:
             return
@@ -184,11 +165,7 @@ class PairCheckpoints:
     # ---- Reading ----
 
     def load(self, checkpoint: str, load_plain: Callable[[str, nn.Module], None]) -> None:
-        """Load all learners from a checkpoint.
-
-        Args:
-            checkpoint: The folder.
-            load_plain: Trainer's `_load_from_checkpoint`, which loads one plain model from its folder.
+        """Load all learners from a checkpoint, a plain model with Trainer's `_load_from_checkpoint` (`load_plain`).
 
         Raises:
             ValueError: The folder lacks a learner or holds other models. Nothing is loaded.
@@ -197,28 +174,25 @@ class PairCheckpoints:
         for name, folder in folders.items():
             if not os.path.isdir(folder):
                 raise ValueError(
-                    f"The checkpoint {checkpoint!r} has no {name}: there is no folder {folder!r}. A trainer of one "
-                    "model has written it. Resume from a checkpoint of both, or load its model with "
-                    "`from_pretrained`, pass it as `model` and start a new training."
+                    f"The checkpoint {checkpoint!r} has no {name} (no folder {folder!r}): a trainer of one model has "
+                    "written it. Resume from a checkpoint of both, or pass it as `model` to a new training."
                 )
         check_prompts(self.pair.learners, f"Resuming from {checkpoint!r}")
-        adapted = {name for name, model in self.pair.learners.items() if is_peft_model(model)}
+        learners = self.pair.learners
+        adapted = {name: model for name, model in learners.items() if is_peft_model(model)}
         # Quantised weights are not trained, so they are still those that the model was loaded with.
-        learners = {
-            name: each for name, each in self.pair.learners.items() if name in adapted or not is_quantised(each)
-        }
-        plain = {name: model for name, model in learners.items() if name not in adapted}
+        plain = {name: model for name, model in learners.items() if name not in adapted and not is_quantised(model)}
         converted = {name: converted_weights(model, Path(folders[name]), name) for name, model in plain.items()}
-        for name, model in learners.items():
-            if name in adapted:
-                # Trainer would take the adapter in a learner's folder for a second one of the primary learner.
-                for adapter in model.active_adapters:
-                    place = folders[name] if adapter == "default" else os.path.join(folders[name], adapter)
-                    model.load_adapter(place, adapter, is_trainable=name not in self.pair.frozen)
-            elif converted[name] is not None:
-                model.load_state_dict(converted[name], strict=False)
-            else:
+        for name, model in plain.items():
+            if converted[name] is None:
                 load_plain(folders[name], model)
+            else:
+                model.load_state_dict(converted[name], strict=False)
+        for name, model in adapted.items():
+            # Trainer would take the adapter in a learner's folder for a second one of the primary learner.
+            for adapter in model.active_adapters:
+                place = folders[name] if adapter == "default" else os.path.join(folders[name], adapter)
+                model.load_adapter(place, adapter, is_trainable=name not in self.pair.frozen)
 
 
 def _is_write_error(error: Exception) -> bool:
