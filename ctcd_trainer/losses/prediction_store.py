@@ -20,10 +20,9 @@ _TABLES = """
 
 
 class PredictionStore:
-    """Entries by key. An entry is some tensors by name.
+    """Entries (tensors by name) by key, which several processes can read and write at the same time.
 
-    Several processes can read and write at the same time, and see each other's entries. The folder must be on a disk
-    of this machine: SQLite is not safe on a network file system to which several machines write.
+    The folder must be on a local disk: SQLite is not safe on a network file system to which several machines write.
 
     Args:
         folder: The folder, made if it does not exist.

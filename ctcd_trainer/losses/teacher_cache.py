@@ -56,9 +56,9 @@ class PretrainedCache:
     def __init__(self, folder: str | os.PathLike, model: nn.Module, task: Task, precision: str) -> None:
         self._store = PredictionStore(folder, fingerprint_of(model, task, precision))
         self._task = task
-        self._start_training()
+        self._reset()
 
-    def _start_training(self) -> None:
+    def _reset(self) -> None:
         self._found = self._rows = self._batches_in_vain = 0
         self._first_epoch: float | None = None
         self._given_up = False
@@ -80,7 +80,7 @@ class PretrainedCache:
             taken: The part of the batch that the model takes.
             tap: The output layer of a language model that runs without logits.
             head_at: The scored positions, with a `tap`.
-            epoch: The epoch that the training is in, as a fraction.
+            epoch: The present epoch, as a fraction.
 
         Returns:
             The outputs by name, 0 at padding tokens; with a `tap`, the head with its hidden states.
@@ -93,11 +93,12 @@ class PretrainedCache:
         missing = [row for row, entry in enumerate(entries) if entry is None]
         self._count(len(keys), len(missing), epoch)
         if missing:
+            part = inputs
             if not batch.divisible:
                 missing = list(range(len(keys)))
-            part = inputs if len(missing) == len(keys) else batch.rows_of(inputs, missing)
-            if tap is not None and part is not inputs:
-                head_at = ScoredPositions(self._task.targets(part))
+            elif len(missing) < len(keys):
+                part = batch.rows_of(inputs, missing)
+                head_at = ScoredPositions(self._task.targets(part)) if tap is not None else head_at
             computed = dict(zip(missing, batch.split(run(part, head_at), missing), strict=True))
             if not self._given_up:
                 self._store.add({keys[row]: entry for row, entry in computed.items()})
@@ -108,21 +109,19 @@ class PretrainedCache:
     def _count(self, rows: int, missing: int, epoch: float) -> None:
         self._rows += rows
         self._found += rows - missing
-        if self._first_epoch is None:
-            self._first_epoch = epoch
+        self._first_epoch = epoch if self._first_epoch is None else self._first_epoch
         if not self._found and epoch >= self._first_epoch + 1:
             self._batches_in_vain += 1
         if self._batches_in_vain == _PATIENCE:
             self._given_up = True
-            self._warn()
+            self._warn(", and nothing more is kept")
 
-    def _warn(self) -> None:
+    def _warn(self, consequence: str = "") -> None:
         logger.warning(
             "No row after the first epoch was in `pretrained_cache_dir='%s'`, so the frozen teacher was run on all of "
             "them%s. Are the inputs, or the positions that are scored, made anew in each epoch (random masks, crops)? "
             "Make them once, before the training, or leave the argument out.",
-            self._store.folder,
-            ", and nothing more is kept" if self._given_up else "",
+            *(self._store.folder, consequence),
         )
 
     def finish(self) -> None:
@@ -131,11 +130,9 @@ class PretrainedCache:
         if self._batches_in_vain and not self._given_up:
             self._warn()
         if self._rows:
-            logger.info(
-                "Predictions of the frozen teacher: %d of %d rows were found in %s.",
-                *(self._found, self._rows, self._store.folder),
-            )
-        self._start_training()
+            text = "Predictions of the frozen teacher: %d of %d rows were found in %s."
+            logger.info(text, self._found, self._rows, self._store.folder)
+        self._reset()
 
 
 class _Batch:
@@ -218,25 +215,17 @@ class _Batch:
         """Return the outputs of the batch, from the entries of all rows."""
         device = next(value.device for value in self._taken.values() if isinstance(value, Tensor))
         joined = {}
-        for name, first in entries[0].items():
-            if self._tokens is None:
-                joined[name] = torch.cat([entry[name] for entry in entries]).to(device)
-                continue
-            padded = first.new_zeros(self._count, self._width, *first.shape[1:])
-            for values, entry in zip(padded, entries, strict=True):
-                values[: len(entry[name])] = entry[name]
-            joined[name] = padded.to(device)
+        for name in entries[0]:
+            parts = [entry[name] for entry in entries]
+            if self._tokens is not None:
+                padding = (0, 0) * (parts[0].ndim - 1)
+                parts = [nn.functional.pad(part, (*padding, 0, self._width - len(part)))[None] for part in parts]
+            joined[name] = torch.cat(parts).to(device)
         return joined
 
 
 def fingerprint_of(model: nn.Module, task: Task, precision: str) -> dict[str, Any]:
-    """Return what the predictions of a model depend on besides its inputs.
-
-    Args:
-        model: The model.
-        task: Its task.
-        precision: `mixed_precision` of the training arguments.
-    """
+    """Return all that the predictions of a model depend on besides its inputs."""
     weights = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
         _add(weights, name, value)
@@ -258,8 +247,8 @@ def fingerprint_of(model: nn.Module, task: Task, precision: str) -> dict[str, An
 def _plain(value: Any) -> Any:
     """Drop the settings that do not change a prediction; the rest is the same in every process and after loading."""
     if isinstance(value, Mapping):
-        items = {str(name): setting for name, setting in value.items() if name not in _IGNORED_SETTINGS}
-        return {name: _plain(setting) for name, setting in items.items() if not name.startswith("_")}
+        names = [name for name in value if name not in _IGNORED_SETTINGS and not str(name).startswith("_")]
+        return {str(name): _plain(value[name]) for name in names}
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     return [_plain(setting) for setting in value] if isinstance(value, (list, tuple)) else value
