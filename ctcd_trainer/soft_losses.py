@@ -46,7 +46,7 @@ class SoftLoss(ABC):
 
     #: Description of the loss, for the help text of the argument `soft_loss`.
     summary: ClassVar[str]
-    #: True if logits are compared, not log-probabilities. The temperature has no effect then.
+    #: True if logits are compared, not log-probabilities; the temperature has no effect then.
     of_logits: ClassVar[bool] = False
     #: True if the sum that `value` returns is to be divided by the number of outcomes.
     averaged: ClassVar[bool] = False
@@ -178,8 +178,7 @@ class Categorical:
         possible: Marks the classes with a probability (bool, broadcast to the logits); `None` for all.
     """
 
-    #: In place of the logits of impossible classes: no probability in any dtype, and finite after a division by any
-    #: temperature, since infinities would make NaN of 0 times infinity.
+    #: Logit of impossible classes: no probability in any dtype. An infinity times 0 would be NaN.
     _IMPOSSIBLE = -1e30
 
     def __init__(self, possible: Tensor | None = None) -> None:

@@ -25,8 +25,7 @@ from ..graph import Edge
 from ..soft_losses import Prediction, SoftLoss, find_soft_loss
 from ..tasks.labels import IGNORE_INDEX
 
-#: Size of one model's logits of a chunk. A larger chunk is slower on CPUs, and a smaller one does not keep a GPU busy.
-#: Measured with `examples/benchmarks/bench_fused_linear.py`.
+#: Size of one model's logits of a chunk, as measured best with `examples/benchmarks/bench_fused_linear.py`.
 _CPU_CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**27, 2**28
 #: CPUs do the elementwise work in blocks of this size, which stay in the cache between operations.
 _CPU_BLOCK_BYTES = 2**20
@@ -39,14 +38,8 @@ _FP16_SCALE = 2048.0
 class LinearHead:
     """The last layer of a language model and its input.
 
-    The logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`.
-
-    Attributes:
-        hidden: Hidden states `(positions, width)`.
-        weight: `(vocabulary, width)`.
-        bias: `(vocabulary,)`, or `None`.
-        scale: Factor of the logits (Cohere, Granite).
-        softcap: Bound of the logits (Gemma 2), or `None`.
+    The logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`, with hidden states
+    `(positions, width)` and a weight `(vocabulary, width)`. Cohere and Granite have a scale, Gemma 2 a softcap.
     """
 
     hidden: Tensor
@@ -91,13 +84,13 @@ def linear_losses(
     Matrix products use the dtype of autocast where it is on. All else is in fp32, or in fp64 for fp64 inputs.
 
     Args:
-        heads: The heads by name of the model, each with hidden states `(positions, width)` of the same positions.
+        heads: The heads by name of the model, with the same positions.
         labels: Token ids `(positions,)`, without ignored ones.
         hard_weights: Weight of the cross-entropy of each learner that has one.
         edges: The soft losses. Their sources are detached.
         soft_loss: A key of `SOFT_LOSSES`.
         temperature: Temperature of the soft losses; `mse` does not depend on it.
-        chunk_size: Number of positions in a chunk; by default it depends on vocabulary and device.
+        chunk_size: Positions in a chunk; by default it depends on vocabulary and device.
 
     Returns:
         The weighted sum of the losses, 0-dimensional, and the unweighted losses, detached, by their names in the log.

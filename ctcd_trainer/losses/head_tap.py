@@ -26,14 +26,12 @@ class NoLinearHeadError(Exception):
 
 @dataclass(frozen=True)
 class HeadTap:
-    """The output layer of a model, and how its outputs become logits.
+    """The output layer of a model, and how its outputs become logits (`scale` and `softcap` as in `LinearHead`).
 
     Attributes:
         layer: The layer.
         entry: The first module of the head, if the head is more than the layer (BERT's has a dense layer before).
         extra_bias: A bias `(1, vocabulary)` that the model adds to the layer's outputs (BART's `final_logits_bias`).
-        scale: Factor of the outputs.
-        softcap: Bound of the logits.
     """
 
     layer: nn.Linear

@@ -22,10 +22,8 @@ def model_names_of(mapping: str) -> frozenset[str]:
 class Task:
     """A head: the comparison of two models with this head, and the requirements on their labels.
 
-    By default: one of several classes at each position, and labels of the shape of the positions.
-
-    Args:
-        config: Config of the teacher.
+    By default: one of several classes at each position, and labels of the shape of the positions. `config` is the one
+    of the teacher.
     """
 
     #: Name of the task, which the trainer takes as the argument `task`.
@@ -53,16 +51,13 @@ class Task:
     shifts_labels: ClassVar[bool] = False
     #: The outputs that `compared` reads.
     compared_outputs: ClassVar[tuple[str, ...]] = ("logits",)
-    #: True if these outputs have a value per token, so that their length depends on the padding; False if they have a
-    #: value per row; `None` if unknown.
+    #: True if these outputs have a value per token, and so a length that depends on the padding; `None` if unknown.
     per_token: ClassVar[bool | None] = None
     #: True if a row is one item, so that a row without a label can still be compared.
     per_row: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.num_labels: int = getattr(config, "num_labels", 0)
-
-    # ---- Checks of models and labels ----
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
@@ -113,8 +108,6 @@ class Task:
                 "one. Correct the data, or load both models with a larger `num_labels`."
             )
 
-    # ---- Scored positions ----
-
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the label of each predicted position, `IGNORE_INDEX` where it is not scored.
 
@@ -150,8 +143,6 @@ class Task:
         """Return the inputs without labels, from which a model makes the same predictions."""
         return {name: value for name, value in inputs.items() if name not in self.label_names}
 
-    # ---- The comparison ----
-
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return the logits to compare, `(*positions, outcomes)`."""
         return outputs["logits"]
@@ -174,14 +165,10 @@ class Task:
         return outputs.get("loss")
 
     def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
-        """Compute the mean of a soft loss over the compared positions; 0 if nothing is compared.
+        """Compute the mean of a soft loss (`name` in `SOFT_LOSSES`) over the compared positions of a batch.
 
-        Args:
-            learner: Output of the model that is trained.
-            source: Output of the model it learns from; it is detached here.
-            inputs: The batch.
-            name: A key of `SOFT_LOSSES`.
-            temperature: Temperature of both predictions.
+        The arguments `learner` and `source` are whole outputs; those of the source are detached here. The result is 0
+        if nothing is compared.
         """
         logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
         values = self.family(inputs).soft_loss(*logits, name, temperature)

@@ -22,8 +22,7 @@ def label_array(rows: Sequence[Any], first_row: int = 0) -> np.ndarray:
     """Turn labels, a number or a list of numbers for each row, into an array.
 
     Raises:
-        ValueError: A row has no label, a text, or another number of values than the first row (`first_row` in the
-            message).
+        ValueError: A row (the first one is `first_row`) has no label, a text, or another number of values.
     """
     labels = [label.tolist() if hasattr(label, "tolist") else label for label in rows]
     shape = np.shape(labels[0]) if labels and labels[0] is not None else ()

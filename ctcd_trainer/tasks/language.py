@@ -12,10 +12,7 @@ from .labels import IGNORE_INDEX
 
 
 class LanguageModel(TaskWithoutClasses):
-    """A token of the vocabulary at each position. The scored positions are compared, on the common ids.
-
-    `checks/tokens.py` checks that the tokenizers agree.
-    """
+    """A token of the vocabulary at each position. The scored positions are compared, on the common ids."""
 
     language_model = True
     per_token = True
@@ -73,11 +70,7 @@ class Seq2SeqLM(LanguageModel):
         return _lacks_decoder_inputs(inputs) and not hasattr(model, "prepare_decoder_input_ids_from_labels")
 
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the inputs without labels, but with the decoder inputs that the model makes from them.
-
-        Raises:
-            ValueError: The model makes them only together with its loss.
-        """
+        """Return the inputs with decoder inputs for the labels; raise `ValueError` if the model cannot make them."""
         result = super().unlabelled(model, inputs)
         if self.needs_labels(model, inputs):
             raise ValueError(

@@ -68,8 +68,7 @@ def inputs_of_learner(
         learner: Name of the model.
         inputs: The batch.
         label_names: The inputs that are labels.
-        known: The inputs that the models take. `student_input_ids` is the student's own input, but a column such as
-            `student_id`, which no model takes, is a common input.
+        known: The inputs that models take: `student_input_ids` is the student's, but `student_id` is a common column.
         two_tokenizers: Whether every learner but the primary one must have its own inputs.
 
     Raises:

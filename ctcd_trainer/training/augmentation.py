@@ -62,12 +62,7 @@ def recounted(
     A batch keeps its weight: its losses become means over the items that are scored now. With `Mixup` the count stays:
     each label is drawn from two rows, so a batch with unlabelled rows has as many labels as before on average.
 
-    Args:
-        number: Number of scored items in the accumulated batch; `(2,)` with the number of compared rows.
-        augmentation: What changed the batch.
-        task: Counts the items.
-        before: The batch.
-        after: The changed batch.
+    The number is that of the scored items in the accumulated batch, or `(2,)` with the number of compared rows.
     """
     same = all(before.get(name) is after.get(name) for name in task.label_names)
     if number is None or same or getattr(augmentation, "mixes_rows", False):
@@ -101,14 +96,11 @@ class _RandomTokens:
 
 @dataclass
 class TokenMasking(_RandomTokens):
-    """Replaces random tokens by the mask token, as in masked language modelling.
+    """Replaces random tokens by the mask token of the tokenizer, as in masked language modelling.
 
     Args:
-        tokenizer: The tokenizer, with a mask token.
-        rate: Probability of each token that is neither padding nor special.
-
-    Raises:
-        ValueError: The tokenizer has no mask token, or `rate` is not from 0 to 1.
+        tokenizer: The tokenizer.
+        rate: Probability of each token that is neither padding nor special, from 0 to 1.
     """
 
     rate: float = 0.15
@@ -141,14 +133,8 @@ class Mixup:
     """Mixes every row of a batch with another row, for tasks of whole rows (arXiv 1710.09412, 1905.08941).
 
     The word embeddings, image or recording of the mixed row are `m * first + (1 - m) * second`, with `m` drawn from
-    Beta(alpha, alpha). Its label is the first row's with probability `m`; the gradient is that of the mixed loss on
-    average.
-
-    Args:
-        alpha: Parameter of the Beta distribution.
-
-    Raises:
-        ValueError: `alpha` is not above 0.
+    Beta(alpha, alpha), `alpha` above 0. Its label is the first row's with probability `m`, so that the gradient is
+    that of the mixed loss on average.
     """
 
     mixes_rows: ClassVar[bool] = True

@@ -39,13 +39,9 @@ class LossMeter:
         self._bad_steps = torch.where(values.isfinite(), self._bad_steps, self._bad_steps.clamp(max=step))
 
     def check(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Refuse components that were not finite on some process.
+        """Raise `FloatingPointError` with models, components and step if one was not finite on some process.
 
-        Args:
-            gather: Stacks a tensor `(1, components)` of all processes to `(processes, components)`.
-
-        Raises:
-            FloatingPointError: A component was not finite. The message names the models, the components and the step.
+        `gather` stacks a tensor `(1, components)` of all processes to `(processes, components)`.
         """
         if self._bad_steps is None:
             return
@@ -116,8 +112,7 @@ class MetricsOfEach:
     """Calls the user's `compute_metrics` once per model, with an ordinary `EvalPrediction`.
 
     Args:
-        functions: The user's function by name of the learner. With `batch_eval_metrics` every learner but the primary
-            one has a copy (`copy_of_metrics`).
+        functions: The user's function, or a copy of it, by name of the learner.
         primary: Name of the learner whose metrics get no prefix. The prefix of the others is their name.
         meter: Holds the losses of the others.
         batched: Whether Trainer calls this after each batch (`batch_eval_metrics`).
