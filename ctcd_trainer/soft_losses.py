@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 from torch.nn import functional as F
 
 #: Returns memory of the shape and dtype of a tensor, its content undefined.
@@ -21,28 +22,17 @@ Buffer = Callable[[Tensor], Tensor]
 
 
 class Prediction(NamedTuple):
-    """A prediction of a model, as the closed form of a soft loss takes it.
-
-    Attributes:
-        outcomes: Log-probabilities `(rows, outcomes)`, or logits if the loss is one `of_logits`.
-        probs: Their exponentials, or `None` for logits.
-    """
+    """Log-probabilities `(rows, outcomes)` and their exponentials, or the logits if the loss is one `of_logits`."""
 
     outcomes: Tensor
     probs: Tensor | None = None
 
 
 class ClosedForm(NamedTuple):
-    """Value of a soft loss, and its gradient with respect to the learner's logits (divided by the temperature).
+    """Value `(rows,)` of a soft loss, and its gradient for the learner's logits divided by the temperature.
 
-    The gradient is `probs_factor * p + factor * term`, where `p` are the learner's probabilities. It has two
-    parts because the caller has computed `p` already.
-
-    Attributes:
-        value: One value per row, `(rows,)`.
-        term: `(rows, outcomes)`, a buffer or the probabilities of one of the predictions.
-        factor: Factor of `term`.
-        probs_factor: Factor of the learner's probabilities.
+    The gradient is `probs_factor * p + factor * term`. The learner's probabilities `p` are a separate part because the
+    caller has them already. `term` `(rows, outcomes)` is a buffer, or the probabilities of a prediction.
     """
 
     value: Tensor
@@ -52,124 +42,103 @@ class ClosedForm(NamedTuple):
 
 
 class SoftLoss(ABC):
-    """A comparison of two predictions: a sum over the outcomes, or a mean.
-
-    Predictions are log-probabilities, or the logits themselves if the loss is one `of_logits`.
-    """
+    """A comparison of two predictions: a sum over the outcomes, or a mean."""
 
     #: Description of the loss, for the help text of the argument `soft_loss`.
     summary: ClassVar[str]
-    #: True if logits are compared, not log-probabilities. The temperature has no effect then.
+    #: True if logits are compared, not log-probabilities; the temperature has no effect then.
     of_logits: ClassVar[bool] = False
     #: True if the sum that `value` returns is to be divided by the number of outcomes.
     averaged: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """The loss, a differentiable sum over the outcomes.
+        """The loss `(...)`, a differentiable sum over the outcomes.
 
         Args:
-            learner: Prediction `(..., outcomes)` of the model that is trained.
-            source: Prediction `(..., outcomes)` of the model it learns from.
-
-        Returns:
-            One value per position, `(...)`.
+            learner: Log-probabilities (or logits, if `of_logits`) `(..., outcomes)` of the model that is trained.
+            source: Those of the model it learns from.
         """
 
     @abstractmethod
     def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
         """The same value with its gradient, without autograd and with no new memory.
 
-        Args:
-            learner: The model that is trained. Its tensors must not be changed.
-            source: The model it learns from. Its tensors must not be changed.
-            buffer: Gives the memory to write results to (`out=`).
+        The predictions must not be changed. `buffer` gives the memory for results (`out=`).
         """
 
 
-class KL(SoftLoss):
+class _KL(SoftLoss):
     """The soft loss of arXiv 2311.02849. Its gradient is `q - r` (learner's minus source's probabilities)."""
 
     summary = "KL(source || learner)"
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """See `SoftLoss`."""
         return _kl(learner, source)
 
     def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
-        """See `SoftLoss`."""
         difference = torch.sub(source.outcomes, learner.outcomes, out=buffer(learner.outcomes))
-        return ClosedForm(_dot(source.probs, difference), source.probs, factor=-1.0, probs_factor=1.0)
+        return ClosedForm(vecdot(source.probs, difference), source.probs, factor=-1.0, probs_factor=1.0)
 
 
-class ReverseKL(SoftLoss):
+class _ReverseKL(SoftLoss):
     """Mode-seeking, as in MiniLLM (arXiv 2306.08543). Its gradient is `q (log q - log r - KL(q || r))`."""
 
     summary = "KL(learner || source)"
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """See `SoftLoss`."""
         return _kl(source, learner)
 
     def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
-        """See `SoftLoss`."""
         difference = torch.sub(learner.outcomes, source.outcomes, out=buffer(learner.outcomes))
-        value = _dot(learner.probs, difference)
+        value = vecdot(learner.probs, difference)
         return ClosedForm(value, difference.sub_(value.unsqueeze(-1)).mul_(learner.probs))
 
 
-class JensenShannon(SoftLoss):
+class _JensenShannon(SoftLoss):
     """The mean of both KLs to the mixture `m`; at most log 2. Its gradient is `q/2 (log q - log m - KL(q || m))`."""
 
     summary = "Jensen-Shannon divergence"
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """See `SoftLoss`."""
         mixture = torch.logaddexp(learner, source) - math.log(2.0)
         return 0.5 * (_kl(mixture, source) + _kl(mixture, learner))
 
     def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
-        """See `SoftLoss`."""
         q, r = learner.outcomes, source.outcomes
         mixture, difference = buffer(q), buffer(q)
         torch.logaddexp(q, r, out=mixture).sub_(math.log(2.0))
-        from_source = _dot(source.probs, torch.sub(r, mixture, out=difference))
-        from_learner = _dot(learner.probs, torch.sub(q, mixture, out=difference))
+        from_source = vecdot(source.probs, torch.sub(r, mixture, out=difference))
+        from_learner = vecdot(learner.probs, torch.sub(q, mixture, out=difference))
         difference.sub_(from_learner.unsqueeze(-1)).mul_(learner.probs)
         return ClosedForm(0.5 * (from_source + from_learner), difference, factor=0.5)
 
 
-class MeanSquaredError(SoftLoss):
+class _MeanSquaredError(SoftLoss):
     """The mean of the squared differences of the logits. The gradient of their sum is twice the difference."""
 
     summary = "mean squared difference of the logits (no temperature)"
     of_logits = averaged = True
 
     def value(self, learner: Tensor, source: Tensor) -> Tensor:
-        """See `SoftLoss`."""
         return (learner - source).square().sum(-1)
 
     def closed_form(self, learner: Prediction, source: Prediction, buffer: Buffer) -> ClosedForm:
-        """See `SoftLoss`."""
         difference = torch.sub(learner.outcomes, source.outcomes, out=buffer(learner.outcomes))
-        return ClosedForm(_dot(difference, difference), difference, factor=2.0)
+        return ClosedForm(vecdot(difference, difference), difference, factor=2.0)
 
 
 #: The soft losses by the name that the argument `soft_loss` takes.
 SOFT_LOSSES: dict[str, SoftLoss] = {
-    "kl": KL(),
-    "reverse_kl": ReverseKL(),
-    "js": JensenShannon(),
-    "mse": MeanSquaredError(),
+    "kl": _KL(),
+    "reverse_kl": _ReverseKL(),
+    "js": _JensenShannon(),
+    "mse": _MeanSquaredError(),
 }
 
 
 def find_soft_loss(name: str) -> SoftLoss:
-    """The soft loss of a name.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The soft loss of a name; raises `ValueError` if there is none."""
     if name not in SOFT_LOSSES:
         raise ValueError(f"`soft_loss={name!r}` is unknown. Valid values: {', '.join(sorted(SOFT_LOSSES))}.")
     return SOFT_LOSSES[name]
@@ -178,11 +147,6 @@ def find_soft_loss(name: str) -> SoftLoss:
 def _kl(learner: Tensor, source: Tensor) -> Tensor:
     """KL(source || learner) of log-probabilities."""
     return F.kl_div(learner, source, reduction="none", log_target=True).sum(-1)
-
-
-def _dot(first: Tensor, second: Tensor) -> Tensor:
-    """Dot product of each row, `(rows,)`."""
-    return torch.linalg.vecdot(first, second)
 
 
 def _upcast(logits: Tensor) -> Tensor:
@@ -194,16 +158,13 @@ class Family(Protocol):
     """The meaning of a head's logits, for the comparison of two models."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
-        """Compare the predictions of two models.
+        """Compare the predictions of two models; returns one value per position, `(...)`.
 
         Args:
             learner: Logits `(..., outputs)` of the model that is trained.
-            source: Logits `(..., outputs)` of the model it learns from, detached by the caller.
+            source: Logits of the model it learns from, detached by the caller.
             name: A key of `SOFT_LOSSES`.
             temperature: Temperature of both predictions; losses `of_logits` do not depend on it.
-
-        Returns:
-            One value per position, `(...)`.
         """
 
     def same(self, first: Tensor, second: Tensor) -> Tensor | None:
@@ -214,11 +175,10 @@ class Categorical:
     """One of several classes: probabilities are the softmax over the last dimension.
 
     Args:
-        possible: Marks the classes with a probability, bool, broadcast to the shape of the logits; `None` for all.
+        possible: Marks the classes with a probability (bool, broadcast to the logits); `None` for all.
     """
 
-    #: In place of the logits of impossible classes: no probability in any dtype, and finite after a division by any
-    #: temperature, since infinities would make NaN of 0 times infinity.
+    #: Logit of impossible classes: no probability in any dtype. An infinity times 0 would be NaN.
     _IMPOSSIBLE = -1e30
 
     def __init__(self, possible: Tensor | None = None) -> None:
@@ -272,12 +232,8 @@ class Point:
     """A number, or several: the logits are the predictions themselves."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
-        """Mean squared error between the predictions, whatever the soft loss and the temperature.
-
-        Both KLs between two normal distributions of the same fixed variance are this error times a constant.
-        """
+        """Mean squared error; the KLs of normal distributions of one variance are a constant times it."""
         return (_upcast(learner) - _upcast(source)).square().mean(-1)
 
     def same(self, first: Tensor, second: Tensor) -> None:
         """`None`: two real numbers are never the same, so there is no agreement to report."""
-        return None

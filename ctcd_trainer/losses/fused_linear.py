@@ -1,17 +1,17 @@
 """Language-model heads and all their losses in one pass that never holds the logits of all positions.
 
-The last layer of a language model makes `positions x vocabulary` logits, by far its largest tensor. Naive
-co-distillation needs a dozen tensors of that size. Here the positions go through the heads of all models in chunks:
+The logits, `positions x vocabulary`, are by far the largest tensor of a language model, and naive co-distillation
+needs a dozen of that size. Here the positions go through the heads of all models in chunks:
 
 1. The logits of a chunk give every hard and soft loss and their gradients in closed form. The gradient of the
    cross-entropy is `softmax(logits) - onehot(label)`; a soft loss defines its gradient in `closed_form`.
 2. These give the gradients of the hidden states and of the heads. The memory of the chunk is used for the next one.
 
-The gradients are ready when the forward pass ends, and the backward pass only scales them. Every matrix product is
-computed once, as without distillation.
+The backward pass only scales these gradients. Every matrix product is computed once, as without distillation.
 """
 
 import functools
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,7 @@ from ..graph import Edge
 from ..soft_losses import Prediction, SoftLoss, find_soft_loss
 from ..tasks.labels import IGNORE_INDEX
 
-#: Size of one model's logits of a chunk. A larger chunk is slower on CPUs, and a smaller one does not keep a GPU busy.
-#: Measured with `examples/benchmarks/bench_fused_linear.py`.
+#: Size of one model's logits of a chunk, as measured best with `examples/benchmarks/bench_fused_linear.py`.
 _CPU_CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**27, 2**28
 #: CPUs do the elementwise work in blocks of this size, which stay in the cache between operations.
 _CPU_BLOCK_BYTES = 2**20
@@ -39,14 +38,8 @@ _FP16_SCALE = 2048.0
 class LinearHead:
     """The last layer of a language model and its input.
 
-    The logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`.
-
-    Attributes:
-        hidden: Hidden states `(positions, width)`.
-        weight: `(vocabulary, width)`.
-        bias: `(vocabulary,)`, or `None`.
-        scale: Factor of the logits (Cohere, Granite).
-        softcap: Bound of the logits (Gemma 2), or `None`.
+    The logits are `x = scale * (hidden @ weight.T + bias)`, or `softcap * tanh(x / softcap)`, with hidden states
+    `(positions, width)` and a weight `(vocabulary, width)`. Cohere and Granite have a scale, Gemma 2 a softcap.
     """
 
     hidden: Tensor
@@ -57,10 +50,7 @@ class LinearHead:
 
     def logits(self) -> Tensor:
         """Compute the logits `(positions, vocabulary)`."""
-        return self.transform(F.linear(self.hidden, self.weight, self.bias))
-
-    def transform(self, outputs: Tensor) -> Tensor:
-        """Turn outputs of the linear layer into logits."""
+        outputs = F.linear(self.hidden, self.weight, self.bias)
         if self.scale != 1.0:
             outputs = outputs * self.scale
         return outputs if self.softcap is None else self.softcap * torch.tanh(outputs / self.softcap)
@@ -73,19 +63,9 @@ class _Losses:
     labels: Tensor
     hard_weights: Mapping[str, float]
     edges: Sequence[Edge]
-    soft_loss: str
+    soft_loss: SoftLoss
     temperature: float
     chunk_size: int | None
-
-    @functools.cached_property
-    def compared_by(self) -> SoftLoss:
-        """The soft loss that `soft_loss` names."""
-        return find_soft_loss(self.soft_loss)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the losses, in the order of their values."""
-        return [f"{learner}_hard_loss" for learner in self.hard_weights] + [edge.loss_name for edge in self.edges]
 
 
 def linear_losses(
@@ -104,32 +84,29 @@ def linear_losses(
     Matrix products use the dtype of autocast where it is on. All else is in fp32, or in fp64 for fp64 inputs.
 
     Args:
-        heads: The heads by name of the model, each with hidden states `(positions, width)` of the same positions.
+        heads: The heads by name of the model, with the same positions.
         labels: Token ids `(positions,)`, without ignored ones.
         hard_weights: Weight of the cross-entropy of each learner that has one.
         edges: The soft losses. Their sources are detached.
         soft_loss: A key of `SOFT_LOSSES`.
         temperature: Temperature of the soft losses; `mse` does not depend on it.
-        chunk_size: Number of positions in a chunk; by default it depends on vocabulary and device.
+        chunk_size: Positions in a chunk; by default it depends on vocabulary and device.
 
     Returns:
-        The weighted sum of the losses, 0-dimensional, and the unweighted losses, detached, by the names under which
-        they are logged.
+        The weighted sum of the losses, 0-dimensional, and the unweighted losses, detached, by their names in the log.
     """
-    losses = _Losses(labels, dict(hard_weights), tuple(edges), soft_loss, temperature, chunk_size)
+    losses = _Losses(labels, dict(hard_weights), tuple(edges), find_soft_loss(soft_loss), temperature, chunk_size)
     tensors = [tensor for head in heads.values() for tensor in (head.hidden, head.weight, head.bias)]
     total, values = _LinearLosses.apply(losses, dict(heads), *tensors)
-    return total, dict(zip(losses.names, values.unbind(), strict=True))
+    names = [f"{learner}_hard_loss" for learner in hard_weights] + [edge.loss_name for edge in losses.edges]
+    return total, dict(zip(names, values.unbind(), strict=True))
 
 
 class ScoredPositions:
-    """The positions of a batch that are scored.
+    """The positions of a batch that are scored, from targets `(rows, length)`.
 
     Tensors of this size need the number of positions on the CPU. The copy from the GPU starts when this object is
     made, before the models run, and is awaited when their heads are reached, so the GPU never waits for it.
-
-    Args:
-        targets: Token ids `(rows, length)`, `IGNORE_INDEX` where nothing is scored.
     """
 
     def __init__(self, targets: Tensor) -> None:
@@ -196,7 +173,7 @@ class _Part:
             else:
                 self.grad_hidden[rows] = (grad @ self.weight).to(self.grad_hidden.dtype) / scale
         if self.grad_weight is not None:
-            first = rows.start == 0  # the first chunk overwrites the buffer, so it needs no zero-filling
+            first = rows.start == 0  # the first chunk overwrites the buffer
             if grad.dtype == self.grad_weight.dtype:
                 self.grad_weight.addmm_(grad.t(), self.hidden[rows], beta=0.0 if first else 1.0)
             elif first:
@@ -258,11 +235,10 @@ def _run(losses: _Losses, parts: Mapping[str, _Part], exact: torch.dtype) -> Ten
     block = min(block, size)
     buffers = {name: torch.empty(size, p.vocabulary, dtype=exact, device=device) for name, p in parts.items()}
     scratch = _Scratch(block, exact, device)
-    values = torch.zeros(len(losses.names), dtype=exact, device=device)
-    if count == 0:
-        for part in parts.values():
-            if part.grad_weight is not None:
-                part.grad_weight.zero_()
+    values = torch.zeros(len(losses.hard_weights) + len(losses.edges), dtype=exact, device=device)
+    for part in parts.values():
+        if count == 0 and part.grad_weight is not None:
+            part.grad_weight.zero_()
     for rows in _slices(count, size):
         chunk = {name: part.outputs(rows, buffers[name][: rows.stop - rows.start]) for name, part in parts.items()}
         labels = losses.labels[rows]
@@ -284,9 +260,10 @@ class _Scratch:
     """Buffers that all blocks use again: allocating them anew would cost more than the work on them."""
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._rows, self._dtype, self._device = rows, dtype, device
-        self._buffers: dict[int, list[Tensor]] = {}
-        self._used: dict[int, int] = {}
+        self._new = functools.partial(torch.empty, dtype=dtype, device=device)
+        self._rows = rows
+        self._buffers: dict[int, list[Tensor]] = defaultdict(list)
+        self._used: Counter[int] = Counter()
 
     def reset(self) -> None:
         """Allow all buffers to be used again."""
@@ -295,32 +272,23 @@ class _Scratch:
     def like(self, tensor: Tensor) -> Tensor:
         """Return a buffer of the shape `(rows, columns)` of a tensor, with undefined content."""
         rows, columns = tensor.shape
-        buffers = self._buffers.setdefault(columns, [])
-        used = self._used.get(columns, 0)
+        buffers, used = self._buffers[columns], self._used[columns]
         if used == len(buffers):
-            buffers.append(torch.empty(self._rows, columns, dtype=self._dtype, device=self._device))
-        self._used[columns] = used + 1
+            buffers.append(self._new(self._rows, columns))
+        self._used[columns] += 1
         return buffers[used][:rows]
 
 
 def _differentiate(
     losses: _Losses, parts: Mapping[str, _Part], outputs: Mapping[str, Tensor], labels: Tensor, scratch: _Scratch
 ) -> Tensor:
-    """Compute the losses of some positions, and overwrite the outputs of the linear layers with their gradients.
+    """Compute the sums `(losses,)` of the losses of some positions.
 
-    Args:
-        losses: The losses.
-        parts: The heads.
-        outputs: Outputs of the linear layers `(rows, vocabulary)` by name. Those of trained learners are overwritten
-            with the gradients of the weighted sum of the losses.
-        labels: `(rows,)`.
-        scratch: Memory for intermediate results.
-
-    Returns:
-        Sums of the losses over the rows, `(losses,)`.
+    The outputs of the linear layers `(rows, vocabulary)` of trained learners are overwritten with the gradients of the
+    weighted sum of the losses.
     """
     shared = min(part.vocabulary for part in parts.values())
-    loss = losses.compared_by
+    loss = losses.soft_loss
     temperature = 1.0 if loss.of_logits else losses.temperature
     outcomes = shared if loss.averaged else 1
     tanh = {name: _to_logits(parts[name].head, z, scratch) for name, z in outputs.items()}
@@ -343,10 +311,20 @@ def _differentiate(
     for name, part in parts.items():
         if not part.trained:
             continue
-        grad, hard_weight = outputs[name], losses.hard_weights.get(name, 0.0)
-        log_probs = hard.get(name)
-        _add_up(grad, hard_weight, log_probs, soft.get(name), probs_factors[name], terms[name])
-        if hard_weight:
+        grad, log_probs, prediction = outputs[name], hard.get(name), soft.get(name)
+        hard_weight, soft_weight = losses.hard_weights.get(name, 0.0), probs_factors[name]
+        if hard_weight and prediction is not None and prediction.outcomes is log_probs:
+            torch.mul(prediction.probs, hard_weight + soft_weight, out=grad)
+            soft_weight = 0.0
+        elif hard_weight:
+            torch.mul(log_probs.exp_(), hard_weight, out=grad)
+        else:
+            grad.zero_()
+        if soft_weight:
+            grad[:, :shared].add_(prediction.probs, alpha=soft_weight)
+        for factor, term in terms[name]:
+            grad[:, :shared].add_(term, alpha=factor)
+        if hard_weight:  # the one-hot part of the labels
             grad.scatter_add_(1, labels.unsqueeze(1), grad.new_full((len(labels), 1), -hard_weight))
         if tanh[name] is not None:
             grad.mul_(tanh[name].square_().neg_().add_(1.0))
@@ -373,7 +351,7 @@ def _predictions(
     predictions = {}
     for name in sorted({name for edge in losses.edges for name in (edge.learner, edge.source)}):
         z = logits[name][:, :shared]
-        if losses.compared_by.of_logits:
+        if losses.soft_loss.of_logits:
             predictions[name] = Prediction(z)
             continue
         if losses.temperature == 1.0 and name in hard and z.shape == logits[name].shape:
@@ -384,25 +362,3 @@ def _predictions(
             log_probs = torch.log_softmax(z, -1, out=scratch.like(z))
         predictions[name] = Prediction(log_probs, torch.exp(log_probs, out=scratch.like(log_probs)))
     return predictions
-
-
-def _add_up(
-    grad: Tensor,
-    hard_weight: float,
-    hard: Tensor | None,
-    soft: Prediction | None,
-    probs_factor: float,
-    terms: Sequence[tuple[float, Tensor]],
-) -> None:
-    """Write the gradient for a learner's logits to `grad`, without the one-hot part of the labels."""
-    same = soft is not None and soft.outcomes is hard
-    prefix = grad if soft is None else grad[:, : soft.outcomes.shape[-1]]
-    if hard_weight:
-        factor = hard_weight + (probs_factor if same else 0.0)
-        torch.mul(soft.probs if same else hard.exp_(), factor, out=grad)
-    else:
-        grad.zero_()
-    if probs_factor and not (hard_weight and same):
-        prefix.add_(soft.probs, alpha=probs_factor)
-    for factor, term in terms:
-        prefix.add_(term, alpha=factor)

@@ -6,7 +6,7 @@ one row that the logits are `scale * linear(input)`, against the model's own log
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,14 +26,12 @@ class NoLinearHeadError(Exception):
 
 @dataclass(frozen=True)
 class HeadTap:
-    """The output layer of a model, and how its outputs become logits.
+    """The output layer of a model, and how its outputs become logits (`scale` and `softcap` as in `LinearHead`).
 
     Attributes:
         layer: The layer.
         entry: The first module of the head, if the head is more than the layer (BERT's has a dense layer before).
         extra_bias: A bias `(1, vocabulary)` that the model adds to the layer's outputs (BART's `final_logits_bias`).
-        scale: Factor of the outputs.
-        softcap: Bound of the logits.
     """
 
     layer: nn.Linear
@@ -43,12 +41,7 @@ class HeadTap:
     softcap: float | None = None
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any], scored: ScoredPositions) -> LinearHead:
-        """Run a model up to the output layer.
-
-        Args:
-            model: The model.
-            inputs: Its inputs, without labels.
-            scored: The positions that go into the head.
+        """Run a model on inputs without labels up to the output layer.
 
         Returns:
             The head, with the hidden states that go into the layer at the scored positions.
@@ -65,8 +58,7 @@ class HeadTap:
             taken.append(args[0])
             return (args[0][:, :0],)
 
-        hooks = {self.layer: take} if self.entry is None else {self.entry: select, self.layer: take}
-        with _pre_hooks(hooks):
+        with _pre_hooks({self.layer: take} if self.entry is None else {self.entry: select, self.layer: take}):
             model(**inputs)
         if len(taken) != 1:
             raise NoLinearHeadError(f"its output layer is called {len(taken)} times")
@@ -88,7 +80,7 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
     """Find the output layer of a language model, and check on one row that it gives the logits and the loss.
 
     Args:
-        model: The model; it is run on one row, in evaluation mode.
+        model: The model, which is run on one row in evaluation mode.
         task: Its task.
         inputs: A batch as the model takes it, with at least one scored label.
         loss_matters: Whether the loss of the model must be the mean cross-entropy.
@@ -102,7 +94,12 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
     layer = inner.get_output_embeddings()
     if type(layer) is not nn.Linear:
         raise NoLinearHeadError(f"its output layer is {'none' if layer is None else type(layer).__name__}")
-    row = _one_row(inputs, task.targets(inputs))
+    targets = task.targets(inputs)
+    best = int(targets.ne(IGNORE_INDEX).sum(-1).argmax())  # the row with the most scored positions
+    row = {
+        name: value[best : best + 1] if isinstance(value, Tensor) and value.shape[:1] == targets.shape[:1] else value
+        for name, value in inputs.items()
+    }
     targets = task.targets(row)
     with in_evaluation_mode([model]), torch.no_grad():
         try:
@@ -114,16 +111,14 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
         scored = ScoredPositions(targets)
         if loss_matters:
             _check_loss(task, row, outputs, F.cross_entropy(expected, scored.labels))
-        tap = HeadTap(layer, None, getattr(inner, "final_logits_bias", None))
+        tap = HeadTap(layer, extra_bias=getattr(inner, "final_logits_bias", None))
         tap = _fitted(tap, model, unlabelled, scored, expected)
         if entry in (None, layer):
             return tap
         # A head that mixes positions gives other logits when every other position is missing.
-        half = targets.flatten().clone()
-        half[scored.index[1::2]] = IGNORE_INDEX
+        half = targets.flatten().index_fill(0, scored.index[1::2], IGNORE_INDEX).view_as(targets)
         try:
-            early = replace(tap, entry=entry)
-            return _fitted(early, model, unlabelled, ScoredPositions(half.view_as(targets)), expected[::2])
+            return _fitted(replace(tap, entry=entry), model, unlabelled, ScoredPositions(half), expected[::2])
         except torch.OutOfMemoryError:
             raise
         except (NoLinearHeadError, RuntimeError):  # the error of a module that needs all positions
@@ -131,19 +126,15 @@ def find_tap(model: nn.Module, task: Task, inputs: Mapping[str, Any], loss_matte
 
 
 def _check_loss(task: Task, row: Mapping[str, Any], outputs: Any, expected: Tensor) -> None:
-    """Check that a model's loss is the mean cross-entropy.
-
-    Raises:
-        NoLinearHeadError: It is not.
-    """
-    if _same_loss(expected, outputs["loss"]):
+    """Raise `NoLinearHeadError` if the loss of a model is not the mean cross-entropy."""
+    loss, logits = outputs["loss"].float().reshape(1), outputs["logits"].float()
+    tolerance = 1e-5 if outputs["loss"].dtype == torch.float32 else 1e-2  # a loss in half precision is rounded
+    if _error(expected[None], loss) <= tolerance:
         return
-    if task.shifts_labels and outputs["logits"].shape[:-1] == row["labels"].shape:
-        unshifted = F.cross_entropy(outputs["logits"].float().flatten(0, 1), row["labels"].flatten())
-        if _same_loss(unshifted, outputs["loss"]):
-            raise NoLinearHeadError(
-                "its labels are not shifted by the model (if that is intended, pass `task='masked-lm'`)"
-            )
+    if task.shifts_labels and logits.shape[:-1] == row["labels"].shape:
+        unshifted = F.cross_entropy(logits.flatten(0, 1), row["labels"].flatten())
+        if _error(unshifted[None], loss) <= tolerance:
+            raise NoLinearHeadError("its labels are not shifted by the model (if intended, pass `task='masked-lm'`)")
     raise NoLinearHeadError("its loss is not the mean cross-entropy")
 
 
@@ -182,21 +173,10 @@ def _run_and_watch(
 @contextmanager
 def _pre_hooks(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Put forward pre-hooks on some modules while the block runs."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
-    try:
+    with ExitStack() as handles:
+        for module, hook in hooks.items():
+            handles.enter_context(module.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _one_row(inputs: Mapping[str, Any], targets: Tensor) -> dict[str, Any]:
-    """Return the row with the most scored positions."""
-    best = int(targets.ne(IGNORE_INDEX).sum(-1).argmax())
-    return {
-        name: value[best : best + 1] if isinstance(value, Tensor) and value.shape[:1] == targets.shape[:1] else value
-        for name, value in inputs.items()
-    }
 
 
 def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
@@ -211,11 +191,6 @@ def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
     for value in settings("logits_scaling"):
         scales |= {value, 1.0 / value}
     return [(scale, softcap) for softcap in (None, *settings("final_logit_softcapping")) for scale in sorted(scales)]
-
-
-def _same_loss(actual: Tensor, expected: Tensor) -> bool:
-    """Tell whether two losses are equal up to the rounding of the expected one, which may be in half precision."""
-    return _error(actual[None], expected.float().reshape(1)) <= (1e-5 if expected.dtype == torch.float32 else 1e-2)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

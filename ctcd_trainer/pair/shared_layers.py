@@ -21,11 +21,9 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
 
     Args:
         teacher: The teacher.
-        student: The student, of the same class, as `create_student(teacher, ..., layers="first")` makes it. It is
-            changed.
+        student: The student, as `create_student(teacher, ..., layers="first")` makes it. It is changed.
         share: `"embeddings"`: the modules that run before the layers. `"layers:K"`: also the K lowest layers, in an
-            encoder-decoder those of the encoder. `"prefix"`: also all layers of the student, so that the student is
-            the teacher's lower part with another head.
+            encoder-decoder those of the encoder. `"prefix"`: also all layers of the student.
 
     Returns:
         The shared layers, which can be run once for both models; none with `"embeddings"`.
@@ -39,14 +37,13 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
     adapted = [argument for argument, model in models.items() if is_peft_model(model)]
     if adapted:
         raise ValueError(
-            f"`share={share!r}` does not work with adapters, and `{adapted[0]}` is wrapped by PEFT: both models would "
-            "contain one adapter, which is saved for one base only. Give each model an adapter on one frozen base "
-            "(`create_student(..., init='shared')`), or leave `share` out."
+            f"`share={share!r}` does not work with adapters, and `{adapted[0]}` is wrapped by PEFT. Leave out "
+            "`share`, or give each model its adapter on one frozen base (`create_student(..., init='shared')`)."
         )
     if type(teacher) is not type(student):
         raise ValueError(
             f"`share={share!r}`: the teacher is a {type(teacher).__name__} and the student a "
-            f"{type(student).__name__}. Only models of one class share parts: make the student with `create_student`."
+            f"{type(student).__name__}. Make a student of the same class with `create_student`."
         )
     stack = next(iter(layer_stacks(teacher)), None)
     names = _below(teacher, stack)
@@ -54,7 +51,14 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
     names += [f"{stack}.{index}" for index in range(len(layers))]
     for name in names:
         _check_same(name, teacher.get_submodule(name), student.get_submodule(name), share)
-    _check_no_more(names, teacher, student, share)
+    both = {memory_of(parameter) for parameter in teacher.parameters()}
+    asked = {memory_of(parameter) for name in names for parameter in teacher.get_submodule(name).parameters()}
+    for name, parameter in student.named_parameters():
+        if memory_of(parameter) in both - asked:
+            raise ValueError(
+                f"`share={share!r}` does not include `{name}`, which `model` and `student_model` have in common: "
+                "each step would update it for both. Make the student with `create_student(..., init='copy')`."
+            )
     for name in names:
         student.set_submodule(name, teacher.get_submodule(name))
     student.tie_weights()  # an output layer that is tied to the embeddings
@@ -64,29 +68,20 @@ def share_modules(teacher: PreTrainedModel, student: PreTrainedModel, share: str
 def _lowest_layers(
     teacher: PreTrainedModel, student: PreTrainedModel, stack: str | None, number: int | None, share: str
 ) -> list[nn.Module]:
-    """Return the `number` lowest layers of the teacher's stack; as many as the student has if that is `None`.
-
-    Raises:
-        ValueError: A model has too few layers, or their types differ.
-    """
+    """Return the `number` lowest layers of the teacher's stack; as many as the student has if that is `None`."""
     if stack is None:
-        raise ValueError(
-            f"`share={share!r}`: a {type(teacher).__name__} runs one layer several times. Share its embeddings."
-        )
+        raise ValueError(f"`share={share!r}`: a {type(teacher).__name__} runs one layer several times. Share less.")
     teachers, students = (model.get_submodule(stack) for model in (teacher, student))
     number = len(students) if number is None else number
-    if number > min(len(teachers), len(students)):
-        raise ValueError(
-            f"`share={share!r}`: the teacher has {len(teachers)} layers and the student {len(students)}. Share at "
-            f"most {min(len(teachers), len(students))}."
-        )
+    most = min(len(teachers), len(students))
     types = [list(getattr(model.config, "layer_types", None) or [])[:number] for model in (teacher, student)]
-    if types[0] != types[1]:
-        raise ValueError(
-            f"`share={share!r}`: the lowest layers of the teacher are {types[0]}, and of the student {types[1]}. "
-            "Make the student with `create_student(..., layers='first')`."
-        )
-    return list(teachers[:number])
+    if number > most:
+        problem = f"the teacher has {len(teachers)} layers and the student {len(students)}. Share at most {most}."
+    elif types[0] != types[1]:
+        problem = f"the layers of the teacher are {types[0]}, of the student {types[1]}. Cut it with `layers='first'`."
+    else:
+        return list(teachers[:number])
+    raise ValueError(f"`share={share!r}`: {problem}")
 
 
 def _below(model: PreTrainedModel, stack: str | None) -> list[str]:
@@ -106,23 +101,18 @@ def _below(model: PreTrainedModel, stack: str | None) -> list[str]:
 
 
 def _check_same(name: str, teachers: nn.Module, students: nn.Module, share: str) -> None:
-    """Check that two modules are alike, so that the student is the same model when it is loaded with its config.
-
-    Raises:
-        ValueError: A parameter differs in size, or a setting (the number of heads, the activation) in value.
-    """
+    """Check that two modules are alike, so that the student is the same model when it is loaded with its config."""
     sizes = [{key: tuple(value.shape) for key, value in part.state_dict().items()} for part in (teachers, students)]
     for key, ours, theirs in _differences(*sizes):
         raise ValueError(
-            f"`share={share!r}`: `{name}.{key}` is {ours} in the teacher and {theirs} in the student, so they cannot "
-            "share it. Keep `hidden_size` and the other widths of the teacher, or share less."
+            f"`share={share!r}`: `{name}.{key}` is {ours} in the teacher and {theirs} in the student. Keep the widths "
+            "of the teacher (`hidden_size`, ...), or share less."
         )
     for key, module in teachers.named_modules():
         for setting, ours, theirs in _differences(_settings(module), _settings(students.get_submodule(key))):
             raise ValueError(
                 f"`share={share!r}`: `{f'{name}.{key}'.rstrip('.')}` has `{setting}={ours!r}` in the teacher and "
-                f"{theirs!r} in the student, which would be another model when it is loaded with its config. Make "
-                "the student with `create_student`, or share less."
+                f"{theirs!r} in the student. Make the student with `create_student`, or share less."
             )
 
 
@@ -144,27 +134,10 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {"class": type(module).__name__, **settings}
 
 
-def _check_no_more(names: Sequence[str], teacher: PreTrainedModel, student: PreTrainedModel, share: str) -> None:
-    """Check that the models share no parameter outside of the parts to share.
-
-    Raises:
-        ValueError: They do, e.g. all of their layers (`create_student(..., init="shared")`).
-    """
-    both = {memory_of(parameter) for parameter in teacher.parameters()}
-    asked = {memory_of(parameter) for name in names for parameter in teacher.get_submodule(name).parameters()}
-    for name, parameter in student.named_parameters():
-        if memory_of(parameter) in both - asked:
-            raise ValueError(
-                f"`share={share!r}` does not include `{name}`, and `model` and `student_model` have it in common: "
-                "each step would update it for both. Make the student with `create_student(..., init='copy')`."
-            )
-
-
 class SharedRun:
-    """Runs the layers that two models share once for both, on the same batch.
+    """Runs the layers that two models share once for both, on the same batch and with the same dropout.
 
-    The second model takes the outputs that the layers gave the first one, with the same dropout. With gradient
-    checkpointing, which calls the layers again in the backward pass, both models run them.
+    With gradient checkpointing, which calls the layers again in the backward pass, both models run them.
 
     Args:
         layers: The layers, lowest first.
@@ -177,11 +150,7 @@ class SharedRun:
         self._checked = False
 
     def run(self, models: Mapping[str, nn.Module], run: Callable[[str], Any]) -> dict[str, Any]:
-        """Run both models on one batch.
-
-        Args:
-            models: The models by name, the one that runs the layers first.
-            run: Runs a model by its name.
+        """Run both models on one batch: `run` takes a name, and the first of the models runs the layers.
 
         Raises:
             ValueError: The layers give other outputs when the second model runs alone.
@@ -206,15 +175,13 @@ class SharedRun:
     def _check(self, models: Mapping[str, nn.Module], run: Callable[[str], Any]) -> None:
         """Check that the shared layers give both models the same, and depend on shared parameters only."""
         first, second = (_output_of(self.layers[-1], model, partial(run, name)) for name, model in models.items())
-        student = list(models.values())[1]
-        family = type(student).__name__
+        family = type(list(models.values())[1]).__name__
         error, size = (first - second).abs().max(), first.abs().max()
         if error > 1e-3 * size:
             raise ValueError(
                 f"The shared layers of a {family} give other values with the student's config: they differ by up to "
-                f"{error:.3g}, and the largest is {size:.3g}. A setting outside of the layers differs (of the "
-                "positions, or of the attention mask). Make the student with `create_student`, or share only its "
-                "embeddings."
+                f"{error:.3g}, and the largest is {size:.3g}. A setting outside of the layers differs, e.g. of the "
+                "positions. Make the student with `create_student`, or share only its embeddings."
             )
         if not self._own or not second.requires_grad:  # the layers and the embeddings may be frozen
             return
@@ -223,24 +190,17 @@ class SharedRun:
         if used:
             raise ValueError(
                 f"The shared layers of a {family} depend on {used[:3]} ({len(used)} in all), which the student does "
-                "not share. Layers of this family cannot be shared; share only its embeddings."
+                "not share. Share only its embeddings."
             )
 
 
 def _output_of(layer: nn.Module, model: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Run a model without dropout; return the last output of one of its layers in fp32."""
-    outputs: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _module, _arguments, output: outputs.append(_first(output)))
-    try:
-        with in_evaluation_mode([model]):
-            run()
-    finally:
-        hook.remove()
-    return outputs[-1].float()
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+    outputs: list[Any] = []
+    hook = layer.register_forward_hook(lambda _module, _arguments, output: outputs.append(output))
+    with in_evaluation_mode([model]), hook:
+        run()
+    return (outputs[-1] if isinstance(outputs[-1], Tensor) else outputs[-1][0]).float()
 
 
 def _put_back(layer: nn.Module, forward: Callable | None) -> None:

@@ -3,7 +3,7 @@
 To add a head, write a subclass of `Task` in `labelled.py` or `language.py` and put it into `TASKS`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,29 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..model_structure import base_model
-from .base import Task
-from .labelled import (
-    AudioClassification,
-    ImageClassification,
-    MultipleChoice,
-    QuestionAnswering,
-    SequenceClassification,
-    TokenClassification,
-)
-from .language import CausalLM, MaskedLM, Seq2SeqLM
+from . import labelled, language
+from .base import Task, TaskWithoutClasses
 
 
-class UnknownHead(Task):
+class UnknownHead(TaskWithoutClasses):
     """A head that only the user's function knows (`soft_loss_func`)."""
 
     name = "unknown"
     model_names = frozenset()
-
-    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """No check: the meaning of the outputs is unknown."""
-
-    def check_labels(self, rows: Sequence[Any]) -> None:
-        """No check: the meaning of the outputs is unknown."""
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return integer labels unchanged, otherwise 0 for each row."""
@@ -49,54 +35,38 @@ class UnknownHead(Task):
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> None:
         """Return `None`: the meaning of the outputs is unknown."""
-        return None
 
 
 #: The known heads, in the order of the search (a BART for translation can fill masks as well).
 TASKS: tuple[type[Task], ...] = (
-    SequenceClassification,
-    TokenClassification,
-    QuestionAnswering,
-    MultipleChoice,
-    ImageClassification,
-    AudioClassification,
-    Seq2SeqLM,
-    MaskedLM,
-    CausalLM,
+    *(labelled.SequenceClassification, labelled.TokenClassification, labelled.QuestionAnswering),
+    *(labelled.MultipleChoice, labelled.ImageClassification, labelled.AudioClassification),
+    *(language.Seq2SeqLM, language.MaskedLM, language.CausalLM),
 )
 
 
 def find_task(model: nn.Module, argument: str = "model") -> Task:
-    """Find the task of a model by the name of its class or of a parent class.
-
-    Args:
-        model: A model with a head, PEFT-wrapped or not.
-        argument: Name of the argument that gave it, for the message.
+    """Find the task of a model, PEFT-wrapped or not, by the name of its class or of a parent class.
 
     Raises:
-        ValueError: The head is not supported.
+        ValueError: The head is not known; `argument` is the name of the model in the message.
     """
     names = [cls.__name__ for cls in type(base_model(model)).__mro__]
     for task in TASKS:
         if task.model_names.intersection(names) and hasattr(model, "config") and task.accepts(model.config):
             return task(model.config)
-    supported = ", ".join(task.auto_model.__name__ for task in TASKS)
     raise ValueError(
-        f"`{argument}` is a {names[0]}, a head that is not known. Known are the models that {supported} load, and "
-        "subclasses of them. For another head pass `soft_loss_func(teacher_outputs, student_outputs, inputs)`, or "
-        f"name the task that its outputs belong to with `task`: {', '.join(repr(task.name) for task in TASKS)}."
+        f"`{argument}` is a {names[0]}, a head that is not known. Known are subclasses of the models that "
+        f"{', '.join(task.auto_model.__name__ for task in TASKS)} load. Pass `soft_loss_func(teacher_outputs, "
+        f"student_outputs, inputs)`, or name the task with `task`: {', '.join(repr(task.name) for task in TASKS)}."
     )
 
 
 def named_task(task: Task | str, config: PreTrainedConfig) -> Task:
-    """Return the task that the user gives as an object or by name.
-
-    Raises:
-        ValueError: There is no task of this name.
-    """
+    """Return the task that the user gives as an object or by name; raise `ValueError` if the name is unknown."""
     if isinstance(task, Task):
         return task
-    for known in TASKS:
-        if known.name == task:
-            return known(config)
-    raise ValueError(f"`task={task!r}` is unknown. Valid values: {', '.join(known.name for known in TASKS)}.")
+    known = {each.name: each for each in TASKS}
+    if task not in known:
+        raise ValueError(f"`task={task!r}` is unknown. Valid values: {', '.join(known)}.")
+    return known[task](config)

@@ -22,10 +22,8 @@ def model_names_of(mapping: str) -> frozenset[str]:
 class Task:
     """A head: the comparison of two models with this head, and the requirements on their labels.
 
-    By default: one of several classes at each position, and labels of the shape of the positions.
-
-    Args:
-        config: Config of the teacher.
+    By default: one of several classes at each position, and labels of the shape of the positions. `config` is the one
+    of the teacher.
     """
 
     #: Name of the task, which the trainer takes as the argument `task`.
@@ -53,16 +51,13 @@ class Task:
     shifts_labels: ClassVar[bool] = False
     #: The outputs that `compared` reads.
     compared_outputs: ClassVar[tuple[str, ...]] = ("logits",)
-    #: True if these outputs have a value per token, so that their length depends on the padding; False if they have a
-    #: value per row; `None` if unknown.
+    #: True if these outputs have a value per token, and so a length that depends on the padding; `None` if unknown.
     per_token: ClassVar[bool | None] = None
     #: True if a row is one item, so that a row without a label can still be compared.
     per_row: ClassVar[bool] = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.num_labels: int = getattr(config, "num_labels", 0)
-
-    # ---- Checks of models and labels ----
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
@@ -72,43 +67,29 @@ class Task:
     def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
         """Refuse models whose labels differ in number or meaning.
 
-        Args:
-            teacher: Config of the teacher.
-            student: Config of the model that is paired with it.
-            role: Name of the argument that gave the second model, for the message.
-
         Raises:
-            ValueError: The labels differ. The message has both values.
+            ValueError: The labels differ; `role` is the name of the second model in the message.
         """
-        labels = [own_labels(config) for config in (teacher, student)]
-        same_names = None in labels or labels[0] == labels[1]
-        self._check_equal("num_labels", teacher.num_labels == student.num_labels, teacher, student, role)
-        self._check_equal("id2label", same_names, teacher, student, role)
+        for name, same in self._same_settings(teacher, student).items():
+            if not same:
+                ours, theirs = getattr(teacher, name), getattr(student, name)
+                raise ValueError(
+                    f"`model` has `{name}={ours!r}` and `{role}` has `{name}={theirs!r}`: their predictions cannot be "
+                    f"compared. Load both with `{self.auto_model.__name__}.from_pretrained(..., {name}={ours!r})`."
+                )
 
-    def _check_equal(
-        self, name: str, same: bool, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str
-    ) -> None:
-        if not same:
-            ours, theirs = getattr(teacher, name), getattr(student, name)
-            raise ValueError(
-                f"`model` has `{name}={ours!r}` and `{role}` has `{name}={theirs!r}`: their predictions cannot be "
-                f"compared. Load both with the same `{name}`, e.g. "
-                f"`{self.auto_model.__name__}.from_pretrained(..., {name}={ours!r})`."
-            )
+    def _same_settings(self, teacher: PreTrainedConfig, student: PreTrainedConfig) -> dict[str, bool]:
+        """Tell which settings of the configs agree, the most telling one first."""
+        labels = [own_labels(config) for config in (teacher, student)]
+        same_labels = None in labels or labels[0] == labels[1]
+        return {"num_labels": teacher.num_labels == student.num_labels, "id2label": same_labels}
 
     def unlabelled_rows(self, rows: Sequence[Any]) -> np.ndarray:
-        """Mark the rows of a data set without a label (`IGNORE_INDEX`): bool `(rows,)`.
-
-        Args:
-            rows: The label of each row.
-        """
+        """Mark the rows of a data set without a label (`IGNORE_INDEX`): bool `(rows,)`."""
         return np.asarray([np.all(np.asarray(label) == IGNORE_INDEX) for label in rows])
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Refuse labels of a data set that are no index of a class.
-
-        Args:
-            rows: The label of each row: a number, or a list of numbers.
+        """Refuse labels of a data set, a number or a list of numbers for each row, that are no index of a class.
 
         Raises:
             ValueError: A label does not fit the head; the message has the row and the value.
@@ -122,12 +103,10 @@ class Task:
         if wrong.any():
             position = tuple(np.argwhere(wrong)[0])
             raise ValueError(
-                f"Label {labels[position]} of row {first_row + position[0]} is out of range: the models have "
-                f"`num_labels={self.num_labels}`, so labels go from 0 to {self.num_labels - 1} (or {IGNORE_INDEX} to "
-                "ignore one). Correct the data or load both models with a larger `num_labels`."
+                f"Label {labels[position]} of row {first_row + position[0]} is out of range: `num_labels="
+                f"{self.num_labels}` of the models allows 0 to {self.num_labels - 1}, and {IGNORE_INDEX} to ignore "
+                "one. Correct the data, or load both models with a larger `num_labels`."
             )
-
-    # ---- Scored positions ----
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the label of each predicted position, `IGNORE_INDEX` where it is not scored.
@@ -137,8 +116,8 @@ class Task:
         """
         if "labels" not in inputs:
             raise ValueError(
-                f"The batch has no `labels`, only {sorted(inputs)}: name the label column 'label' or 'labels', or "
-                "pass a `data_collator` that makes them."
+                f"The batch has no `labels`, only {sorted(inputs)}. Name the label column 'label' or 'labels', or "
+                "make them in the `data_collator`."
             )
         return inputs["labels"]
 
@@ -149,8 +128,8 @@ class Task:
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the labels for the models, or class 0 everywhere if nothing is scored.
 
-        The mean cross-entropy over nothing is NaN, and so are its gradients even when it is multiplied by 0. The loss
-        of such a batch has weight 0, so any finite value will do.
+        The mean cross-entropy over nothing is NaN, and 0 times NaN is NaN. The loss of such a batch has weight 0, so
+        any finite value will do.
         """
         labels = {name: inputs[name] for name in self.label_names if name in inputs}
         nothing = self.counted(inputs).eq(IGNORE_INDEX).all() if labels else None
@@ -163,8 +142,6 @@ class Task:
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs without labels, from which a model makes the same predictions."""
         return {name: value for name, value in inputs.items() if name not in self.label_names}
-
-    # ---- The comparison ----
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return the logits to compare, `(*positions, outcomes)`."""
@@ -188,17 +165,10 @@ class Task:
         return outputs.get("loss")
 
     def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
-        """Compute the mean of a soft loss over the compared positions.
+        """Compute the mean of a soft loss (`name` in `SOFT_LOSSES`) over the compared positions of a batch.
 
-        Args:
-            learner: Output of the model that is trained.
-            source: Output of the model it learns from; it is detached here.
-            inputs: The batch.
-            name: A key of `SOFT_LOSSES`.
-            temperature: Temperature of the comparison.
-
-        Returns:
-            0-dimensional; 0 if nothing is compared.
+        The arguments `learner` and `source` are whole outputs; those of the source are detached here. The result is 0
+        if nothing is compared.
         """
         logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
         values = self.family(inputs).soft_loss(*logits, name, temperature)
@@ -206,12 +176,9 @@ class Task:
         return torch.where(compared, values, 0.0).sum() / compared.sum().clamp(min=1)
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """Count how often two models predict the same.
+        """Count how often two models predict the same, from their outputs for a batch.
 
-        Args:
-            first: Output of one model.
-            second: Output of the other one.
-            inputs: The batch. Without labels, all positions except known padding count.
+        Without labels, all positions except known padding count.
 
         Returns:
             Two float tensors `(rows,)`: equal predictions and scored positions of each row; `None` where predictions
@@ -227,4 +194,13 @@ class Task:
 
     def _unlabelled_scored(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the positions that count in an agreement without labels, `None` for all."""
-        return None
+
+
+class TaskWithoutClasses(Task):
+    """A head whose labels are no classes of the config, so that neither configs nor labels are checked."""
+
+    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
+        """No check."""
+
+    def check_labels(self, rows: Sequence[Any]) -> None:
+        """No check."""

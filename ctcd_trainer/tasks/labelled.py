@@ -6,18 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForAudioClassification,
-    AutoModelForImageClassification,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
+from transformers.models import auto
 
 from ..soft_losses import Bernoulli, Categorical, Family, Point
-from .base import Task, model_names_of
+from .base import Task, TaskWithoutClasses, model_names_of
 from .labels import IGNORE_INDEX, label_array
 
 
@@ -26,17 +19,11 @@ class SequenceClassification(Task):
 
     A row without a label has the class -100, or NaN for scores and for each of several labels. The soft losses compare
     it, and the hard loss leaves it out.
-
-    The problem type is the one of the config or, as in transformers, follows from the number and the dtype of the
-    labels: one output is a regression, integers are single labels, floats are multiple labels.
-
-    Args:
-        config: Config of the teacher.
     """
 
     name = "sequence-classification"
     pipeline_tag = "text-classification"
-    auto_model = AutoModelForSequenceClassification
+    auto_model = auto.AutoModelForSequenceClassification
     model_names = model_names_of("SEQUENCE_CLASSIFICATION")
     per_token = False
     per_row = True
@@ -46,14 +33,7 @@ class SequenceClassification(Task):
         self._problem_type: str | None = config.problem_type
 
     def problem_type(self, integer_labels: bool) -> str:
-        """Return the problem type, inferred as in transformers if the config has none.
-
-        Args:
-            integer_labels: Whether the labels are integers.
-
-        Returns:
-            `"regression"`, `"single_label_classification"` or `"multi_label_classification"`.
-        """
+        """Return the problem type as configs name it, inferred as in transformers if the config has none."""
         if self._problem_type is not None:
             return self._problem_type
         if self.num_labels == 1:
@@ -72,22 +52,15 @@ class SequenceClassification(Task):
         }
         return families[self._problem_type_of(inputs)]()
 
-    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """Also check that the problem types are the same; see `Task.check_pair`."""
+    def _same_settings(self, teacher: PreTrainedConfig, student: PreTrainedConfig) -> dict[str, bool]:
+        same = super()._same_settings(teacher, student)
         # Where a config does not say, one output is a regression and several are none (`problem_type`).
-        types = [
-            config.problem_type or ("regression" if config.num_labels == 1 else None) for config in (teacher, student)
-        ]
+        types = [each.problem_type or ("regression" if each.num_labels == 1 else None) for each in (teacher, student)]
         same_type = types[0] == types[1] or (None in types and "regression" not in types)
-        self._check_equal("num_labels", teacher.num_labels == student.num_labels, teacher, student, role)
-        self._check_equal("problem_type", same_type, teacher, student, role)
-        super().check_pair(teacher, student, role)
+        return {"num_labels": same["num_labels"], "problem_type": same_type, **same}
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Refuse labels that do not fit the head.
-
-        Args:
-            rows: Labels of a data set, `(rows,)` or `(rows, num_labels)`.
+        """Refuse labels `(rows,)` or `(rows, num_labels)` of a data set that do not fit the head.
 
         Raises:
             ValueError: A class index out of range, a multi-label row of another length or with values other than 0
@@ -96,33 +69,28 @@ class SequenceClassification(Task):
         labels = label_array(rows)
         integers = np.issubdtype(labels.dtype, np.integer)
         problem_type = self.problem_type(integers)
-        if integers != (problem_type == "single_label_classification") and problem_type != "regression":
+        encoding = f"Encode each row as {self.num_labels} zeros and ones."
+        if problem_type == "regression":
+            infinite = np.isinf(labels.astype(np.float64)).reshape(len(labels), -1).any(axis=1)
+            rule = "scores must be finite numbers, or NaN for a row without a score. Drop the row."
+            _refuse(infinite, labels, "The score of row", rule)
+        elif integers != (problem_type == "single_label_classification"):
             raise ValueError(
                 f"The labels are of type {labels.dtype}, and `problem_type={problem_type!r}` needs "
                 f"{'floats' if integers else 'integers'}. Convert them, or load both models with another "
                 "`problem_type`."
             )
-        if problem_type == "single_label_classification":
+        elif problem_type == "single_label_classification":
             self._check_classes(labels)
-        elif problem_type == "multi_label_classification":
-            if labels.ndim != 2 or labels.shape[1] != self.num_labels:
-                raise ValueError(
-                    f"Multi-label rows must have one value per label: the models have `num_labels={self.num_labels}` "
-                    f"and the labels have shape {labels.shape}. Encode each row as {self.num_labels} zeros and ones."
-                )
-            wrong = ~((labels >= 0) & (labels <= 1)).all(axis=1) & ~np.isnan(labels).all(axis=1)
-            if wrong.any():
-                row = int(np.argmax(wrong))
-                raise ValueError(
-                    f"Multi-label row {row} is {labels[row].tolist()}: every value must be from 0 to 1, or all NaN "
-                    f"for a row without labels. Encode each row as {self.num_labels} zeros and ones."
-                )
-        elif np.isinf(labels.astype(np.float64)).any():
-            row = int(np.argmax(np.isinf(labels.astype(np.float64)).reshape(len(labels), -1).any(axis=1)))
+        elif labels.ndim != 2 or labels.shape[1] != self.num_labels:
             raise ValueError(
-                f"The score of row {row} is {labels[row]}: scores must be finite numbers, or NaN for a row without a "
-                "score. Drop the row."
+                f"Multi-label rows must have one value per label: the models have `num_labels={self.num_labels}` "
+                f"and the labels have shape {labels.shape}. {encoding}"
             )
+        else:
+            wrong = ~((labels >= 0) & (labels <= 1)).all(axis=1) & ~np.isnan(labels).all(axis=1)
+            rule = f"every value must be from 0 to 1, or all NaN for a row without labels. {encoding}"
+            _refuse(wrong, labels, "Multi-label row", rule)
 
     def counted(self, inputs: Mapping[str, Any]) -> Tensor:
         """Count every label except NaN. A score of -100.0 is a label: only integers are ignored."""
@@ -132,7 +100,7 @@ class SequenceClassification(Task):
         return labels.isnan().long() * IGNORE_INDEX
 
     def unlabelled_rows(self, rows: Sequence[Any]) -> np.ndarray:
-        """Mark the rows without a label; see `Task.unlabelled_rows`."""
+        """Mark the rows without a label."""
         labels = label_array(rows)
         if np.issubdtype(labels.dtype, np.integer) and self.problem_type(True) == "single_label_classification":
             return super().unlabelled_rows(rows)
@@ -158,9 +126,16 @@ class SequenceClassification(Task):
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
     def scored(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Mark the rows that are scored: bool `(rows,)`."""
+        """Mark the rows with a label: bool `(rows,)`."""
         counted = self.counted(inputs).ne(IGNORE_INDEX)
-        return counted.reshape(counted.shape[0], -1).any(-1)
+        return counted.reshape(len(counted), -1).any(-1)
+
+
+def _refuse(wrong: np.ndarray, labels: np.ndarray, what: str, rule: str) -> None:
+    """Raise `ValueError` for the first row that is marked as wrong."""
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(f"{what} {row} is {labels[row].tolist()}: {rule}")
 
 
 class ImageClassification(SequenceClassification):
@@ -168,7 +143,7 @@ class ImageClassification(SequenceClassification):
 
     name = "image-classification"
     pipeline_tag = "image-classification"
-    auto_model = AutoModelForImageClassification
+    auto_model = auto.AutoModelForImageClassification
     model_names = model_names_of("IMAGE_CLASSIFICATION")
 
 
@@ -177,7 +152,7 @@ class AudioClassification(Task):
 
     name = "audio-classification"
     pipeline_tag = "audio-classification"
-    auto_model = AutoModelForAudioClassification
+    auto_model = auto.AutoModelForAudioClassification
     model_names = model_names_of("AUDIO_CLASSIFICATION")
     per_token = False
     per_row = True
@@ -188,7 +163,7 @@ class TokenClassification(Task):
 
     name = "token-classification"
     pipeline_tag = "token-classification"
-    auto_model = AutoModelForTokenClassification
+    auto_model = auto.AutoModelForTokenClassification
     model_names = model_names_of("TOKEN_CLASSIFICATION")
     per_token = True
 
@@ -207,7 +182,7 @@ class MultipleChoice(Task):
 
     name = "multiple-choice"
     pipeline_tag = "multiple-choice"
-    auto_model = AutoModelForMultipleChoice
+    auto_model = auto.AutoModelForMultipleChoice
     model_names = model_names_of("MULTIPLE_CHOICE")
     per_token = False
     per_row = True
@@ -216,37 +191,28 @@ class MultipleChoice(Task):
         """Any two models fit: the choices are in the data."""
 
     def _check_classes(self, labels: np.ndarray, first_row: int = 0) -> None:
-        wrong = (labels < 0) & (labels != IGNORE_INDEX)
-        if wrong.any():
-            raise ValueError(
-                f"Label {labels[wrong][0]} of row {first_row} is negative: a label is the index of the right choice."
-            )
+        wrong = labels[(labels < 0) & (labels != IGNORE_INDEX)]
+        if wrong.size:
+            raise ValueError(f"Label {wrong[0]} of row {first_row} is negative: give the index of the right choice.")
 
 
-class QuestionAnswering(Task):
+class QuestionAnswering(TaskWithoutClasses):
     """Start and end of an answer in a text (`...ForQuestionAnswering`): two distributions over the unpadded tokens."""
 
     name = "question-answering"
     pipeline_tag = "question-answering"
-    auto_model = AutoModelForQuestionAnswering
+    auto_model = auto.AutoModelForQuestionAnswering
     model_names = model_names_of("QUESTION_ANSWERING")
     label_names = ("start_positions", "end_positions")
     compared_outputs = ("start_logits", "end_logits")
     per_token = True
-
-    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """Any two models fit: the positions are those of the input."""
-
-    def check_labels(self, rows: Sequence[Any]) -> None:
-        """No check: the models ignore positions beyond the text."""
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return start and end `(rows, 2)`; `IGNORE_INDEX` beyond the input, which the models ignore."""
         missing = [name for name in self.label_names if name not in inputs]
         if missing:
             raise ValueError(
-                f"The batch has no {missing}, only {sorted(inputs)}: give the token indices of the answers as "
-                "`start_positions` and `end_positions`."
+                f"The batch has no {missing}, only {sorted(inputs)}. Add them: the token indices of the answers."
             )
         positions = torch.stack([inputs[name].reshape(-1) for name in self.label_names], dim=-1)
         length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
@@ -255,7 +221,7 @@ class QuestionAnswering(Task):
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return start and end logits `(rows, 2, length)`."""
-        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
+        return torch.stack([outputs[name] for name in self.compared_outputs], dim=1)
 
     def family(self, inputs: Mapping[str, Any]) -> Family:
         """Return a distribution over the tokens that are not padding."""

@@ -19,14 +19,10 @@ def own_labels(config: PreTrainedConfig) -> list[str] | None:
 
 
 def label_array(rows: Sequence[Any], first_row: int = 0) -> np.ndarray:
-    """Turn labels into an array of numbers.
-
-    Args:
-        rows: The label of each row, a number or a list of numbers.
-        first_row: Number of the first row, for the message.
+    """Turn labels, a number or a list of numbers for each row, into an array.
 
     Raises:
-        ValueError: A row has no label, a text, or another number of values than the first row; names the row.
+        ValueError: A row (the first one is `first_row`) has no label, a text, or another number of values.
     """
     labels = [label.tolist() if hasattr(label, "tolist") else label for label in rows]
     shape = np.shape(labels[0]) if labels and labels[0] is not None else ()
@@ -35,7 +31,7 @@ def label_array(rows: Sequence[Any], first_row: int = 0) -> np.ndarray:
         if any(not isinstance(value, (int, float)) for value in values):
             raise ValueError(
                 f"Label {label!r} of row {row} is no number. Encode labels as numbers (`Dataset.class_encode_column`)"
-                f", and drop rows without a label or give them the label {IGNORE_INDEX}."
+                f". Drop rows without a label, or give them the label {IGNORE_INDEX}."
             )
         if np.shape(label) != shape:
             raise ValueError(

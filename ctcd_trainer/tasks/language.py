@@ -1,27 +1,21 @@
 """Heads of language models: masked, causal, sequence-to-sequence."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
-from .base import Task, model_names_of
+from .base import TaskWithoutClasses, model_names_of
 from .labels import IGNORE_INDEX
 
 
-class LanguageModel(Task):
+class LanguageModel(TaskWithoutClasses):
     """A token of the vocabulary at each position. The scored positions are compared, on the common ids."""
 
     language_model = True
     per_token = True
-
-    def check_pair(self, teacher: PreTrainedConfig, student: PreTrainedConfig, role: str) -> None:
-        """No check here: the tokenizers must agree (`checks/tokens.py`)."""
-
-    def check_labels(self, rows: Sequence[Any]) -> None:
-        """No check: labels are token ids, made by the data collator."""
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the labels; token 0 at every position if nothing is scored."""
@@ -37,22 +31,25 @@ class LanguageModel(Task):
         return logits[:, -targets.shape[1] :][targets.ne(IGNORE_INDEX)]  # prompt tuning has put tokens in front
 
     def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
-        """Compute the mean of a soft loss on the shared ids over the scored positions; see `Task.soft_loss`."""
-        logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
-        shared = min(z.shape[-1] for z in logits)
-        values = self.family(inputs).soft_loss(*(z[:, :shared] for z in logits), name, temperature)
+        """Compute the mean of a soft loss on the common ids over the scored positions."""
+        learner, source = self._on_common_ids(learner, source, inputs)
+        values = self.family(inputs).soft_loss(learner, source.detach(), name, temperature)
         return values.sum() / max(len(values), 1)
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """Count how often two models predict the same token; see `Task.agreement`. `None` without labels."""
+        """Count how often two models predict the same token; `None` without labels."""
         if "labels" not in inputs:
             return None
         scored = self.scored(inputs)
-        logits = [self.compared(outputs, inputs) for outputs in (first, second)]
-        shared = min(z.shape[-1] for z in logits)
-        same = self.family(inputs).same(*(z[:, :shared] for z in logits))
+        same = self.family(inputs).same(*self._on_common_ids(first, second, inputs))
         same = torch.zeros_like(scored).masked_scatter_(scored, same)
         return same.sum(-1).float(), scored.sum(-1).float()
+
+    def _on_common_ids(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the compared logits of two models on the ids that both have."""
+        logits = [self.compared(outputs, inputs) for outputs in (first, second)]
+        common = min(z.shape[-1] for z in logits)
+        return [z[:, :common] for z in logits]
 
 
 class Seq2SeqLM(LanguageModel):
@@ -70,29 +67,25 @@ class Seq2SeqLM(LanguageModel):
 
     def needs_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Tell whether the model makes its decoder inputs only together with its loss (M2M100, NLLB, Blenderbot)."""
-        has_decoder_inputs = inputs.get("decoder_input_ids") is not None or "decoder_inputs_embeds" in inputs
-        return (
-            "labels" in inputs
-            and not has_decoder_inputs
-            and not hasattr(model, "prepare_decoder_input_ids_from_labels")
-        )
+        return _lacks_decoder_inputs(inputs) and not hasattr(model, "prepare_decoder_input_ids_from_labels")
 
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the inputs without labels, but with the decoder inputs that the model makes from them.
-
-        Raises:
-            ValueError: The model makes them only together with its loss.
-        """
+        """Return the inputs with decoder inputs for the labels; raise `ValueError` if the model cannot make them."""
         result = super().unlabelled(model, inputs)
-        if "labels" in inputs and result.get("decoder_input_ids") is None and "decoder_inputs_embeds" not in result:
-            if self.needs_labels(model, inputs):
-                raise ValueError(
-                    f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, so it needs "
-                    "`decoder_input_ids` in the batch. Let the `data_collator` add them: the labels, shifted to the "
-                    "right."
-                )
+        if self.needs_labels(model, inputs):
+            raise ValueError(
+                f"{type(model).__name__} has no `prepare_decoder_input_ids_from_labels`, so it needs "
+                "`decoder_input_ids` in the batch. Add them in the `data_collator`: the labels, shifted to the right."
+            )
+        if _lacks_decoder_inputs(inputs):
             result["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
         return result
+
+
+def _lacks_decoder_inputs(inputs: Mapping[str, Any]) -> bool:
+    """Tell whether the decoder inputs have to be made from the labels."""
+    given = inputs.get("decoder_input_ids") is not None or "decoder_inputs_embeds" in inputs
+    return "labels" in inputs and not given
 
 
 class MaskedLM(LanguageModel):

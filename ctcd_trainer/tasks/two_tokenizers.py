@@ -21,14 +21,10 @@ PREFIX = prefix_of(STUDENT)
 
 @dataclass
 class PairDataCollator:
-    """Puts examples with the inputs of two tokenizers into one batch.
+    """Puts examples with the inputs of two tokenizers into one batch, with a collator for each model.
 
     An example has the teacher's inputs and the labels under their own names, and the student's inputs with `student_`
-    before theirs (`student_input_ids`, ...).
-
-    Args:
-        teacher: Collates the teacher's inputs and the labels.
-        student: Collates the student's inputs with the labels.
+    before theirs (`student_input_ids`, ...). The student's collator gets the labels, too.
 
     Example:
         ```python
@@ -72,35 +68,23 @@ def inputs_of_learner(
         learner: Name of the model.
         inputs: The batch.
         label_names: The inputs that are labels.
-        known: The inputs that the models take. `student_input_ids` is the student's own input, but a column such as
-            `student_id`, which no model takes, is a common input.
+        known: The inputs that models take: `student_input_ids` is the student's, but `student_id` is a common column.
         two_tokenizers: Whether every learner but the primary one must have its own inputs.
 
     Raises:
         ValueError: The learner must have its own inputs, and the batch has none.
     """
-    own, common = {}, {}
-    for name, value in inputs.items():
-        owner = _owner_of(name, known)
-        if owner is None:
-            common[name] = value
-        elif owner == learner:
-            own[name.removeprefix(prefix_of(owner))] = value
-    if own:
-        return own | {name: inputs[name] for name in label_names if name in inputs}
-    if two_tokenizers and learner in LEARNERS[1:]:
+    prefixes = [prefix_of(other) for other in LEARNERS[1:]]
+    given = {f"{prefix}{name}": prefix for prefix in prefixes for name in known}
+    owners = {name: given.get(name, "") for name in inputs}
+    own = prefix_of(learner)
+    part = {name.removeprefix(own): inputs[name] for name, prefix in owners.items() if prefix == own}
+    if part and own:
+        return part | {name: inputs[name] for name in label_names if name in inputs}
+    if two_tokenizers and own in prefixes:
         raise ValueError(
             f"`{learner}_processing_class` is given, and a batch has no inputs of the {learner}, only "
-            f"{sorted(inputs)}. Add the output of its tokenizer to the data, with {prefix_of(learner)!r} before each "
-            "name, and keep it in the `data_collator` (`PairDataCollator`)."
+            f"{sorted(inputs)}. Add the output of its tokenizer to the data, with {own!r} before each name, and keep "
+            "it in the `data_collator` (`PairDataCollator`)."
         )
-    return common
-
-
-def _owner_of(name: str, known: Collection[str]) -> str | None:
-    """Return the learner that owns an input; `None` if it is common to all models."""
-    for learner in LEARNERS[1:]:
-        prefix = prefix_of(learner)
-        if name.startswith(prefix) and name.removeprefix(prefix) in known:
-            return learner
-    return None
+    return {name: inputs[name] for name, prefix in owners.items() if not prefix}

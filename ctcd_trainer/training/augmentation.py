@@ -25,16 +25,10 @@ Views = str
 def augmented_batch(
     inputs: Mapping[str, Any], augmentation: Augmentation, views: Views, task: Task | None = None
 ) -> dict[str, Any]:
-    """Change a batch for all models, or for one of them.
-
-    Args:
-        inputs: The batch.
-        augmentation: Changes it.
-        views: The models that get the changed batch. Only if all get it are the labels changed, too.
-        task: The task, for its `label_names`. If it is `per_token`, both views must have the same length.
+    """Change a batch for all models, or its inputs for one of them, which leaves the labels unchanged.
 
     Raises:
-        ValueError: The lengths differ.
+        ValueError: The task is `per_token`, and the two views differ in length.
     """
     changed = augmentation(dict(inputs))
     if views == "both":
@@ -47,8 +41,7 @@ def augmented_batch(
         if before != after:
             raise ValueError(
                 f"`augmented={views!r}`: `augmentation` changes the shape of `{name}` from {tuple(before)} to "
-                f"{tuple(after)}, and the models are compared token by token. Keep the length, or use "
-                "`augmented='both'` and change the labels, too."
+                f"{tuple(after)}. Keep the length, or use `augmented='both'` and change the labels, too."
             )
     batch = dict(inputs)
     for learner in LEARNERS:
@@ -69,15 +62,7 @@ def recounted(
     A batch keeps its weight: its losses become means over the items that are scored now. With `Mixup` the count stays:
     each label is drawn from two rows, so a batch with unlabelled rows has as many labels as before on average.
 
-    Args:
-        number: Number of scored items in the accumulated batch; `(2,)` with the number of compared rows.
-        augmentation: The augmentation.
-        task: The task, which counts.
-        before: The batch.
-        after: The changed batch.
-
-    Returns:
-        The number to divide the losses by.
+    The number is that of the scored items in the accumulated batch, or `(2,)` with the number of compared rows.
     """
     same = all(before.get(name) is after.get(name) for name in task.label_names)
     if number is None or same or getattr(augmentation, "mixes_rows", False):
@@ -88,71 +73,59 @@ def recounted(
     return number * (ratio if number.ndim == 0 else torch.stack([ratio, torch.ones_like(ratio)]))
 
 
-def _maskable(inputs: Mapping[str, Any], special: frozenset[int]) -> Tensor:
-    """Mark the tokens that are neither padding nor special: bool `(rows, length)`."""
-    ids = inputs["input_ids"]
-    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    return real & ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device, dtype=ids.dtype))
-
-
 @dataclass
-class TokenMasking:
-    """Replaces random tokens by the mask token, as in masked language modelling.
-
-    Args:
-        tokenizer: The tokenizer, with a mask token.
-        rate: Probability of each token that is neither padding nor special.
-
-    Raises:
-        ValueError: The tokenizer has no mask token, or `rate` is not from 0 to 1.
-    """
+class _RandomTokens:
+    """Draws random tokens that are neither padding nor special, each with the probability `rate`."""
 
     changes_tokens: ClassVar[bool] = True
     tokenizer: PreTrainedTokenizerBase
-    rate: float = 0.15
+    rate: float
 
     def __post_init__(self) -> None:
-        _check_rate(self.rate)
-        if self.tokenizer.mask_token_id is None:
-            raise ValueError(
-                f"A {type(self.tokenizer).__name__} has no mask token, so tokens cannot be masked. Use `WordDropout`, "
-                "which hides them."
-            )
-        self._special = frozenset(self.tokenizer.all_special_ids)
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"`rate={self.rate}` is not valid: it is a probability, from 0 to 1.")
+        self._special = torch.tensor(sorted(set(self.tokenizer.all_special_ids)))
 
-    def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Mask some tokens of a batch."""
-        maskable = _maskable(inputs, self._special)
-        drawn = maskable & (torch.rand(maskable.shape, device=maskable.device) < self.rate)
-        return {**inputs, "input_ids": inputs["input_ids"].masked_fill(drawn, self.tokenizer.mask_token_id)}
+    def _drawn(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Mark the drawn tokens: bool `(rows, length)`."""
+        ids = inputs["input_ids"]
+        real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        maskable = real & ~torch.isin(ids, self._special.to(ids))
+        return maskable & (torch.rand(maskable.shape, device=maskable.device) < self.rate)
 
 
 @dataclass
-class WordDropout:
-    """Hides random tokens from the attention of all others.
+class TokenMasking(_RandomTokens):
+    """Replaces random tokens by the mask token of the tokenizer, as in masked language modelling.
 
     Args:
         tokenizer: The tokenizer.
-        rate: Probability of each token that is neither padding nor special.
-
-    Raises:
-        ValueError: `rate` is not from 0 to 1.
+        rate: Probability of each token that is neither padding nor special, from 0 to 1.
     """
 
-    changes_tokens: ClassVar[bool] = True
-    tokenizer: PreTrainedTokenizerBase
-    rate: float = 0.1
+    rate: float = 0.15
 
     def __post_init__(self) -> None:
-        _check_rate(self.rate)
-        self._special = frozenset(self.tokenizer.all_special_ids)
+        super().__post_init__()
+        if self.tokenizer.mask_token_id is None:
+            raise ValueError(f"A {type(self.tokenizer).__name__} has no mask token. Use `WordDropout`.")
+
+    def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Mask some tokens of a batch."""
+        masked = inputs["input_ids"].masked_fill(self._drawn(inputs), self.tokenizer.mask_token_id)
+        return {**inputs, "input_ids": masked}
+
+
+@dataclass
+class WordDropout(_RandomTokens):
+    """Hides random tokens from the attention of all others; arguments as of `TokenMasking`, with any tokenizer."""
+
+    rate: float = 0.1
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Hide some tokens of a batch."""
-        maskable = _maskable(inputs, self._special)
-        drawn = maskable & (torch.rand(maskable.shape, device=maskable.device) < self.rate)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        return {**inputs, "attention_mask": mask.masked_fill(drawn, 0)}
+        return {**inputs, "attention_mask": mask.masked_fill(self._drawn(inputs), 0)}
 
 
 @dataclass
@@ -160,14 +133,8 @@ class Mixup:
     """Mixes every row of a batch with another row, for tasks of whole rows (arXiv 1710.09412, 1905.08941).
 
     The word embeddings, image or recording of the mixed row are `m * first + (1 - m) * second`, with `m` drawn from
-    Beta(alpha, alpha). Its label is the first row's with probability `m`; the gradient is that of the mixed loss on
-    average.
-
-    Args:
-        alpha: Parameter of the Beta distribution.
-
-    Raises:
-        ValueError: `alpha` is not above 0.
+    Beta(alpha, alpha), `alpha` above 0. Its label is the first row's with probability `m`, so that the gradient is
+    that of the mixed loss on average.
     """
 
     mixes_rows: ClassVar[bool] = True
@@ -185,10 +152,8 @@ class Mixup:
         count, device = len(rows), rows.device
         self._share = torch.distributions.Beta(self.alpha, self.alpha).sample((count,)).to(device)
         self._order = torch.randperm(count).to(device)
-        changed = dict(inputs)
-        for name in ("pixel_values", "input_values"):
-            if name in inputs:
-                changed[name] = self._mix(inputs[name])
+        media = [name for name in ("pixel_values", "input_values") if name in inputs]
+        changed = inputs | {name: self._mix(inputs[name]) for name in media}
         if "attention_mask" in inputs:
             changed["attention_mask"] = torch.maximum(inputs["attention_mask"], inputs["attention_mask"][self._order])
         first = torch.rand(count, device=device) < self._share
@@ -212,8 +177,3 @@ class Mixup:
                 handle = module.register_forward_hook(lambda _module, _arguments, output: self._mix(output))
                 hooks.callback(handle.remove)
             yield
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 <= rate <= 1:
-        raise ValueError(f"`rate={rate}` is not valid: it is a probability, from 0 to 1.")

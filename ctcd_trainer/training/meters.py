@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,13 @@ class LossMeter:
         self._steps: set[int] = set()
 
     def add(self, components: Mapping[str, Tensor], step: int, scale: float = 1.0) -> None:
-        """Add the components of one micro-batch.
+        """Add the components of one micro-batch of an optimizer step (from 1), multiplied by `scale`.
 
-        Args:
-            components: 0-dimensional tensors by name, divided by the item count of the whole accumulated batch, so
-                that the sum over its micro-batches is the mean. The names never change.
-            step: Number of the optimizer step, from 1.
-            scale: Factor of the components.
+        They are 0-dimensional, divided by the item count of the whole accumulated batch, so that the sum over its
+        micro-batches is the mean. Their names never change.
         """
         values = torch.stack([value.detach().float() for value in components.values()]) * scale
-        if self._sums is None or self._bad_steps is None:
+        if self._sums is None:
             self._names = tuple(components)
             self._sums = torch.zeros_like(values)
             self._bad_steps = torch.full_like(values, torch.inf)
@@ -41,13 +39,9 @@ class LossMeter:
         self._bad_steps = torch.where(values.isfinite(), self._bad_steps, self._bad_steps.clamp(max=step))
 
     def check(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Raise an error if a component was not finite on some process.
+        """Raise `FloatingPointError` with models, components and step if one was not finite on some process.
 
-        Args:
-            gather: Stacks a tensor `(1, components)` of all processes to `(processes, components)`.
-
-        Raises:
-            FloatingPointError: A component was not finite. The message names the models, the components and the step.
+        `gather` stacks a tensor `(1, components)` of all processes to `(processes, components)`.
         """
         if self._bad_steps is None:
             return
@@ -61,16 +55,12 @@ class LossMeter:
             broken = [name.removesuffix("_loss").split("_from_")[1] for name in names]
         raise FloatingPointError(
             f"The loss of the {' and '.join(dict.fromkeys(broken))} became NaN or infinite at step {int(first)} "
-            f"({', '.join(names)}). No checkpoint was written since. Lower the learning rate of that model if it is "
-            "trained, check its weights, inputs and labels, or train in bf16 or fp32 instead of fp16."
+            f"({', '.join(names)}). No checkpoint was written since. Lower the learning rate of that model, check its "
+            "weights, inputs and labels, or train in bf16 or fp32 instead of fp16."
         )
 
     def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the mean of each component over the steps since the last call and over the processes.
-
-        Args:
-            gather: As in `check`.
-        """
+        """Return the mean of each component over the steps since the last call and over the processes."""
         if self._sums is None:
             return {}
         means = (gather(self._sums[None]).mean(0) / max(len(self._steps), 1)).tolist()
@@ -103,10 +93,8 @@ class EvaluationMeter:
     def metrics(self, prefix: str, finite_only: bool = True) -> dict[str, float]:
         """Return `<prefix>_student_loss` and `<prefix>_agreement`, each if there is data for it.
 
-        Args:
-            prefix: Prefix of the evaluation.
-            finite_only: Whether to leave out losses that are not finite, unless all are, as Trainer does with
-                `logging_nan_inf_filter`.
+        With `finite_only`, losses that are not finite are left out, unless all are not, as Trainer does it with
+        `logging_nan_inf_filter`.
         """
         metrics = {}
         losses = self.losses()
@@ -119,62 +107,47 @@ class EvaluationMeter:
         return metrics
 
 
+@dataclass
 class MetricsOfEach:
     """Calls the user's `compute_metrics` once per model, with an ordinary `EvalPrediction`.
 
     Args:
-        functions: The user's function by name of the learner. With `batch_eval_metrics` every learner but the primary
-            one has a copy (`copy_of_metrics`).
+        functions: The user's function, or a copy of it, by name of the learner.
         primary: Name of the learner whose metrics get no prefix. The prefix of the others is their name.
         meter: Holds the losses of the others.
         batched: Whether Trainer calls this after each batch (`batch_eval_metrics`).
         metric_key_prefix: Prefix of the evaluation, which the user's keys may have.
     """
 
-    def __init__(
-        self,
-        functions: Mapping[str, Callable[..., dict[str, Any]]],
-        primary: str,
-        meter: EvaluationMeter,
-        batched: bool,
-        metric_key_prefix: str,
-    ) -> None:
-        self._functions = functions
-        self._primary = primary
-        self._meter = meter
-        self._batched = batched
-        self._prefix = f"{metric_key_prefix}_"
+    functions: Mapping[str, Callable[..., dict[str, Any]]]
+    primary: str
+    meter: EvaluationMeter
+    batched: bool
+    metric_key_prefix: str
 
     def __call__(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
         """Return the metrics of all models. `prediction.predictions` holds predictions by name of the learner."""
         metrics: dict[str, Any] = {}
-        for name, function in self._functions.items():
+        for name, function in self.functions.items():
             losses, prefix = prediction.losses, ""
-            if name != self._primary:
-                losses = None if losses is None else self._meter.losses(last_batch=self._batched)
+            if name != self.primary:
+                losses = None if losses is None else self.meter.losses(last_batch=self.batched)
                 prefix = f"{name}_"
-            part = EvalPrediction(
-                predictions=predictions_of(name, prediction.predictions),
-                label_ids=prediction.label_ids,
-                inputs=prediction.inputs,
-                losses=losses,
-            )
+            predictions = predictions_of(name, prediction.predictions)
+            part = EvalPrediction(predictions, prediction.label_ids, inputs=prediction.inputs, losses=losses)
             values = function(part, **kwargs) or {}
-            metrics |= {f"{prefix}{key.removeprefix(self._prefix)}": value for key, value in values.items()}
+            metrics |= {
+                f"{prefix}{key.removeprefix(f'{self.metric_key_prefix}_')}": value for key, value in values.items()
+            }
         return metrics
 
 
 def copy_of_metrics(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Copy a `compute_metrics` with state (`batch_eval_metrics`) for another model.
-
-    Raises:
-        ValueError: It is a function or a class, so all models would share its state.
-    """
+    """Copy a `compute_metrics` with state for another model; raises `ValueError` for a function or a class."""
     if inspect.isroutine(compute_metrics) or inspect.isclass(compute_metrics):
         raise ValueError(
-            "`batch_eval_metrics=True` with two models needs a `compute_metrics` object with `__call__` that can be "
-            f"copied for each model. It is {compute_metrics!r}, and both models would share its state. Pass an "
-            "instance of a class, or set `batch_eval_metrics=False`."
+            "`batch_eval_metrics=True` with two models needs a `compute_metrics` object with `__call__`, to copy its "
+            f"state, and it is {compute_metrics!r}. Pass an instance of a class, or set `batch_eval_metrics=False`."
         )
     return copy.deepcopy(compute_metrics)
 
@@ -187,12 +160,7 @@ def predictions_of(learner: str, predictions: Any) -> Any:
 
 
 def perplexities(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Return `<prefix>_perplexity` and `<prefix>_student_perplexity`, the exponentials of the losses.
-
-    Args:
-        metrics: Metrics with `<prefix>_loss` and `<prefix>_student_loss`, in nats.
-        prefix: Prefix of the evaluation.
-    """
+    """Return `<prefix>_perplexity` and `<prefix>_student_perplexity`, the exponentials of the losses in nats."""
     values = {}
     for name in ("", f"{STUDENT}_"):
         loss = metrics.get(f"{prefix}_{name}loss")

@@ -108,7 +108,7 @@ def test_a_causal_model_that_does_not_shift_labels_is_named_and_trains_fused_as_
     )
     models = [BartForCausalLM(config) for _ in range(2)]
     step(trainer_of(tmp_path, *models), "causal-lm")
-    assert "its labels are not shifted by the model (if that is intended, pass `task='masked-lm'`)" in messages()[0]
+    assert "its labels are not shifted by the model (if intended, pass `task='masked-lm'`)" in messages()[0]
     trainer = trainer_of(tmp_path, *models, task="masked-lm")
     step(trainer, "causal-lm")
     assert trainer.pair.fused_heads.used
