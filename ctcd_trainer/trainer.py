@@ -347,7 +347,8 @@ class CoDistillationMixin:
         self._hand_over()
         self.pair.objective.progress = Progress(self.state.global_step, self.state.max_steps, self.state.epoch or 0.0)
         logits = {"return_logits": True} if return_outputs and not isinstance(model, LearnerView) else {}
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **logits)
+        with self.accelerator.autocast():  # also where a user calls this method
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **logits)
         if outputs.get("loss") is None:
             raise ValueError(
                 f"The models have computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "

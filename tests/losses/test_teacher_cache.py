@@ -446,7 +446,7 @@ def test_it_steps_aside_with_a_warning_where_language_models_need_whole_logits(t
     plain, _ = trained(tmp_path, models, **options)
     assert "Whole logits are not kept" not in caplog.text
     aside, counts = trained(tmp_path, models, tmp_path / "cache", **options)
-    assert "Whole logits are not kept in `pretrained_cache_dir`" in caplog.text
+    assert "`pretrained_cache_dir` keeps no whole logits" in caplog.text
     assert counts == [4, 4, 4]
     assert_same_training(aside, plain)
     assert number_kept(tmp_path / "cache") == 0
