@@ -8,6 +8,7 @@ from pathlib import Path
 #: Folders are first written into this one, beside their final places. Trainer does not upload names with "_" in front.
 PARTIAL = "_partial"
 _REPLACED = "replaced-"
+_REMOVED = "removed-"
 
 
 def place_to_write(final: Path) -> Path:
@@ -16,12 +17,13 @@ def place_to_write(final: Path) -> Path:
 
 
 def put_in_place(final: Path) -> None:
-    """Wait until a folder is on the disk, move it from its `place_to_write` to `final`, and replace what is there."""
+    """Wait until a folder is on the disk, and move it from its `place_to_write` to its final place.
+
+    Args:
+        final: The final place. An existing folder is replaced.
+    """
     written = place_to_write(final)
-    for root, _, names in os.walk(written):
-        for name in names:
-            _sync(Path(root, name), os.O_RDWR)  # Windows syncs files only if they are open for writing
-        _sync_folder(Path(root))
+    _sync(written)
     replaced = written.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -33,7 +35,7 @@ def put_in_place(final: Path) -> None:
 
 def remove(final: Path) -> None:
     """Remove a folder. A kill leaves it whole, or absent from its place."""
-    removed = place_to_write(final).with_name(f"removed-{final.name}")
+    removed = place_to_write(final).with_name(f"{_REMOVED}{final.name}")
     removed.parent.mkdir(exist_ok=True)
     final.rename(removed)
     shutil.rmtree(removed.parent, ignore_errors=True)
@@ -51,13 +53,21 @@ def clean_up(folder: Path) -> None:
     shutil.rmtree(partial)
 
 
+def _sync(folder: Path) -> None:
+    """Wait until all files of a folder are on the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync_entry(Path(root, name), os.O_RDWR)  # Windows syncs files only if they are open for writing
+        _sync_folder(Path(root))
+
+
 def _sync_folder(folder: Path) -> None:
     # Windows and some network file systems cannot open or sync a folder; its files are synced anyway.
     with contextlib.suppress(OSError):
-        _sync(folder, os.O_RDONLY)
+        _sync_entry(folder, os.O_RDONLY)
 
 
-def _sync(path: Path, flags: int) -> None:
+def _sync_entry(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

@@ -174,8 +174,8 @@ class PairCheckpoints:
         for name, folder in folders.items():
             if not os.path.isdir(folder):
                 raise ValueError(
-                    f"The checkpoint {checkpoint!r} has no {name} (no folder {folder!r}): a trainer of one model has "
-                    "written it. Resume from a checkpoint of both, or pass it as `model` to a new training."
+                    f"The checkpoint {checkpoint!r} has no {name}: there is no folder {folder!r}. A trainer of one "
+                    "model has written it. Resume from a checkpoint of both, or pass it as `model` to a new training."
                 )
         check_prompts(self.pair.learners, f"Resuming from {checkpoint!r}")
         learners = self.pair.learners

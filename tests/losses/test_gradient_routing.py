@@ -94,7 +94,7 @@ def test_the_frozen_pretrained_teacher_is_outside_of_the_trained_module(tmp_path
 
 def test_training_the_pair_in_kd_mode_saves_the_gradients_of_the_teacher(tmp_path):
     trainer = tiny_trainer(tmp_path, distillation_mode="kd")
-    outputs = trainer.model(**{"input_ids": torch.ones(2, 4, dtype=torch.long)})
+    outputs = trainer.model(**{"input_ids": torch.ones(2, 4, dtype=torch.long)}).outputs
     assert not outputs["teacher"]["logits"].requires_grad
     assert outputs["student"]["logits"].requires_grad
 

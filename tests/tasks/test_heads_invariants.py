@@ -167,7 +167,8 @@ def test_resuming_a_fused_causal_model_equals_never_having_stopped(stop_at, tmp_
     assert_same_pair(resumed, whole)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile_changes_no_loss(backend, tmp_path):
     options = {"train_dataset": tiny_data("masked-lm", 12, unscored=(4,)), "max_steps": 3, "logging_steps": 1}
     eager = train(tmp_path, "masked-lm", "bert", **options)
