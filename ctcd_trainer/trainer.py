@@ -152,7 +152,6 @@ class CoDistillationMixin:
         if self._paired:
             check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
-            self.evaluation.args = self.args
             learners = learners or self._checked_learners(self.model, given)
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher, and may have
             # wrapped it; from here on its model is the pair.

@@ -14,7 +14,6 @@ import traceback
 import pytest
 import torch
 from huggingface_hub import snapshot_download
-from loopback_hub import LoopbackHub, use_hub
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_tokenizer import bert_tokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback, pipeline
@@ -27,19 +26,6 @@ load = AutoModelForSequenceClassification.from_pretrained
 COMMIT = r"POST /api/models/.*/commit/"
 HUB = {"push_to_hub": True, "hub_model_id": "me/pair"}
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-
-
-@pytest.fixture
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(autouse=True)
-def client(hub, monkeypatch):
-    use_hub(monkeypatch, hub)
-    yield
-    hub.release()
 
 
 def snapshots(folder):

@@ -6,26 +6,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from loopback_hub import LoopbackHub, use_hub
 
 from ctcd_trainer.hub import repositories
 from ctcd_trainer.hub.repositories import PairUploads
 from ctcd_trainer.hub.upload_queue import Repository, Upload, UploadQueue, take_snapshot
 
 COMMIT = "POST /api/models/{}/commit/"
-
-
-@pytest.fixture
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(autouse=True)
-def client(hub, monkeypatch):
-    use_hub(monkeypatch, hub)
-    yield
-    hub.release()
 
 
 class Queue(UploadQueue):
