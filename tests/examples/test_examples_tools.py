@@ -33,7 +33,7 @@ def call(monkeypatch, module: ModuleType, *arguments: object) -> None:
 START = """
 import runpy, sys
 root, *scripts = sys.argv[1:]
-sys.path = [folder for folder in sys.path if folder and not folder.startswith(root)]
+sys.path = [folder for folder in sys.path if folder not in ("", root)]
 for script in scripts:
     for name in [name for name in sys.modules if name.split(".")[0] == "examples"]:
         del sys.modules[name]
