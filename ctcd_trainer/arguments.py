@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,48 @@ from .soft_losses import SOFT_LOSSES
 EMBEDDINGS, PREFIX, LAYERS = "embeddings", "prefix", "layers:"
 #: The arguments of `TrainingArguments` that can be set for one learner, as `<learner>_<name>`.
 PER_LEARNER = ("learning_rate", "weight_decay", "max_grad_norm")
+
+#: The metrics whose direction is known, by the last words of their names. Key: whether a larger value is better.
+DIRECTIONS: dict[bool, str] = {
+    True: "accuracy acc agreement ap auc auprc auroc bertscore bleu bleurt chrf combined_score comet correlation "
+    "dice em exact exact_match f1 f_beta fbeta hits iou jaccard kappa kendall kendalltau log_likelihood map matthews "
+    "mcc meteor miou mrr ndcg npv pass pearson pearsonr ppv precision psnr r2 recall reward rewards rouge rougel "
+    "rougelsum sacrebleu sensitivity similarity spearman spearmanr specificity ssim success tnr tpr win",
+    False: r"\w*loss bits_per_byte bits_per_character bpb bpc brier cer cross_entropy crossentropy der deviance "
+    "distance divergence ece eer error errors fid fnr fpr hamming kl mae mape mase mer mse msle "
+    "negative_log_likelihood neg_log_likelihood nll perplexity ppl rmse rmsle runtime smape ter wer wil",
+}
+#: Words after the name of a metric that leave its direction as it is: `f1_macro`, `error_rate`, `recall@10`.
+_QUALIFIERS = r"(_(at|average|avg|binary|k|macro|mean|micro|norm|overall|rate|samples|score|top|weighted|\d+))*"
+_DIRECTIONS = {
+    greater: re.compile(rf"(.*_)?({'|'.join(names.split())})\d*{_QUALIFIERS}") for greater, names in DIRECTIONS.items()
+}
+
+
+def greater_is_better(metric: str) -> bool | None:
+    """Tell whether a larger value of a metric is a better one.
+
+    Args:
+        metric: Its name, which may begin with `eval_`, a learner or a data set.
+
+    Returns:
+        `None` if the direction is not known (`DIRECTIONS`), or turned round (`neg_mean_squared_error`).
+    """
+    name = re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_")
+    if re.search(r"(^|_)(inverse|neg|negative)_(?!log_likelihood)", name):
+        return None
+    return next((greater for greater in (False, True) if _DIRECTIONS[greater].fullmatch(name)), None)
+
+
+def _known_direction(argument: str, metric: str, direction: str) -> bool:
+    """Return the direction of a metric; raise `ValueError` if it has to be given as the argument `direction`."""
+    greater = greater_is_better(metric)
+    if greater is None:
+        raise ValueError(
+            f"`{argument}={metric!r}`, and it is not known whether a larger value of it is a better one. Set "
+            f"`{direction}` to True or False (it is None)."
+        )
+    return greater
 
 
 class ModeDefault(float):
@@ -114,8 +157,8 @@ class DistillationArguments:
     )
     student_greater_is_better: bool | None = _argument(
         None,
-        "Whether a larger `student_metric_for_best_model` is a better one. Default: yes, unless its name ends with "
-        "`loss`.",
+        "Whether a larger `student_metric_for_best_model` is a better one. Default: known by the name of the metric "
+        "(`perplexity`, `accuracy`); for another metric it must be given.",
     )
     student_hub_model_id: str | None = _argument(
         None, "Repository of the student alone on the Hub. Default: `<hub_model_id>-student`."
@@ -123,6 +166,9 @@ class DistillationArguments:
 
     def __post_init__(self) -> None:
         self.check()
+        metric = getattr(self, "metric_for_best_model", None)
+        if metric is not None and self.greater_is_better is None:  # Trainer would look for "loss" at its end
+            self.greater_is_better = _known_direction("metric_for_best_model", metric, "greater_is_better")
         parent = super()
         if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into
             parent.__post_init__()
@@ -151,7 +197,10 @@ class DistillationArguments:
                 f"'{self.distillation_mode}'` and its weights no model learns from a frozen pre-trained teacher. "
                 "Leave it out, or set `distillation_mode='community'` or a weight `..._from_pretrained_weight`."
             )
-        if self.student_greater_is_better is not None and self.student_metric_for_best_model is None:
+        metric = self.student_metric_for_best_model
+        if metric is not None and self.student_greater_is_better is None:
+            _known_direction("student_metric_for_best_model", metric, "student_greater_is_better")
+        if self.student_greater_is_better is not None and metric is None:
             raise ValueError(
                 f"`student_greater_is_better={self.student_greater_is_better}` has no effect without "
                 "`student_metric_for_best_model` (None). Set both, or leave it out."

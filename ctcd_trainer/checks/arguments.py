@@ -9,7 +9,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainingArguments
 
-from ..arguments import EMBEDDINGS, PER_LEARNER, DistillationArguments
+from ..arguments import EMBEDDINGS, PER_LEARNER, DistillationArguments, greater_is_better
 from ..graph import EDGES, LEARNERS, PRETRAINED
 
 #: Sizes in a `ParallelismConfig` of groups of processes that get the same rows, or parts of them.
@@ -54,6 +54,7 @@ def check_arguments(args: TrainingArguments | None) -> None:
     if args is None:
         return
     _check_devices(args)
+    _check_direction(args)
     metric = getattr(args, "student_metric_for_best_model", None)
     if metric is not None and args.eval_strategy == "no":
         raise ValueError(
@@ -165,6 +166,26 @@ def _check_devices(args: TrainingArguments) -> None:
             f"One process with {args.n_gpu} devices runs `nn.DataParallel`, which co-distillation does not support. "
             "Start one process per device with `torchrun` or `accelerate launch`, or show it one device with "
             "`CUDA_VISIBLE_DEVICES=0`."
+        )
+
+
+def _check_direction(args: TrainingArguments) -> None:
+    """Refuse a direction of `metric_for_best_model` that nobody has given, if it is wrong or not known.
+
+    A plain `TrainingArguments` has guessed it: larger is better unless the name ends with "loss".
+    """
+    metric, given = args.metric_for_best_model, args.greater_is_better
+    known = None if metric is None else greater_is_better(metric)
+    guessed = not isinstance(args, DistillationArguments) and given == (not str(metric).endswith("loss"))
+    expected = given if known is None else known
+    if metric is not None and (given is None or guessed) and (expected is None or bool(given) != expected):
+        better = {None: "it is not known which value is", True: "a larger value is", False: "a smaller value is"}[
+            known
+        ]
+        raise ValueError(
+            f"`metric_for_best_model={metric!r}` and `greater_is_better={given}`: {better} is the better one. Set "
+            f"`greater_is_better={'True or False' if known is None else known}`, or use "
+            "`CoDistillationTrainingArguments`, which knows the usual metrics."
         )
 
 

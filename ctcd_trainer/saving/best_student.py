@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..arguments import greater_is_better as known_direction
 from ..graph import STUDENT
 
 logger = logging.get_logger(__name__)
@@ -21,7 +22,7 @@ class BestStudent(TrainerCallback, ExportableState):
     Args:
         metric: `student_metric_for_best_model`: the name of a metric, with or without `eval_` and `student_` before
             it. With several evaluation sets, the name as it is logged (`<set>_student_<name>`).
-        greater_is_better: By default true, unless the name of the metric ends with "loss".
+        greater_is_better: Whether a larger value is a better one; by default known by the name of the metric.
         learner: Name of the learner.
     """
 
@@ -29,7 +30,7 @@ class BestStudent(TrainerCallback, ExportableState):
         self.metric, self.learner = metric, learner
         name = metric.removeprefix("eval_")
         self.key = f"eval_{name}" if f"{learner}_" in name else f"eval_{learner}_{name}"
-        self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
+        self.greater_is_better = bool(known_direction(metric) if greater_is_better is None else greater_is_better)
         self.value: float | None = None
         self.step: int | None = None
 

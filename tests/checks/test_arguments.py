@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import pickle
+from contextlib import nullcontext
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from ctcd_trainer import CoDistillationTrainingArguments
-from ctcd_trainer.arguments import learner_arguments
+from ctcd_trainer.arguments import greater_is_better, learner_arguments
+from ctcd_trainer.checks.arguments import check_arguments
 from ctcd_trainer.graph import MODES
 from ctcd_trainer.soft_losses import SOFT_LOSSES
 
@@ -184,3 +186,60 @@ def test_a_hard_weight_of_a_model_that_the_mode_freezes_is_refused(tmp_path):
 def test_what_is_no_number_is_refused_and_shown_as_it_is(value, tmp_path):
     with pytest.raises(ValueError, match=f"`student_learning_rate={value!r}` is not valid"):
         make(tmp_path, student_learning_rate=value)
+
+
+# ---- The direction of a metric ----
+
+
+@pytest.mark.parametrize(
+    ("greater", "metrics"),
+    [
+        (True, "accuracy eval_student_accuracy mnli_mm_accuracy f1 f1_macro eval_second_student_f1-weighted roc_auc"),
+        (True, "matthews_correlation spearmanr combined_score rougeL bleu4 recall@10 map_50 exact_match HasAns_f1"),
+        (True, "agreement r2_score top_5_accuracy win_rate log_likelihood"),
+        (False, "loss eval_loss second_student_loss logloss perplexity student_perplexity eval_ppl nll wer cer ter"),
+        (False, "error_rate word_error_rate mean_squared_error mse RMSE mae brier_score bits_per_byte eer hamming"),
+        (False, "negative_log_likelihood hinge_loss kl_divergence"),
+        (
+            None,
+            "score rate neg_mean_squared_error neg_log_loss accuracy_std error_reduction loss_gap my_number matches",
+        ),
+    ],
+)
+def test_the_direction_of_a_metric_is_known_by_its_name_or_not_at_all(greater, metrics):
+    assert {name: greater_is_better(name) for name in metrics.split()} == dict.fromkeys(metrics.split(), greater)
+
+
+def test_the_best_model_has_the_smallest_perplexity(tmp_path):
+    args = make(tmp_path, metric_for_best_model="student_perplexity")
+    assert args.greater_is_better is False
+    assert make(tmp_path, metric_for_best_model="perplexity", greater_is_better=True).greater_is_better is True
+    assert make(tmp_path, metric_for_best_model="score", greater_is_better=True).greater_is_better is True
+    assert (
+        make(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps").metric_for_best_model
+        == "loss"
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "student_"])
+def test_a_metric_of_unknown_direction_asks_for_it(prefix, tmp_path):
+    message = rf"`{prefix}metric_for_best_model='score'`.*`{prefix}greater_is_better` to True or False"
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **{f"{prefix}metric_for_best_model": "score"})
+
+
+@pytest.mark.parametrize(
+    ("metric", "later", "refused"),
+    [
+        ("perplexity", None, "`greater_is_better=True`: a smaller value is the.*Set `greater_is_better=False`"),
+        (None, "accuracy", "`greater_is_better=None`: a larger value is"),
+        (None, "score", "`greater_is_better=None`: it is not known"),
+        ("score", None, None),  # with `TrainingArguments`, it may be the user who has said it
+        (None, "perplexity", None),  # None counts as False
+    ],
+)
+def test_a_wrong_guess_of_trainer_is_refused_for_a_pair(metric, later, refused, tmp_path):
+    args = TrainingArguments(str(tmp_path), metric_for_best_model=metric, use_cpu=True)
+    args.metric_for_best_model = later or metric
+    with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+        check_arguments(args)

@@ -111,9 +111,11 @@ def trainer_of(folder: Path) -> CoDistillationTrainer:
         eval_steps=1,
         eval_dataset=tiny_rows(),
         metric_for_best_model="score",
+        greater_is_better=True,
         load_best_model_at_end=True,
         save_total_limit=1,
         student_metric_for_best_model="score",
+        student_greater_is_better=True,
     )
     evaluate = trainer.evaluate
     scores, student_scores = [0.5, 0.9, 0.1, 0.2], [0.1, 0.2, 0.1, 0.3]
