@@ -179,9 +179,7 @@ def _check_direction(args: TrainingArguments) -> None:
     guessed = not isinstance(args, DistillationArguments) and given == (not str(metric).endswith("loss"))
     expected = given if known is None else known
     if metric is not None and (given is None or guessed) and (expected is None or bool(given) != expected):
-        better = {None: "it is not known which value is", True: "a larger value is", False: "a smaller value is"}[
-            known
-        ]
+        better = {None: "it is not known which value", True: "a larger value", False: "a smaller value"}[known]
         raise ValueError(
             f"`metric_for_best_model={metric!r}` and `greater_is_better={given}`: {better} is the better one. Set "
             f"`greater_is_better={'True or False' if known is None else known}`, or use "

@@ -231,7 +231,11 @@ def test_a_metric_of_unknown_direction_asks_for_it(prefix, tmp_path):
 @pytest.mark.parametrize(
     ("metric", "later", "refused"),
     [
-        ("perplexity", None, "`greater_is_better=True`: a smaller value is the.*Set `greater_is_better=False`"),
+        (
+            "perplexity",
+            None,
+            "`greater_is_better=True`: a smaller value is the better one. Set .*=False`",
+        ),
         (None, "accuracy", "`greater_is_better=None`: a larger value is"),
         (None, "score", "`greater_is_better=None`: it is not known"),
         ("score", None, None),  # with `TrainingArguments`, it may be the user who has said it
