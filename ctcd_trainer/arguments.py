@@ -28,7 +28,7 @@ DIRECTIONS: dict[bool, str] = {
     "negative_log_likelihood neg_log_likelihood nll perplexity ppl rmse rmsle runtime smape ter wer wil",
 }
 #: Words after the name of a metric that leave its direction as it is: `f1_macro`, `error_rate`, `recall@10`.
-_QUALIFIERS = r"(_(at|average|avg|binary|k|macro|mean|micro|norm|overall|rate|samples|score|top|weighted|\d+))*"
+_QUALIFIERS = r"(_(at|average|avg|binary|k|macro|mean|micro|mm|norm|overall|rate|samples|score|top|weighted|\d+))*"
 _DIRECTIONS = {
     greater: re.compile(rf"(.*_)?({'|'.join(names.split())})\d*{_QUALIFIERS}") for greater, names in DIRECTIONS.items()
 }

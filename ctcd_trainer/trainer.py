@@ -718,18 +718,27 @@ class CoDistillationMixin:
         Args:
             hp_space: The space, as the backend takes it; by default, with Optuna or Ray, `search.DEFAULT_SPACE`.
             compute_objective: The objective, from the metrics of all learners. By default `metric_for_best_model`,
-                which may be a metric of any learner; without it, the sum of the losses of the trained learners.
+                which may be a metric of any learner; without it, the sum of all metrics of `compute_metrics`; without
+                these, the sum of the losses of the trained learners.
             n_trials: Number of trials.
-            direction: "minimize" or "maximize"; by default, what is better for the default objective.
+            direction: "minimize" or "maximize"; by default, what is better for `metric_for_best_model` or the losses.
             backend: "optuna", "ray" or "wandb"; by default what is installed.
             **kwargs: Other arguments of Trainer's method and of the backend.
+
+        Raises:
+            ValueError: The objective is a sum of metrics, and no direction is given.
         """
         backend = HPSearchBackend(backend or default_hp_search_backend())
         metric = self.args.metric_for_best_model
         if hp_space is None and backend in (HPSearchBackend.OPTUNA, HPSearchBackend.RAY):
             hp_space = lambda trial: search.for_backend(search.default_space(self.graph, self.args), backend, trial)  # noqa: E731
         if compute_objective is None:
-            compute_objective = lambda metrics: search.objective(metrics, metric, self.graph)  # noqa: E731
+            compute_objective = lambda metrics: search.objective(metrics, metric, self.graph, self.evaluation.ours)  # noqa: E731
+            if direction is None and metric is None and self.compute_metrics is not None:
+                raise ValueError(
+                    "`direction` is None, and the objective is the sum of the metrics of `compute_metrics`: set "
+                    "`direction` to 'maximize' or 'minimize', or choose one metric by `metric_for_best_model`."
+                )
             direction = direction or ("maximize" if metric and self.args.greater_is_better else "minimize")
         return super().hyperparameter_search(
             hp_space, compute_objective, n_trials, direction or "minimize", backend, **kwargs

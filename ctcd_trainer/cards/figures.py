@@ -3,7 +3,8 @@
 from io import BytesIO
 from typing import Any
 
-from .results import Metrics, Results, format_number, lower_is_better, words
+from ..arguments import greater_is_better
+from .results import Metrics, Results, format_number, words
 
 #: Dark to light, so that neighbours differ in grey; their markers differ as well.
 _COLOURS = ("#08306b", "#e6550d", "#31a354", "#9e9ac8", "#fdae6b")
@@ -51,8 +52,8 @@ def draw_curves(results: Results, metric: str | None, baseline: Metrics) -> tupl
             if (level := baseline.get(name, {}).get(key)) is not None:
                 axes.axhline(level, linestyle="--", linewidth=1, label=f"{name}, baseline", **style)
                 described.append(f"its baseline {format_number(level)}")
-        better = "lower" if lower_is_better(key) else "higher"
-        axes.set(title=f"{words(key).capitalize()} ({better} is better)", xlabel="optimizer step", ylabel=words(key))
+        better = {True: " (higher is better)", False: " (lower is better)", None: ""}[greater_is_better(key)]
+        axes.set(title=f"{words(key).capitalize()}{better}", xlabel="optimizer step", ylabel=words(key))
         axes.grid(color="0.88", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         handles |= {line.get_label(): line for line in axes.lines}

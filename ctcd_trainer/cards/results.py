@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainerState
 
-#: Names of metrics for which a smaller value is better.
-_LOWER_IS_BETTER = re.compile(r"(^|_)(loss|perplexity|mse|mae|rmse|error|wer|cer|ter)($|_)")
+from ..arguments import greater_is_better
+
 #: Keys of an evaluation that say how fast it was.
 _SPEED = re.compile(r"(^|_)(runtime|samples|\w+_per_second|model_preparation_time)(_mm)?$")
 #: Rows of the table of evaluations; of more evaluations, so many are shown, evenly spaced.
@@ -93,7 +93,7 @@ class Results:
         old, new = baseline.get(learner, {}), self.final_metrics[learner]
         pairs = {key: (old[key], new[key]) for key in old if key in new}
         rows = [[words(key), *map(format_number, pair), f"{pair[1] - pair[0]:+.4f}"] for key, pair in pairs.items()]
-        lower = ", ".join(words(key) for key in pairs if lower_is_better(key))
+        lower = ", ".join(words(key) for key in pairs if greater_is_better(key) is False)
         table = markdown_table(["metric", "baseline", "this model", "difference"], rows)
         return f"{table}\n\nLower is better: {lower}." if lower else table
 
@@ -130,15 +130,17 @@ def metrics_of(evaluation: Mapping[str, Any], learners: Sequence[str]) -> Metric
     `eval_loss` belongs to the first learner, `eval_student_loss` and `eval_dev_student_loss` to the student.
     """
     metrics: Metrics = {name: {} for name in learners}
-    others = re.compile(rf"(?:(.+)_)?({'|'.join(learners[1:])})_(.+)")
+    others = re.compile(rf"eval_(?:(.+)_)?({'|'.join(learners[1:])})_(.+)")
+    matches = {key: others.fullmatch(key) for key in evaluation}
+    names = {key: "_".join(filter(None, (match[1], match[3]))) for key, match in matches.items() if match}
     for key, value in evaluation.items():
-        name = key.removeprefix("eval_")
+        name = names.get(key, key.removeprefix("eval_"))
         if name == key or _SPEED.search(key) or not isinstance(value, (int, float)):
             continue
-        if match := others.fullmatch(name):
-            metrics[match[2]]["_".join(filter(None, (match[1], match[3])))] = value
-            continue
-        for learner in learners if is_agreement(name) else learners[:1]:
+        owners = [matches[key][2]] if key in names else learners[:1]
+        if is_agreement(name) and name in names.values():
+            name += "_metric"  # the user's own, which each learner has
+        for learner in learners if is_agreement(name) else owners:
             metrics[learner][name] = value
     return metrics
 
@@ -186,11 +188,6 @@ def metric_names(metrics: Metrics) -> list[str]:
 def is_agreement(name: str) -> bool:
     """Tell whether a metric counts how often the models predict the same."""
     return name.endswith("agreement")
-
-
-def lower_is_better(name: str) -> bool:
-    """Tell from the name of a metric whether a smaller value is better."""
-    return _LOWER_IS_BETTER.search(name) is not None
 
 
 def words(name: str) -> str:

@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..graph import LEARNERS, STUDENT
 from ..pair.model import CoDistillationModel, LearnerView
+from ..tasks.two_tokenizers import prefix_of
 from .meters import EvaluationMeter, MetricsOfEach, copy_of_metrics, perplexities, predictions_of
 
 
@@ -44,6 +45,8 @@ class PairEvaluation:
         self.args = args
         self._meter = EvaluationMeter()
         self._kept: dict[str, Any] | None = None
+        #: The keys of an evaluation that are not the user's metrics, and the learner of each that is a loss.
+        self.ours: dict[str, str | None] = {}
         #: With `batch_eval_metrics`, the function and its copies: it keeps a state between its calls.
         self._stateful: dict[str, Callable] = {}
         if args is not None and args.batch_eval_metrics and compute_metrics is not None:
@@ -115,14 +118,20 @@ class PairEvaluation:
     def finish(self, pair: CoDistillationModel, output: EvalLoopOutput, prefix: str) -> CoDistillationEvalLoopOutput:
         """Add the metrics of the learners beside the primary, and part the predictions.
 
+        A metric of the user's function keeps its name; the one of ours with that name is left out.
+
         Args:
             pair: The pair.
             output: Trainer's output, with the predictions of all learners by name.
             prefix: Prefix of the metrics.
         """
-        output.metrics.update(self._meter.metrics(prefix, self.args.logging_nan_inf_filter))
+        ours = self._meter.metrics(prefix, self.args.logging_nan_inf_filter)
         if pair.task.language_model:
-            output.metrics.update(perplexities(output.metrics, prefix))
+            ours |= perplexities({f"{prefix}_loss": output.metrics.get(f"{prefix}_loss")} | ours, prefix)
+        added = {key: value for key, value in ours.items() if key not in output.metrics}
+        output.metrics.update(added)
+        losses = {f"{prefix}_{prefix_of(name)}loss": name for name in pair.learners}
+        self.ours |= dict.fromkeys(added) | losses
         predictions = {name: predictions_of(name, output.predictions) for name in pair.learners}
         if self._kept is not None:
             self._kept.update(predictions)

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
+from transformers.utils import logging
 
 from ..graph import STUDENT
+
+logger = logging.get_logger(__name__)
 
 
 class LossMeter:
@@ -136,9 +139,15 @@ class MetricsOfEach:
             predictions = predictions_of(name, prediction.predictions)
             part = EvalPrediction(predictions, prediction.label_ids, inputs=prediction.inputs, losses=losses)
             values = function(part, **kwargs) or {}
-            metrics |= {
+            named = {
                 f"{prefix}{key.removeprefix(f'{self.metric_key_prefix}_')}": value for key, value in values.items()
             }
+            for key in named.keys() & metrics.keys():
+                logger.warning_once(
+                    f"`compute_metrics` returns {key!r}, which is also the name of the {name}'s "
+                    f"{key.removeprefix(prefix)!r}. The evaluation has the first; rename it to see both."
+                )
+            metrics = named | metrics
         return metrics
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import HPSearchBackend
+from transformers.trainer_utils import HPSearchBackend, default_compute_objective
 
 from ..arguments import DistillationArguments
 from ..graph import EDGES, STUDENT, TEACHER, Graph
@@ -79,20 +79,28 @@ def setting_trial(arguments: DistillationArguments) -> Iterator[None]:
     arguments.check()
 
 
-def objective(metrics: Mapping[str, float], metric: str | None, graph: Graph) -> float:
-    """Return the default objective: a metric of either model or, without one, the sum of the trained models' losses.
+def objective(metrics: Mapping[str, float], metric: str | None, graph: Graph, ours: Mapping[str, str | None]) -> float:
+    """Return the default objective: a metric of either model, or Trainer's sum of all metrics.
+
+    Without metrics of the user, it is the sum of the losses of the models that are trained.
 
     Args:
         metrics: The metrics of an evaluation.
         metric: `metric_for_best_model`.
         graph: The graph of the trial.
+        ours: The keys that are not metrics of the user, and the learner of each that is a loss.
 
     Raises:
         KeyError: The evaluation has no such metric; the message names those that it has.
     """
     if metric is None:
-        first = next(iter(graph.hard_weights))
-        return sum(metrics["eval_loss" if name == first else f"eval_{name}_loss"] for name in graph.trained)
+        value = default_compute_objective({key: value for key, value in metrics.items() if key not in ours})
+        losses = [metrics[key] for key, name in ours.items() if key in metrics and name in graph.trained]
+        if value is None and not losses:
+            raise KeyError(
+                f"The evaluation has no metric and no loss, only {sorted(metrics)}: set `compute_objective`."
+            )
+        return sum(losses) if value is None else value
     key = metric if metric.startswith("eval_") else f"eval_{metric}"
     if key not in metrics:
         raise KeyError(f"`metric_for_best_model={metric!r}`: the evaluation has no {key!r}, only {sorted(metrics)}.")

@@ -361,3 +361,13 @@ def test_metrics_may_ask_for_the_inputs_of_images(tmp_path):
     data = {"eval_dataset": tiny_data("image-classification", 6), "compute_metrics": metrics}
     tiny_trainer(tmp_path, "image-classification", "vit", **data, include_for_metrics=["inputs"]).evaluate()
     assert [shape[0] for shape in shapes] == [6, 6]
+
+
+def test_a_perplexity_of_the_user_keeps_its_name(tmp_path):
+    rows = rows_of(tiny_batch("causal-lm", 5))
+    family, settings = EVALUATED["causal-lm"]
+    mine = {"perplexity": 8.0, "student_loss": 9.0}
+    options = {"model_settings": settings, "eval_dataset": rows, "compute_metrics": lambda prediction: mine}
+    metrics = tiny_trainer(tmp_path, "causal-lm", family, **options).evaluate()
+    expected = {"perplexity": 8.0, "student_perplexity": 8.0, "student_loss": 9.0, "student_student_loss": 9.0}
+    assert {name: metrics[f"eval_{name}"] for name in expected} == expected

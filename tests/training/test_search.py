@@ -6,8 +6,10 @@ import sys
 import pytest
 from tiny import assert_same_weights, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from transformers import Trainer
+from transformers.trainer_utils import default_compute_objective
 
-from ctcd_trainer.training.search import DEFAULT_SPACE
+from ctcd_trainer.arguments import DistillationArguments
+from ctcd_trainer.training.search import DEFAULT_SPACE, objective
 
 optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -25,7 +27,7 @@ def models(**options) -> dict:
 def searched(folder, space=None, n_trials=1, **options):
     """The trainer after a search, the best run, and the models and metrics of the trials in turn."""
     trials = []
-    objective = options.pop("compute_objective", None)
+    compute_objective = options.pop("compute_objective", None)
     direction = options.pop("direction", None)
     trainer = tiny_trainer(folder, **models(**options))
     evaluate = trainer.evaluate
@@ -37,7 +39,7 @@ def searched(folder, space=None, n_trials=1, **options):
 
     trainer.evaluate = remember
     best = trainer.hyperparameter_search(
-        space, objective, n_trials, direction, sampler=optuna.samplers.RandomSampler(seed=0)
+        space, compute_objective, n_trials, direction, sampler=optuna.samplers.RandomSampler(seed=0)
     )
     return trainer, best, trials
 
@@ -135,6 +137,34 @@ def test_values_that_are_not_valid_end_the_search(tmp_path):
 def test_a_metric_that_is_not_there_is_named_with_those_that_are(tmp_path):
     with pytest.raises(KeyError, match=r"metric_for_best_model='student_f1'.*eval_student_f1.*eval_student_loss"):
         searched(tmp_path, metric_for_best_model="student_f1")
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@pytest.mark.parametrize(("direction", "better"), [("maximize", max), ("minimize", min)])
+def test_by_default_all_metrics_of_both_models_are_summed(direction, better, tmp_path):
+    space = lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 3e-1, log=True)}  # noqa: E731
+    options = {"compute_metrics": accuracy, "eval_dataset": tiny_rows(30, seed=1), "max_steps": 4}
+    _, best, trials = searched(tmp_path, space, n_trials=3, direction=direction, **options)
+    values = [metrics["eval_accuracy"] + metrics["eval_student_accuracy"] for _, metrics in trials]
+    assert len(set(values)) > 1
+    assert best.objective == pytest.approx(better(values))
+    with pytest.raises(ValueError, match=r"`direction` is None.*'maximize' or 'minimize'"):
+        searched(tmp_path, space, **options)
+
+
+def test_the_default_objective_is_trainers_without_our_own_metrics():
+    users = {"eval_f1": 0.5, "eval_student_f1": 0.25, "eval_hinge_loss": 3.0}
+    ours = {"eval_loss": "teacher", "eval_student_loss": "student", "eval_agreement": None, "eval_perplexity": None}
+    metrics = dict.fromkeys(ours, 100.0) | {"epoch": 2.0, "eval_runtime": 7.0, "eval_samples_per_second": 9.0}
+    graph = DistillationArguments().graph
+    assert objective(metrics | users, None, graph, ours) == default_compute_objective(users) == 3.75
+    assert objective(metrics, None, graph, ours) == 200.0
+    assert objective(metrics, None, DistillationArguments(distillation_mode="kd").graph, ours) == 100.0
+    with pytest.raises(KeyError, match="no metric and no loss"):
+        objective({"epoch": 1.0}, None, graph, ours)
 
 
 def test_without_a_student_it_is_trainers_search(tmp_path):

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer.cards.results import metrics_of
 
 
 def accuracy(prediction):
@@ -574,6 +575,26 @@ def test_unconcatenated_batches_reach_the_metrics_per_model(tmp_path):
 
     tiny_trainer(tmp_path, eval_dataset=tiny_rows(7), compute_metrics=look, eval_do_concat_batches=False).evaluate()
     assert shapes == [[(5, 3), (2, 3)]] * 2
+
+
+def test_a_metric_of_the_user_keeps_its_name(tmp_path):
+    """Also if it is the name of one of ours."""
+
+    def mine(prediction):
+        return {"agreement": -1.0, "loss": -2.0, "student_accuracy": -3.0, **accuracy(prediction)}
+
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_rows(6), compute_metrics=mine)
+    metrics = trainer.evaluate()
+    values = {
+        "agreement": -1.0,
+        "student_agreement": -1.0,
+        "loss": -2.0,
+        "student_loss": -2.0,
+        "student_accuracy": -3.0,
+    }
+    assert {name: metrics[f"eval_{name}"] for name in values} == values
+    divided = metrics_of(metrics, ["teacher", "student"])
+    assert [divided[name]["agreement_metric"] for name in ("teacher", "student")] == [-1.0, -1.0]
 
 
 # ---- Choosing and stopping ----
