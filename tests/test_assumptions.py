@@ -11,6 +11,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -368,6 +369,8 @@ def test_peft_models_have_what_we_use():
     peft = pytest.importorskip("peft")
     for name in ("active_adapters", "active_peft_config", "get_base_model"):
         assert hasattr(peft.PeftModel, name), name
+    assert {"base_model_name_or_path", "revision"} <= {field.name for field in fields(peft.PeftConfig)}
+    assert {"state_dict", "save_embedding_layers"} <= set(parameters(peft.get_peft_model_state_dict))
     assert parameters(peft.PeftModel.load_adapter)[:3] == ["model_id", "adapter_name", "is_trainable"]
     assert "self.rankallocator" in inspect.getsource(peft.AdaLoraModel)
     assert "self.prompt_encoder" in inspect.getsource(peft.PeftModel)

@@ -15,7 +15,9 @@ from transformers.utils import logging
 
 from ..graph import PRETRAINED
 from ..model_structure import base_model, count_parameters, forward_parameters, is_peft_model
+from ..pair.bases import has_own_base
 from ..students.costs import Latencies, weight_bytes
+from ..tasks.labels import own_labels
 from .facts import NOT_MEASURED, CardFacts, repo_id
 from .figures import draw_curves
 from .results import Metrics, baseline_of, heads, is_agreement, markdown_table, words
@@ -171,6 +173,11 @@ class _Card:
         return repository.split("/")[-1] if repository is not None else f"{name}-{self.learner}"
 
     @property
+    def has_base(self) -> bool:
+        """Whether an adapter is saved with its base."""
+        return has_own_base(self.folders[self.learner])
+
+    @property
     def tasks(self) -> list[str]:
         """The Hub's names of the tasks."""
         return _as_list(self.options.tasks or self.facts.task.pipeline_tag)
@@ -258,11 +265,13 @@ class _Card:
     def code(self) -> str | None:
         """Python code that loads the model; `None` if its class is the user's own.
 
-        For an adapter of a model that is not on the Hub, the code expects that model as `base_model`.
+        An adapter whose base is saved with it loads as a whole model does. For another adapter of a model that is not
+        on the Hub, the code expects that model as `base_model`.
         """
         facts = self.facts
         model, processing_class = facts.learners[self.learner], facts.processing_classes.get(self.learner)
-        kind, adapter = type(base_model(model)), is_peft_model(model)
+        kind = type(base_model(model))
+        adapter = is_peft_model(model) and not self.has_base
         base, repository = self.origin(self.learner)[0], facts.repository(self.learner)
         loader = getattr(facts.task, "auto_model", kind)
         if loader is kind and not kind.__module__.startswith("transformers."):
@@ -271,7 +280,9 @@ class _Card:
         where = f'"{repository or "."}"' + (f', revision="{revision}"' if revision else "")
         loader, imports, lines = loader.__name__, [], []
         if base is not None or not adapter:
-            labels = f", num_labels={model.config.num_labels}" if "Classification" in loader else ""
+            names = own_labels(model.config)
+            named = f"id2label={dict(enumerate(names))!r}" if names else f"num_labels={model.config.num_labels}"
+            labels = f", {named}" if "Classification" in loader else ""
             place = f'"{base}"{labels}' if adapter else where
             imports.append(loader)
             lines.append(f"{'base_model' if adapter else 'model'} = {loader}.from_pretrained({place})")

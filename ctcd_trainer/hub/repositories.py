@@ -168,7 +168,9 @@ class PairUploads:
         for learner, repository in self._repositories.items():
             places = self.folders.values() if learner == self.primary else (".",)
             weights = tuple(str(PurePosixPath(place, name)) for place in places for name in _WEIGHTS)
-            uploads.append(Upload(repository, Path(folder, self.folders[learner]), message, delete=weights, **options))
+            bases = self._bases if learner == self.primary else {".": repository}
+            place = Path(folder, self.folders[learner])
+            uploads.append(Upload(repository, place, message, delete=weights, bases=bases, **options))
         return uploads
 
     def uploads_of_checkpoint(self, name: str, message: str, folder: str = "", **options: Any) -> list[Upload]:
@@ -176,7 +178,13 @@ class PairUploads:
         paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: name}
         path = paths.get(HubStrategy(self.args.hub_strategy))
         repository = self._repositories[self.primary]
-        return [] if path is None else [Upload(repository, folder, message, path, delete=("*",), **options)]
+        upload = Upload(repository, folder, message, path or "", delete=("*",), bases=self._bases, **options)
+        return [] if path is None else [upload]
+
+    @property
+    def _bases(self) -> dict[str, Repository]:
+        """The repository of each learner, by its folder."""
+        return {folder: self._repositories[learner] for learner, folder in self.folders.items()}
 
     @property
     def _remedy(self) -> str:

@@ -3,9 +3,10 @@
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -16,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..cards.card import MARKER
+from ..pair.bases import has_own_base, link_or_copy, name_base
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +64,8 @@ class Upload:
         delete: Patterns of files that are deleted from that path of the repository, unless the folder has them.
         revision: Branch, which is made if it does not exist, or pull request `refs/pr/N`; `None` for the main branch.
         keep_card: Whether to keep a `README.md` on the Hub that this package has not written.
+        bases: By folder in `folder`, the repository whose root has the base of the adapter there, if its base is
+            saved with it.
         always: Whether to make the commit even if a newer upload to the same place is pending.
         snapshot: The copy that holds the folder, if it is in one.
         error: Why it is not on the Hub.
@@ -75,6 +79,7 @@ class Upload:
     delete: tuple[str, ...] = ()
     revision: str | None = None
     keep_card: bool = False
+    bases: Mapping[str, Repository] = field(default_factory=dict)
     always: bool = False
     snapshot: TemporaryDirectory | None = None
     error: str = "not uploaded yet"
@@ -102,15 +107,17 @@ class Upload:
         if self.revision is not None and not self.revision.startswith(PULL_REQUEST):
             api.create_branch(repo_id, branch=self.revision, exist_ok=True)
         kept = [_CARD] if self.keep_card and _has_card_of_others(api, repo_id, self.revision) else []
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=self.folder,
-            path_in_repo=self.path_in_repo,
-            commit_message=self.message,
-            ignore_patterns=[*self.ignore, *kept],
-            delete_patterns=list(self.delete),
-            revision=self.revision,
-        )
+        own = {place: each.make(api) for place, each in self.bases.items() if has_own_base(Path(self.folder, place))}
+        with _naming_bases(self.folder, own) as folder:
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=self.path_in_repo,
+                commit_message=self.message,
+                ignore_patterns=[*self.ignore, *kept],
+                delete_patterns=list(self.delete),
+                revision=self.revision,
+            )
 
 
 class UploadQueue:
@@ -248,7 +255,7 @@ def take_snapshot(folder: str | os.PathLike, output_dir: Path, live: bool) -> Te
         shutil.copytree(
             folder,
             snapshot.name,
-            copy_function=shutil.copy2 if live else _link_or_copy,
+            copy_function=shutil.copy2 if live else link_or_copy,
             ignore=lambda path, names: not_models(path, names) if live and path == top else (),
             ignore_dangling_symlinks=True,
             dirs_exist_ok=True,
@@ -266,16 +273,29 @@ def without_token(error: Exception, token: str | None) -> str:
     return text.replace(token, "***") if token else text
 
 
+@contextmanager
+def _naming_bases(folder: str | os.PathLike, names: Mapping[str, str]) -> Iterator[str | os.PathLike]:
+    """Give a folder in which the adapters name repositories as their bases: a copy by links if there are any."""
+    if not names:
+        yield folder
+        return
+    with TemporaryDirectory(prefix=f"{_SNAPSHOT}-{os.getpid()}-", dir=folder, ignore_cleanup_errors=True) as copy:
+        top, others = os.fspath(folder), shutil.ignore_patterns(*NOT_MODELS)
+        shutil.copytree(
+            folder,
+            copy,
+            copy_function=link_or_copy,
+            ignore=lambda path, entries: others(path, entries) if path == top else (),
+            dirs_exist_ok=True,
+        )
+        for place, name in names.items():
+            name_base(Path(copy, place), name)
+        yield copy
+
+
 def _takes_space(folder: str) -> bool:
     """Tell whether a snapshot holds the only copy of a file."""
     return any(path.is_file() and path.stat().st_nlink == 1 for path in Path(folder).rglob("*"))
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        shutil.copy2(source, target)
 
 
 def _has_card_of_others(api: HfApi, repo_id: str, revision: str | None) -> bool:

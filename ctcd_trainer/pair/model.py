@@ -26,6 +26,7 @@ from ..losses.teacher_cache import PretrainedCache
 from ..model_structure import base_model, forward_parameters, is_peft_model, is_quantised, layer_classes
 from ..tasks import Task
 from ..tasks.two_tokenizers import inputs_of_learner
+from .bases import AdapterBases
 from .fused_heads import FusedHeads
 from .output import CoDistillationOutput
 from .shared_layers import SharedRun
@@ -111,6 +112,7 @@ class CoDistillationModel(PreTrainedModel):
         #: Runs the layers that both learners have in common.
         self.shared_run: SharedRun | None = None
         self.two_tokenizers = two_tokenizers
+        self.bases = AdapterBases()
         self.config = self.learners[self.primary].config
         self.name_or_path = getattr(self.config, "name_or_path", "")
         self.main_input_name = base_model(self.learners[self.primary]).main_input_name
@@ -411,7 +413,8 @@ class CoDistillationModel(PreTrainedModel):
     ) -> None:
         """Save the primary learner in the folder itself and every other learner in a folder of its name.
 
-        Each is complete and loads with its own `from_pretrained`, without this package.
+        Each is complete and loads with its own `from_pretrained`, without this package; see `AdapterBases` for
+        adapters.
 
         Args:
             save_directory: The folder.
@@ -422,7 +425,7 @@ class CoDistillationModel(PreTrainedModel):
         for name, model in self.learners.items():
             folder = self.folder_of(name, os.fspath(save_directory))
             weights = state_dict and self.weights_of(name, state_dict)
-            model.save_pretrained(folder, is_main_process=is_main_process, state_dict=weights, **kwargs)
+            self.bases.save(name, model, folder, weights, is_main_process=is_main_process, **kwargs)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:

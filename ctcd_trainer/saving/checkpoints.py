@@ -87,9 +87,11 @@ class PairCheckpoints:
         """
         self.clean_up(final.parent)
         try:
-            yield place_to_write(final)
+            with self.pair.bases.staged():
+                yield place_to_write(final)
             wait_for_everyone()
             if self.args.should_save:
+                self.pair.bases.moved(place_to_write(final), final)
                 put_in_place(final)
         except Exception as error:
             if self.args.should_save:
@@ -107,7 +109,7 @@ class PairCheckpoints:
         """Save one learner in a folder, which is replaced as a whole; `weights` are those of `weights_of`."""
         with self.whole(final) as written:
             if self.args.should_save:
-                self.pair.learners[learner].save_pretrained(written, state_dict=weights)
+                self.pair.bases.save(learner, self.pair.learners[learner], str(written), weights)
                 self._save_processing_class(learner, str(written))
                 self.write_cards(written, learner)
 
