@@ -85,7 +85,8 @@ def parameter_bytes(variant: str) -> int:
 
 def start(stack: ExitStack, count: int, folder: str, quick: bool) -> list[ProcessPoolExecutor]:
     """Start as many processes, which end with the stack; a process of several is in one group with the others."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once for all
+    context.set_forkserver_preload(["ctcd_trainer"])
     return [
         stack.enter_context(
             ProcessPoolExecutor(1, mp_context=context, initializer=set_up, initargs=(rank, count, folder, quick))

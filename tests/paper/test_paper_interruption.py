@@ -1,15 +1,14 @@
 """A grid that is killed or shared by several processes: nothing is computed twice, and no number changes."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from processes import start_python
 from toy_protocol import call, numbers, write_toy
 
 from examples.paper import prepare, run
@@ -18,11 +17,16 @@ from examples.paper.data import Schedule
 SMALL = [{"task": "mlm", "seed": 0, "method": ["alone", "ctcd"], "then": ["rte"]}]
 
 
-def grid_process(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "examples.paper.run", "--threads", "1"]
+def grid_process(folder: Path) -> BaseProcess:
     options = {"--config": "toy.yaml", "--prepared": "prepared", "--output": "killed"}
-    command += [str(part) for name, value in options.items() for part in (name, folder / value)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    paths = [part for name, value in options.items() for part in (name, folder / value)]
+    return start_python("-m", "examples.paper.run", "--threads", 1, *paths, cwd=ROOT)
+
+
+def ended(process: BaseProcess, timeout: float | None = None) -> int | None:
+    """The exit status, once the process has ended."""
+    process.join(timeout)
+    return process.exitcode
 
 
 @pytest.mark.slow  # four processes; the two tests below have two each
@@ -39,13 +43,13 @@ def test_a_grid_that_is_killed_goes_on_where_it_was_with_the_same_numbers(tmp_pa
     while True:
         process = grid_process(tmp_path)
         checkpoints = set((tmp_path / "killed").glob("cells/*/run/checkpoint-*"))
-        while process.poll() is None and len(killed_at) < 3:
+        while process.is_alive() and len(killed_at) < 3:
             time.sleep(0.01)
             if set((tmp_path / "killed").glob("cells/*/run/checkpoint-*")) - checkpoints:
                 time.sleep(draw.uniform(0, 0.2))  # in the middle of a step or of a save
-                process.send_signal(signal.SIGKILL)
-                killed_at.append(process.wait())
-        if process.wait() == 0:
+                process.kill()
+                killed_at.append(ended(process))
+        if ended(process) == 0:
             break
     assert killed_at == [-signal.SIGKILL] * 3
     assert numbers(tmp_path / "killed" / "results.jsonl") == numbers(tmp_path / "whole" / "results.jsonl")
@@ -60,10 +64,10 @@ def test_after_a_kill_only_the_steps_since_the_last_checkpoint_are_computed_agai
     options = ["--config", config, "--prepared", tmp_path / "prepared"]
     call(prepare, "--config", config, "--output", tmp_path / "prepared")
     process = grid_process(tmp_path)
-    while process.poll() is None and not list(tmp_path.glob("killed/cells/*/run/checkpoint-20")):
+    while process.is_alive() and not list(tmp_path.glob("killed/cells/*/run/checkpoint-20")):
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     states = tmp_path.glob("killed/cells/*/run/checkpoint-*/trainer_state.json")
     last = max(int(path.parent.name.split("-")[1]) for path in states)
     assert 10 <= last < 60
@@ -78,5 +82,5 @@ def test_two_processes_share_a_grid(tmp_path: Path) -> None:
     config = write_toy(tmp_path, SMALL)
     call(prepare, "--config", config, "--output", tmp_path / "prepared")
     processes = [grid_process(tmp_path) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [ended(process, 120) for process in processes] == [0, 0]
     assert len(numbers(tmp_path / "killed" / "results.jsonl")) == 2 + 4

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 from safetensors import SafetensorError
 from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights_of
 from tiny_models import rows_of, tiny_batch, tiny_model
@@ -174,9 +174,9 @@ trainer.train()
 
 def test_a_write_that_the_system_refuses_leaves_the_checkpoint_before(tmp_path):
     code = FULL.format(folder=str(tmp_path / "out"))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 1
-    assert "checkpoint-4' could not be written" in result.stderr
+    status, errors = run_python("-c", code, timeout=120)
+    assert status == 1
+    assert "checkpoint-4' could not be written" in errors
     assert os.listdir(tmp_path / "out") == ["checkpoint-2"]
     resumed = tiny_trainer(tmp_path / "out")
     resumed.train(resume_from_checkpoint=True)

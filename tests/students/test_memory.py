@@ -1,12 +1,14 @@
 """Estimates of memory are what is counted by hand, and close to what trainings take."""
 
 import json
+import subprocess
+import sys
 import weakref
 from itertools import pairwise
 
 import pytest
 import torch
-from processes import run_program
+from places import PROGRAMS
 from tiny import tiny_bert
 from tiny_models import SIDE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -234,7 +236,7 @@ def test_estimates_are_close_to_what_trainings_take(live, tmp_path, monkeypatch)
     if live:  # glibc gives each block back when it is freed
         monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
         monkeypatch.setenv("MALLOC_MMAP_MAX_", "1000000")
-    run_program("measured_memory.py", tmp_path)
+    subprocess.run([sys.executable, PROGRAMS / "measured_memory.py", tmp_path], check=True, timeout=900)
     found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
     assert len(found) == 6
     fused, whole = (found.pop(f"sharded-{name}")["measured"] for name in ("fused", "whole"))
