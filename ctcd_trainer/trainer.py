@@ -62,6 +62,7 @@ from .training.optimizer import (
     create_optimizer,
     learning_rates,
     loading,
+    with_own_schedules,
 )
 from .training.sharding import heads_in_root, shard_frozen
 
@@ -390,6 +391,23 @@ class CoDistillationMixin:
             return super().create_optimizer(model)
         finally:
             self.args = everyones
+
+    @for_pairs
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule of the learning rates of all learners; see `with_own_schedules`."""
+        if self.lr_scheduler is None:
+            make = functools.partial(self._schedule_of, num_training_steps)
+            self.lr_scheduler = with_own_schedules(make(optimizer), self.args, make)
+        return self.lr_scheduler
+
+    def _schedule_of(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Let Trainer make the schedule of an optimizer."""
+        self.lr_scheduler = None
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @for_pairs
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

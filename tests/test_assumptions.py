@@ -78,6 +78,7 @@ CALLED = {
     "call_model_init": ("train",),
     "compute_loss": ("training_step", "prediction_step"),
     "create_optimizer": ("create_optimizer_and_scheduler",),
+    "create_scheduler": ("create_optimizer_and_scheduler",),
     "evaluation_loop": ("evaluate", "predict"),
     "log": ("_finalize_training", "_maybe_log_save_evaluate", "evaluate"),
     "prediction_step": ("evaluation_loop",),

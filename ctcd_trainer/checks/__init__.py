@@ -96,7 +96,7 @@ def check_setup(
     augmentation: Any = None,
     augmented: str = "both",
     optimizer: Optimizer | None = None,
-    optimizer_cls: Any = None,
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
 ) -> None:
     """Check the models together with the other arguments of the trainer.
 
@@ -112,7 +112,7 @@ def check_setup(
         augmentation: Changes the batches.
         augmented: The models that get the changed batches.
         optimizer: The first of the trainer's `optimizers`.
-        optimizer_cls: The first of `optimizer_cls_and_kwargs`, `None` if these are not given.
+        optimizer_cls_and_kwargs: The trainer's argument.
 
     Raises:
         ValueError: The training is refused.
@@ -130,7 +130,8 @@ def check_setup(
             check_vocabularies(teacher, learners[name], argument_of(name), processing_class)
     if pretrained is not None:
         check_vocabularies(teacher, pretrained, argument_of(PRETRAINED), processing_class)
-    check_optimizer(optimizer, optimizer_cls, {name: learners[name] for name in arguments.graph.trained}, args)
+    trained = {name: learners[name] for name in arguments.graph.trained}
+    check_optimizer(optimizer, optimizer_cls_and_kwargs, trained, args)
     learning = sorted({edge.learner for edge in arguments.graph.edges})
     for argument, dataset in datasets.items():
         check_labels(task, dataset, argument, learning)

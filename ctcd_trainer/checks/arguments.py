@@ -14,6 +14,8 @@ from ..graph import EDGES, LEARNERS, PRETRAINED
 
 #: Sizes in a `ParallelismConfig` of groups of processes that get the same rows, or parts of them.
 _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+#: Optimizers that estimate one step size from all their parameters, and so from both models.
+_ONE_STEP_SIZE = ("DAdapt", "Prodigy")
 
 
 def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> None:
@@ -129,13 +131,13 @@ def check_strategy(
 
 def check_optimizer(
     optimizer: torch.optim.Optimizer | None,
-    optimizer_cls: Any,
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None,
     trained: Mapping[str, nn.Module],
     args: TrainingArguments | None,
 ) -> None:
     """Refuse an optimizer that lacks a trained learner, ignores arguments, or cannot hold several models."""
     if optimizer is None:
-        _check_optimizer_class(getattr(args, "optim", None), optimizer_cls)
+        _check_optimizer_class(getattr(args, "optim", None), optimizer_cls_and_kwargs)
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, model in trained.items():
@@ -187,14 +189,22 @@ def _check_direction(args: TrainingArguments) -> None:
         )
 
 
-def _check_optimizer_class(optim: Any, optimizer_cls: Any) -> None:
-    """Refuse optimizers of Trainer that are more than a class over parameter groups: LOMO, layer-wise ones, Muon."""
+def _check_optimizer_class(optim: Any, given: tuple[Any, dict[str, Any]] | None) -> None:
+    """Refuse optimizers that are more than a class over parameter groups: LOMO, layer-wise ones, Muon, Prodigy."""
     optim = getattr(optim, "value", optim)
-    if optimizer_cls is not None:
-        if isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer):
+    if given is not None:
+        optimizer_cls, bound = given[0], {"model", "optimizer_dict", "params"} & given[1].keys()
+        if not isinstance(optimizer_cls, type) or not issubclass(optimizer_cls, torch.optim.Optimizer):
+            named = (
+                f"`optimizer_cls_and_kwargs` has {optimizer_cls!r}, which is no subclass of `torch.optim.Optimizer`"
+            )
+        elif bound:
+            named = f"`optimizer_cls_and_kwargs` has {sorted(bound)} of one model"
+        elif optimizer_cls.__name__.startswith(_ONE_STEP_SIZE):
+            named = f"`optimizer_cls_and_kwargs` has {optimizer_cls!r}, which has one step size for all parameters"
+        else:
             return
-        named = f"`optimizer_cls_and_kwargs` has {optimizer_cls!r}, which is no subclass of `torch.optim.Optimizer`"
-    elif str(optim).endswith(("lomo", "_layerwise")):
+    elif str(optim).endswith(("lomo", "_layerwise")) or str(optim).startswith(("muon", "dion")):
         named = f"`optim={optim!r}` is more than a list of parameter groups"
     else:
         return

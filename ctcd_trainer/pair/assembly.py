@@ -156,7 +156,7 @@ class PairSources:
             augmentation=augmentation,
             augmented=augmented,
             optimizer=(given.get("optimizers") or (None,))[0],
-            optimizer_cls=(given.get("optimizer_cls_and_kwargs") or (None,))[0],
+            optimizer_cls_and_kwargs=given.get("optimizer_cls_and_kwargs"),
         )
         if self.arguments.pretrained_cache_dir is not None:
             precision = "no" if args is None else args.mixed_precision

@@ -10,6 +10,7 @@ from accelerate.utils.constants import OPTIMIZER_NAME
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
 from ..arguments import DistillationArguments, learner_arguments
@@ -49,6 +50,42 @@ def create_optimizer(
         else:
             merged.state.update(optimizer.state)  # some optimizers (Adagrad) fill it when they are made
     return merged
+
+
+def with_own_schedules(
+    schedule: LRScheduler, args: TrainingArguments, create: Callable[[torch.optim.Optimizer], LRScheduler]
+) -> LRScheduler:
+    """Give each learner with a learning rate of its own the schedule that Trainer would make for that rate alone.
+
+    A schedule multiplies the rates of all groups by one factor. If it ends at an absolute rate (`min_lr`, `lr_end`),
+    the factor depends on the rate at which it begins.
+
+    Args:
+        schedule: The schedule of the merged optimizer, before its first step.
+        args: The training arguments.
+        create: Makes the schedule of an optimizer.
+
+    Raises:
+        ValueError: The schedule does not allow the rate of a learner.
+    """
+    if not isinstance(schedule, LambdaLR):
+        return schedule
+    groups = schedule.optimizer.param_groups
+    for number, group in enumerate(groups):
+        argument = f"{group.get('learner')}_learning_rate"
+        rate = getattr(args, argument, None)
+        if rate is None:
+            continue
+        try:
+            schedule.lr_lambdas[number] = create(torch.optim.SGD([torch.zeros(1)], lr=rate)).lr_lambdas[0]
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"`{argument}={rate}` with `lr_scheduler_type={args.lr_scheduler_type.value!r}` and "
+                f"`lr_scheduler_kwargs={args.lr_scheduler_kwargs}`: {error}. Change one of them."
+            ) from error
+        group["lr"] = schedule.base_lrs[number] * schedule.lr_lambdas[number](schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
+    return schedule
 
 
 def check_frozen_unchanged(pair: CoDistillationModel, arguments: DistillationArguments) -> None:

@@ -19,9 +19,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.training_args import OptimizerNames
 
 from ctcd_trainer import CoDistillationTrainer
-from ctcd_trainer.checks.arguments import check_arguments, check_strategy
+from ctcd_trainer.checks.arguments import check_arguments, check_optimizer, check_strategy
 
 
 def test_a_different_number_of_labels_is_refused(tmp_path):
@@ -465,6 +466,36 @@ def test_a_factory_of_optimizers_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`optimizer_cls_and_kwargs` has .*Muon.*no subclass of `torch.optim.Optim"):
         tiny_trainer(tmp_path, optimizer_cls_and_kwargs=(Muon, {}))
     tiny_trainer(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+
+
+@pytest.mark.parametrize("name", ["params", "model", "optimizer_dict", "Prodigy"])
+def test_an_optimizer_that_is_made_for_one_model_is_refused(name, tmp_path):
+    given = (torch.optim.SGD, {name: None, "lr": 0.1})
+    if name == "Prodigy":
+        given = (type("Prodigy", (torch.optim.SGD,), {}), {})
+    with pytest.raises(ValueError, match=rf"`optimizer_cls_and_kwargs` has .*{name}.*parameter groups of two models"):
+        tiny_trainer(tmp_path, optimizer_cls_and_kwargs=given)
+
+
+def test_every_optimizer_of_trainer_was_compared_with_a_training_alone_or_is_refused():
+    """All that run on a CPU were: each model gets the weights that it gets alone. A new one is to be compared."""
+    joined = {
+        *("adafactor", "adagrad", "ademamix", "apollo_adamw", "grokadamw", "rmsprop", "sgd", "stable_adamw"),
+        *(f"adamw_{kind}" for kind in ("8bit", "anyprecision", "bnb_8bit", "torch", "torch_4bit", "torch_8bit")),
+        *(f"adamw_torch_{kind}" for kind in ("fused", "npu_fused", "xla")),
+        *(f"galore_{kind}" for kind in ("adafactor", "adamw", "adamw_8bit")),
+        *("ademamix_8bit", "lion_32bit", "lion_8bit", "rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit"),
+        *(f"paged_{kind}_{bits}bit" for kind in ("adamw", "ademamix", "lion") for bits in (8, 32)),
+        *(f"schedule_free_{kind}" for kind in ("adamw", "radam", "sgd")),
+    }
+    refused = set()
+    for name in OptimizerNames:
+        try:
+            check_optimizer(None, None, {}, SimpleNamespace(optim=name))
+        except ValueError:
+            refused.add(name.value)
+    assert refused.isdisjoint(joined)
+    assert {name.value for name in OptimizerNames} <= joined | refused
 
 
 def test_a_tokenizer_that_cannot_be_built_does_not_stop_a_training(tmp_path, monkeypatch):

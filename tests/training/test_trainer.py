@@ -597,6 +597,52 @@ def test_a_metric_of_the_user_keeps_its_name(tmp_path):
     assert [divided[name]["agreement_metric"] for name in ("teacher", "student")] == [-1.0, -1.0]
 
 
+# ---- Schedules ----
+
+
+FLOORS = [
+    ("ctcd", "cosine_with_min_lr", {"min_lr": 1e-3}, 2),
+    ("ctcd", "cosine_warmup_with_min_lr", {"min_lr": 1e-3}, 0),
+    ("ctcd", "cosine_warmup_with_min_lr", {"min_lr": 1e-3, "warmup_lr_rate": 0.1}, 2),
+    ("ctcd", "polynomial", {"lr_end": 1e-3, "power": 2.0}, 2),
+    ("kd", "polynomial", {"lr_end": 1e-3}, 0),
+    ("ctcd", "linear", None, 0),
+    ("ctcd", "reduce_lr_on_plateau", {"min_lr": 1e-3, "patience": 0, "factor": 0.3}, 0),
+]
+
+
+@pytest.mark.parametrize(("mode", "kind", "options", "warmup"), FLOORS)
+def test_the_students_learning_rate_follows_the_schedule_of_a_training_alone(mode, kind, options, warmup, tmp_path):
+    settings = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options, "warmup_steps": warmup}
+    settings["eval_strategy"] = "steps"  # for `reduce_lr_on_plateau`
+    rows = tiny_rows(4)
+
+    def rates_of(trainer):
+        trainer.create_optimizer_and_scheduler(7)
+        steps = []
+        for _ in range(8):
+            steps.append({group.get("learner"): group["lr"] for group in trainer.optimizer.param_groups})
+            assert trainer.lr_scheduler.get_last_lr() == [group["lr"] for group in trainer.optimizer.param_groups]
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step(*[1.0] * (kind == "reduce_lr_on_plateau"))
+        return steps
+
+    own = {"student_learning_rate": 4e-3, "distillation_mode": mode}
+    pair = rates_of(tiny_trainer(tmp_path, eval_dataset=rows, **own, **settings))
+    for learner in pair[0]:
+        args = tiny_args(tmp_path, learning_rate=4e-3 if learner == "student" else 1e-2, **settings)
+        alone = rates_of(Trainer(tiny_bert(2), args, eval_dataset=rows))
+        assert [step[learner] for step in pair] == [step[None] for step in alone]
+
+
+def test_a_floor_above_the_students_learning_rate_is_refused(tmp_path):
+    floor = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3}}
+    with pytest.raises(
+        ValueError, match=r"`student_learning_rate=0.0005` with `lr_scheduler_type='polynomial'` and .*0.001}"
+    ):
+        tiny_trainer(tmp_path, student_learning_rate=5e-4, **floor).create_optimizer_and_scheduler(5)
+
+
 # ---- Choosing and stopping ----
 
 
