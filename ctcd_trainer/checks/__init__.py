@@ -133,7 +133,8 @@ def check_setup(
     trained = {name: learners[name] for name in arguments.graph.trained}
     check_optimizer(optimizer, optimizer_cls_and_kwargs, trained, args)
     learning = sorted({edge.learner for edge in arguments.graph.edges})
+    taught = [name for name, weight in arguments.graph.hard_weights.items() if weight > 0]
     for argument, dataset in datasets.items():
-        check_labels(task, dataset, argument, learning)
+        check_labels(task, dataset, argument, learning, taught)
     if args is not None and args.load_best_model_at_end:
         check_prompts(learners, "`load_best_model_at_end=True`")

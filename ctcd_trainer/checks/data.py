@@ -24,7 +24,9 @@ def check_dataset(dataset: Any, argument: str) -> None:
             raise ValueError(f"`{name}` is empty (0 examples). Check the file, the split or the filter it comes from.")
 
 
-def check_labels(task: Task, dataset: Any, argument: str, learning: Collection[str] = ()) -> None:
+def check_labels(
+    task: Task, dataset: Any, argument: str, learning: Collection[str] = (), taught: Collection[str] = ()
+) -> None:
     """Refuse labels of a `datasets.Dataset` or a list of dicts that do not fit the task.
 
     Other data sets (iterable, or computed on the fly) would have to be read whole, so they are not checked.
@@ -34,10 +36,11 @@ def check_labels(task: Task, dataset: Any, argument: str, learning: Collection[s
         dataset: The data set, or a dict of data sets.
         argument: Name of the argument that gave it.
         learning: The models that learn from others, and so from rows without a label too.
+        taught: The models that learn from labels (`..._hard_weight`).
 
     Raises:
-        ValueError: A label does not fit the task, or a row has none and no model learns from another one; the message
-            has the row and the value.
+        ValueError: A label does not fit the task; or a row has none and no model learns from another one; or no row
+            has one and a model learns from labels. The message has the row and the value.
     """
     for name, part in _parts(dataset, argument):
         labels = _labels_of(part)
@@ -45,8 +48,14 @@ def check_labels(task: Task, dataset: Any, argument: str, learning: Collection[s
             continue
         try:
             task.check_labels(labels)
-            unlabelled = np.flatnonzero(task.unlabelled_rows(labels)) if task.per_row else ()
-            if len(unlabelled):
+            unlabelled = np.flatnonzero(task.unlabelled_rows(labels)) if not task.language_model else ()
+            if len(unlabelled) == len(labels) and taught and name == "train_dataset":
+                raise ValueError(
+                    f"No row has a label (row 0: {labels[0]!r}), and the {' and the '.join(taught)} would learn from "
+                    f"labels. Correct the labels, or train on soft losses only: "
+                    f"{', '.join(f'`{learner}_hard_weight=0`' for learner in taught)}."
+                )
+            if len(unlabelled) and task.per_row:
                 _check_unlabelled(labels, unlabelled, name, learning if name == "train_dataset" else None)
         except ValueError as error:
             raise ValueError(f"`{name}`: {error}") from error

@@ -169,10 +169,24 @@ class Task:
 
         The arguments `learner` and `source` are whole outputs; those of the source are detached here. The result is 0
         if nothing is compared.
+
+        Raises:
+            ValueError: The logits of the two models differ in shape, or do not fit the labels.
         """
         logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
-        values = self.family(inputs).soft_loss(*logits, name, temperature)
         compared = self.distilled(inputs)
+        shapes = [tuple(each.shape) for each in (*logits, compared)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"The logits of two models have the shapes {shapes[0]} and {shapes[1]}, which cannot be compared. "
+                "Give both models the same number of outputs."
+            )
+        values = self.family(inputs).soft_loss(*logits, name, temperature)
+        if shapes[2] != values.shape:
+            raise ValueError(
+                f"The labels score positions of the shape {shapes[2]}, and logits of the shape {shapes[0]} need "
+                f"{tuple(values.shape)}. Give {' and '.join(f'`{label}`' for label in self.label_names)} that shape."
+            )
         return torch.where(compared, values, 0.0).sum() / compared.sum().clamp(min=1)
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

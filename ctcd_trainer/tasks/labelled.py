@@ -17,8 +17,8 @@ from .labels import IGNORE_INDEX, label_array
 class SequenceClassification(Task):
     """One label, several labels or a score for each sequence (`...ForSequenceClassification`).
 
-    A row without a label has the class -100, or NaN for scores and for each of several labels. The soft losses compare
-    it, and the hard loss leaves it out.
+    A missing target is the class -100, or NaN among scores and among several labels. The hard loss is the mean over
+    the targets that are there. The soft losses need no targets: they compare every row, and every output of a row.
     """
 
     name = "sequence-classification"
@@ -60,19 +60,27 @@ class SequenceClassification(Task):
         return {"num_labels": same["num_labels"], "problem_type": same_type, **same}
 
     def check_labels(self, rows: Sequence[Any]) -> None:
-        """Refuse labels `(rows,)` or `(rows, num_labels)` of a data set that do not fit the head.
+        """Refuse labels of a data set that do not fit the head.
+
+        One class or one score is `(rows,)` or `(rows, 1)`; several labels or scores are `(rows, num_labels)`.
 
         Raises:
-            ValueError: A class index out of range, a multi-label row of another length or with values other than 0
-                to 1, a score that is not finite.
+            ValueError: Another shape, a class index out of range, a label of several that is not from 0 to 1, an
+                infinite score.
         """
         labels = label_array(rows)
-        integers = np.issubdtype(labels.dtype, np.integer)
+        integers = labels.dtype.kind in "biu"
         problem_type = self.problem_type(integers)
         encoding = f"Encode each row as {self.num_labels} zeros and ones."
         if problem_type == "regression":
+            if labels.shape[1:] != (self.num_labels,) and (self.num_labels, labels.ndim) != (1, 1):
+                raise ValueError(
+                    f"Scores must have one value per output: the models have `num_labels={self.num_labels}` and the "
+                    f"labels have the shape {labels.shape}. Load both models with another `num_labels`, or change the "
+                    "data."
+                )
             infinite = np.isinf(labels.astype(np.float64)).reshape(len(labels), -1).any(axis=1)
-            rule = "scores must be finite numbers, or NaN for a row without a score. Drop the row."
+            rule = "scores must be finite numbers, or NaN where a score is missing. Drop the row."
             _refuse(infinite, labels, "The score of row", rule)
         elif integers != (problem_type == "single_label_classification"):
             raise ValueError(
@@ -81,6 +89,11 @@ class SequenceClassification(Task):
                 "`problem_type`."
             )
         elif problem_type == "single_label_classification":
+            if labels.size != len(labels):
+                raise ValueError(
+                    f"The labels are integers of the shape {labels.shape}, and the models predict one class of a row. "
+                    "Give each row the index of one class. For several labels of a row, give zeros and ones as floats."
+                )
             self._check_classes(labels)
         elif labels.ndim != 2 or labels.shape[1] != self.num_labels:
             raise ValueError(
@@ -88,8 +101,8 @@ class SequenceClassification(Task):
                 f"and the labels have shape {labels.shape}. {encoding}"
             )
         else:
-            wrong = ~((labels >= 0) & (labels <= 1)).all(axis=1) & ~np.isnan(labels).all(axis=1)
-            rule = f"every value must be from 0 to 1, or all NaN for a row without labels. {encoding}"
+            wrong = ((labels < 0) | (labels > 1)).any(axis=1)
+            rule = f"every value must be from 0 to 1, or NaN where a label is missing. {encoding}"
             _refuse(wrong, labels, "Multi-label row", rule)
 
     def counted(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -102,33 +115,47 @@ class SequenceClassification(Task):
     def unlabelled_rows(self, rows: Sequence[Any]) -> np.ndarray:
         """Mark the rows without a label."""
         labels = label_array(rows)
-        if np.issubdtype(labels.dtype, np.integer) and self.problem_type(True) == "single_label_classification":
+        if self.problem_type(labels.dtype.kind in "biu") == "single_label_classification":
             return super().unlabelled_rows(rows)
         return np.isnan(labels.astype(np.float64)).reshape(len(labels), -1).all(axis=1)
 
     def trainable_labels(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the labels, with 0 in place of missing scores; see `hard_loss`."""
+        """Return the labels, with 0 in place of NaN; see `hard_loss`."""
         if self._problem_type_of(inputs) == "single_label_classification":
             return super().trainable_labels(inputs)
         return {"labels": inputs["labels"].nan_to_num()} if "labels" in inputs else {}
 
     def hard_loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return the loss of the model, or a mean over the labelled rows if scores are missing."""
+        """Return the loss of the model, or the mean over the targets that are there if some are NaN.
+
+        Raises:
+            ValueError: Scores or several labels have another shape than the logits.
+        """
         loss, labels = outputs.get("loss"), inputs.get("labels")
         if loss is None or labels is None or self._problem_type_of(inputs) == "single_label_classification":
             return loss
+        logits = self.compared(outputs, inputs)
+        if labels.shape != logits.shape and (*labels.shape, 1) != logits.shape:
+            raise ValueError(
+                f"`labels` have the shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}: torch would "
+                "compare them across rows or outputs (broadcasting). Give the labels the shape of the logits."
+            )
         scored = self.scored(inputs)
         if scored.all() or not scored.any():  # without any label the weight is 0, and any finite value will do
             return loss
-        logits, labels = outputs["logits"][scored], labels[scored]
+        logits, labels = logits.reshape(labels.shape)[scored], labels[scored]
         if self._problem_type_of(inputs) == "regression":
-            return nn.functional.mse_loss(logits.reshape(labels.shape).float(), labels.float())
+            return nn.functional.mse_loss(logits.float(), labels.float())
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
     def scored(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Mark the rows with a label: bool `(rows,)`."""
-        counted = self.counted(inputs).ne(IGNORE_INDEX)
-        return counted.reshape(len(counted), -1).any(-1)
+        """Mark the targets that are there: bool, of the shape of the labels."""
+        return self.counted(inputs).ne(IGNORE_INDEX)
+
+    def distilled(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Mark all rows: bool `(rows,)`."""
+        scored = self.scored(inputs)
+        return scored.new_ones(len(scored))
 
 
 def _refuse(wrong: np.ndarray, labels: np.ndarray, what: str, rule: str) -> None:
@@ -147,15 +174,13 @@ class ImageClassification(SequenceClassification):
     model_names = model_names_of("IMAGE_CLASSIFICATION")
 
 
-class AudioClassification(Task):
-    """One label for each recording (`Wav2Vec2ForSequenceClassification` and its like)."""
+class AudioClassification(SequenceClassification):
+    """One label, or several, for each recording (`Wav2Vec2ForSequenceClassification` and its like)."""
 
     name = "audio-classification"
     pipeline_tag = "audio-classification"
     auto_model = auto.AutoModelForAudioClassification
     model_names = model_names_of("AUDIO_CLASSIFICATION")
-    per_token = False
-    per_row = True
 
 
 class TokenClassification(Task):

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from tiny import PROBLEMS, assert_same_weights, collate, tiny_rows, tiny_trainer
+from datasets import IterableDataset
+from tiny import PROBLEMS, assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import rows_of, tiny_batch, tiny_model
 from torch.nn import functional as F
 from transformers import default_data_collator
@@ -108,11 +109,31 @@ def test_a_multiple_choice_without_a_label_is_compared(tmp_path):
 
 def test_rows_without_labels_alone_train_both_models_towards_each_other(tmp_path):
     rows = mixed_rows("single_label", 24, unlabelled=tuple(range(12)))
-    trainer = tiny_trainer(tmp_path, train_dataset=rows, logging_steps=1, max_steps=5)
+    weights = {"teacher_hard_weight": 0.0, "student_hard_weight": 0.0}
+    trainer = tiny_trainer(tmp_path, train_dataset=rows, logging_steps=1, max_steps=5, **weights)
     trainer.train()
     logs = [each for each in trainer.state.log_history if "student_from_teacher_loss" in each]
-    assert {each["teacher_hard_loss"] for each in logs} == {0.0}
+    assert not any("teacher_hard_loss" in each for each in logs)
     assert logs[-1]["student_from_teacher_loss"] < logs[0]["student_from_teacher_loss"]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_data_without_any_label_are_refused_where_a_model_learns_from_labels(problem, tmp_path):
+    rows = mixed_rows(problem, 24, unlabelled=tuple(range(12)))
+    with pytest.raises(ValueError, match=r"`train_dataset`: No row has a label .*student.*`student_hard_weight=0`"):
+        tiny_trainer(tmp_path, problem, train_dataset=rows, teacher_hard_weight=0.0)
+
+
+def test_tokens_without_any_label_are_refused(tmp_path):
+    rows = rows_of(tiny_batch("token-classification"))
+    for row in rows:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    models = {
+        "model": tiny_model("bert", "token-classification", 2),
+        "student_model": tiny_model("bert", "token-classification", 1),
+    }
+    with pytest.raises(ValueError, match="No row has a label"):
+        tiny_trainer(tmp_path, **models, train_dataset=rows)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -161,8 +182,94 @@ def test_rows_without_a_label_are_refused_if_all_soft_weights_are_zero(tmp_path)
         tiny_trainer(tmp_path, train_dataset=mixed_rows("single_label", 12), **weights)
 
 
-def test_some_labels_of_several_are_refused(tmp_path):
+def test_labels_beyond_zero_and_one_are_refused(tmp_path):
     rows = tiny_rows(4, "multi_label")
-    rows[2]["labels"] = [0.0, 1.0, math.nan, 0.0]
-    with pytest.raises(ValueError, match="Multi-label row 2 is .*nan.*or all NaN"):
+    rows[2]["labels"] = [0.0, 1.5, math.nan, 0.0]
+    with pytest.raises(ValueError, match="Multi-label row 2 is .*nan.*or NaN where a label is missing"):
         tiny_trainer(tmp_path, "multi_label", train_dataset=rows)
+
+
+OUTPUTS = 3
+
+
+def rows_with_missing_targets(problem, count=16):
+    """Rows with all, some or no targets; micro-batches of two have very unequal numbers of them."""
+    rows = tiny_rows(count)
+    make = torch.Generator().manual_seed(5)
+    for index, row in enumerate(rows):
+        targets = torch.randn(OUTPUTS, generator=make)
+        targets = targets if problem == "regression" else targets.gt(0).float()
+        missing = torch.rand(OUTPUTS, generator=make) < (0.8 if index % 8 < 3 else 0.3)
+        row["labels"] = targets.masked_fill(missing | torch.tensor(index % 5 == 4), math.nan).tolist()
+    return rows
+
+
+def trainer_of_outputs(tmp_path, problem, **options):
+    models = {"model": (3, 1), "student_model": (2, 2)}
+    models = {name: tiny_bert(*each, problem=problem, num_labels=OUTPUTS) for name, each in models.items()}
+    return tiny_trainer(tmp_path, problem, **models, **options)
+
+
+def naive_hard_loss(problem, logits, labels):
+    """The mean over the targets that are there, one by one."""
+    losses = []
+    for z, y in zip(logits.reshape(-1), labels.reshape(-1), strict=True):
+        if not y.isnan():
+            bce = -(y * F.logsigmoid(z) + (1 - y) * F.logsigmoid(-z))
+            losses.append((z - y) ** 2 if problem == "regression" else bce)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("problem", ["multi_label", "regression"])
+def test_missing_targets_count_in_no_hard_loss_and_every_output_is_compared(problem, tmp_path):
+    rows = rows_with_missing_targets(problem)
+    trainer = trainer_of_outputs(tmp_path, problem, train_dataset=rows)
+    batch = collate(rows)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    first, second = (model(**inputs).logits for model in (trainer.teacher_model, trainer.student_model))
+    hard = [naive_hard_loss(problem, logits, batch["labels"]) for logits in (first, second)]
+    if problem == "regression":
+        soft = 2 * F.mse_loss(first, second)
+    else:
+        p, q = first.sigmoid(), second.sigmoid()
+        parts = [(p, q), (1 - p, 1 - q), (q, p), (1 - q, 1 - p)]
+        soft = sum((a * (a / b).log()).sum() for a, b in parts) / len(rows)
+    losses = trainer.pair(**batch).losses
+    torch.testing.assert_close([losses["teacher_hard_loss"], losses["student_hard_loss"]], hard)
+    torch.testing.assert_close(losses["student_from_teacher_loss"] + losses["teacher_from_student_loss"], soft)
+    complete = {**batch, "labels": batch["labels"].nan_to_num()}
+    assert torch.equal(trainer.pair(**complete).losses["teacher_hard_loss"], trainer.teacher_model(**complete).loss)
+    assert trainer.evaluate(rows[:5])["eval_loss"] == pytest.approx(
+        naive_hard_loss(problem, first[:5], batch["labels"][:5]).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("problem", ["multi_label", "regression"])
+def test_missing_targets_of_accumulated_batches_are_counted_over_all_of_them(problem, tmp_path):
+    """Rows that come one by one, as from a stream, are not checked beforehand."""
+    rows = rows_with_missing_targets(problem)
+    settings = {
+        "train_dataset": IterableDataset.from_generator(lambda: iter(rows)),
+        "max_steps": 2,
+        "logging_steps": 1,
+    }
+    trainers = [
+        trainer_of_outputs(
+            tmp_path, problem, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings
+        )
+        for size in (8, 1)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert_same_weights(trainers[1].pair, trainers[0].pair, 2e-6)
+    hard = [trainer.state.log_history[0]["teacher_hard_loss"] for trainer in trainers]
+    assert hard[1] == pytest.approx(hard[0], rel=1e-5)
+
+
+def test_missing_labels_of_several_are_left_out_of_the_agreement(tmp_path):
+    rows = rows_with_missing_targets("multi_label")
+    trainer = trainer_of_outputs(tmp_path, "multi_label", train_dataset=rows)
+    batch = collate(rows)
+    labels = batch.pop("labels")
+    same = trainer.teacher_model(**batch).logits.gt(0) == trainer.student_model(**batch).logits.gt(0)
+    assert trainer.evaluate(rows)["eval_agreement"] == pytest.approx(same[~labels.isnan()].float().mean().item())
