@@ -41,10 +41,10 @@ from examples.benchmarks.measuring import (
     comparison_row,
     in_turns,
     parser_of,
-    peak_memory_of,
     print_notes,
     print_table,
 )
+from examples.benchmarks.peaks import peak_memory_of
 
 NAMES = (TEACHER, STUDENT)
 OURS, NAIVE, PLAIN = COMPARED = ("ours", "naive", "plain")

@@ -50,10 +50,10 @@ from examples.benchmarks.measuring import (
     make_trainer,
     optimizer_step,
     parser_of,
-    peak_memory_of,
     print_notes,
     print_table,
 )
+from examples.benchmarks.peaks import peak_memory_of
 
 OURS, UNFUSED, TEACHER, STUDENT, NAIVE = VARIANTS = ("ours", "unfused", "teacher alone", "student alone", "naive")
 SCORED_SHARE = 0.15  # of the tokens, in masked language modelling

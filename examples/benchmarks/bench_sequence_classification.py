@@ -36,11 +36,11 @@ from examples.benchmarks.measuring import (
     make_trainer,
     optimizer_step,
     parser_of,
-    peak_memory_of,
     print_notes,
     print_table,
     verdict,
 )
+from examples.benchmarks.peaks import peak_memory_of
 
 CO_TRAINING, TEACHER, STUDENT = VARIANTS = ("co-training", "teacher alone", "student alone")
 STEP_TARGET, TRAIN_TARGET = 1.03, 1.0

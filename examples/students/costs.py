@@ -37,7 +37,8 @@ from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from ctcd_trainer.graph import TEACHER
 from ctcd_trainer.model_structure import count_parameters, is_peft_model
 from ctcd_trainer.students.costs import measure_latencies
-from examples.benchmarks.measuring import describe_machine, in_turns, optimizer_step, peak_memory_of
+from examples.benchmarks.measuring import describe_machine, in_turns, optimizer_step
+from examples.benchmarks.peaks import peak_memory_of
 from examples.common.arguments import LabelledModelArguments
 from examples.common.models import load_model, load_models
 

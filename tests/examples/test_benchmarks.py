@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocations import allocate, fragment
 
 from examples.benchmarks import bench_checkpoints as checkpoints
 from examples.benchmarks import bench_fused_linear as fused
 from examples.benchmarks import bench_language_models as language_models
 from examples.benchmarks import bench_scaling as scaling
 from examples.benchmarks import measuring as common
+from examples.benchmarks.peaks import peak_memory_of
 
 
 def report(module, monkeypatch, capsys, *arguments: object) -> str:
@@ -39,30 +41,18 @@ def assert_figures(row: list[str]) -> None:
         assert float(row[8]) == pytest.approx(float(row[6]) / float(row[7]), rel=0.1)  # of rounded figures
 
 
-# ---- bench_common.py ----
-
-
-def allocate(megabytes: int) -> None:
-    torch.ones(megabytes * 10**6 // 4)
+# ---- peaks.py and measuring.py ----
 
 
 def test_peak_memory_is_that_of_the_action_alone():
     allocate(300)  # a peak of this process, which must not count
-    assert common.peak_memory_of(allocate, 100) == pytest.approx(100, abs=30)
-
-
-def fragment() -> None:
-    """Allocate 80 MB in blocks that glibc cannot give back when they are freed, and then 100 MB."""
-    torch.ones(250_000)  # 1 MB: from now on glibc takes smaller blocks from its heap
-    blocks = [torch.ones(200_000) for _ in range(101)]
-    del blocks[:-1]  # the one that stays is above them
-    torch.ones(25_000_000)
+    assert peak_memory_of(allocate, 100) == pytest.approx(100, abs=30)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about the allocator of glibc")
 def test_live_memory_leaves_out_what_the_allocator_keeps():
-    assert common.peak_memory_of(fragment) == pytest.approx(180, abs=30)
-    assert common.peak_memory_of(fragment, live=True) == pytest.approx(100, abs=30)
+    assert peak_memory_of(fragment) == pytest.approx(180, abs=30)
+    assert peak_memory_of(fragment, live=True) == pytest.approx(100, abs=30)
     assert not any(name.startswith("MALLOC") for name in os.environ)
 
 

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +10,7 @@ from types import ModuleType
 
 import pytest
 from places import EXAMPLES, ROOT
+from processes import run_python
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -31,9 +30,9 @@ def call(monkeypatch, module: ModuleType, *arguments: object) -> None:
 
 #: Starts each script in turn, as `python path/to/script.py --help` does, in a process whose path lacks the repository.
 START = """
-import runpy, sys
+import os, runpy, sys
 root, *scripts = sys.argv[1:]
-sys.path = [folder for folder in sys.path if folder not in ("", root)]
+sys.path = [folder for folder in sys.path if os.path.realpath(folder) != root]
 for script in scripts:
     for name in [name for name in sys.modules if name.split(".")[0] == "examples"]:
         del sys.modules[name]
@@ -49,9 +48,7 @@ for script in scripts:
 def test_every_script_starts_from_any_folder(tmp_path):
     scripts = [*EXAMPLES.glob("run_*.py"), *EXAMPLES.glob("benchmarks/bench_*.py"), *EXAMPLES.glob("demo/[a-z]*.py")]
     assert len(scripts) == 5 + 5 + 2
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", START, str(ROOT), *map(str, sorted(scripts))]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_python("-c", START, ROOT.resolve(), *sorted(scripts), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("usage:") == len(scripts)
 

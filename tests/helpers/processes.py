@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -114,15 +115,17 @@ def _be_python(arguments: list[str], environment: dict[str, str], cwd: Path | No
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_python(*arguments: object, timeout: float = 900.0) -> tuple[int, str]:
-    """Run `python ARGUMENT...` as `start_python` does; exit status and stderr."""
-    with tempfile.NamedTemporaryFile("r") as errors:
-        process = start_python(*arguments, errors=Path(errors.name))
+def run_python(
+    *arguments: object, cwd: Path | None = None, timeout: float = 900.0
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENT...` as `start_python` does, for at most so many seconds."""
+    with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
+        process = start_python(*arguments, cwd=cwd, output=Path(output.name), errors=Path(errors.name))
         process.join(timeout)
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)  # with its forks
-            raise TimeoutError(f"{arguments} ran for more than {timeout} s: {errors.read()[-6000:]}")
-        return process.exitcode, errors.read()
+            raise subprocess.TimeoutExpired(list(map(str, arguments)), timeout, output.read(), errors.read())
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read(), errors.read())
 
 
 def run_program(program: str, *arguments: object, timeout: float = 900.0) -> None:
@@ -133,5 +136,5 @@ def run_program(program: str, *arguments: object, timeout: float = 900.0) -> Non
         *arguments: Its arguments.
         timeout: In seconds.
     """
-    status, errors = run_python(PROGRAMS / program, *arguments, timeout=timeout)
-    assert status == 0, errors[-6000:]
+    done = run_python(PROGRAMS / program, *arguments, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-6000:]

@@ -174,9 +174,9 @@ trainer.train()
 
 def test_a_write_that_the_system_refuses_leaves_the_checkpoint_before(tmp_path):
     code = FULL.format(folder=str(tmp_path / "out"))
-    status, errors = run_python("-c", code, timeout=120)
-    assert status == 1
-    assert "checkpoint-4' could not be written" in errors
+    result = run_python("-c", code, timeout=120)
+    assert result.returncode == 1
+    assert "checkpoint-4' could not be written" in result.stderr
     assert os.listdir(tmp_path / "out") == ["checkpoint-2"]
     resumed = tiny_trainer(tmp_path / "out")
     resumed.train(resume_from_checkpoint=True)
