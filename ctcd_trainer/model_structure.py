@@ -112,6 +112,14 @@ def forward_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)) - {"self"}
 
 
+def accepts_loss_kwargs(model: nn.Module) -> bool:
+    """Tell whether a model takes `num_items_in_batch`, by the rule of Trainer (which knows it of one model only)."""
+    model = base_model(model)
+    if hasattr(model, "accepts_loss_kwargs"):
+        return model.accepts_loss_kwargs
+    return any(p.kind == p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+
+
 def embeddings_of(model: nn.Module, getter: str) -> nn.Module | None:
     """Return the layer of `get_input_embeddings` or `get_output_embeddings`, `None` if the model has none.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from .arguments import DistillationArguments
-from .pair.model import LearnerView
+from .pair.learner_view import LearnerView
 from .trainer import CoDistillationTrainer
 
 
@@ -34,12 +34,7 @@ class CoDistillationSeq2SeqTrainer(CoDistillationTrainer, Seq2SeqTrainer):
                 learner.generation_config = self.load_generation_config(self.args.generation_config)
 
     def _prediction_step_of(
-        self, view: LearnerView, inputs: dict[str, Tensor | Any], *args: Any, **gen_kwargs: Any
+        self, view: LearnerView, inputs: dict[str, Tensor | Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Do Seq2SeqTrainer's prediction step for one learner: it generates with `self.model`."""
-        pair, self.model = self.model, self.pair.learners[view.learner]
-        try:
-            inputs = self.pair.named_inputs(self.model, inputs)
-            return super()._prediction_step_of(view, inputs, *args, **gen_kwargs)
-        finally:
-            self.model = pair
+        """Give `generate` the inputs of the learner alone."""
+        return super()._prediction_step_of(view, self.pair.named_inputs(self.model, inputs), *args, **kwargs)

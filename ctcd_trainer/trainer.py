@@ -7,9 +7,9 @@ Each hook hands over to a part: the pair (losses), `PairEvaluation`, `PairCheckp
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,19 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 
-from .arguments import DistillationArguments
+from .arguments import DistillationArguments, learner_arguments
 from .cards.card import CardOptions, save_model_cards, write_model_cards
 from .cards.facts import CardFacts
 from .checks import check_strategy
 from .graph import LEARNERS, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction
-from .model_structure import base_model, hidden_quantisation, is_quantised
+from .model_structure import accepts_loss_kwargs, base_model, hidden_quantisation, is_quantised
 from .pair.assembly import PairSources
 from .pair.fused_heads import FusedHeads
-from .pair.model import CoDistillationModel, LearnerView
+from .pair.learner_view import LearnerView
+from .pair.model import CoDistillationModel
+from .pair.output import loss_of
 from .saving.best_student import BestStudent
 from .saving.checkpoints import PairCheckpoints
 from .saving.weights import check_written_with_fsdp
@@ -125,6 +127,8 @@ class CoDistillationMixin:
         self._loss_meter = LossMeter()
         self._grad_norms: dict[str, Tensor] = {}
         self._learning_rates: dict[str, float] = {}
+        #: The user's own value, of the class or set later; the pair's loss is always scaled.
+        self._loss_is_scaled: bool | None = getattr(type(self), "loss_is_scaled_for_ga", None)
         self._sources = PairSources(
             self.distillation,
             student_model,
@@ -203,18 +207,34 @@ class CoDistillationMixin:
         self.checkpoints = PairCheckpoints(self.pair, self.args, self.processing_class_of, self._save_cards)
         self._hand_over()
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
-        # The pair divides every term of the loss by the item count of the whole accumulated batch.
-        self.loss_is_scaled_for_ga = True
+        # Trainer calls these for its model, the pair. The pair's versions call those of the class for each learner, so
+        # that a subclass overrides them as if it trained one model.
+        self.compute_loss, self.create_optimizer = self._pair_loss, self._pair_optimizer
+        self.prediction_step = self._primary_prediction_step
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False  # the task counts
 
     def _hand_over(self) -> None:
         """Give the parts the arguments and loss functions of the trainer, which may have changed since."""
+        if self.loss_is_scaled_for_ga is not True:  # changed since the pair was made
+            self._loss_is_scaled = self.loss_is_scaled_for_ga
+        # The pair divides every term of the loss by the item count of the whole accumulated batch.
+        self.loss_is_scaled_for_ga = True
         self.pair.objective.compute_loss_func = self.compute_loss_func
         self.pair.objective.label_smoother = self.label_smoother
         for part in (self.checkpoints, self.evaluation, self.uploads):
             if part is not None:
                 part.args = self.args
+
+    @contextmanager
+    def _as_trainer_of(self, learner: str) -> Iterator[None]:
+        """Let the hooks of the class see a learner, and the arguments that hold for it, in place of the pair."""
+        pairs = self.model, self.args
+        self.model, self.args = self.pair.learners[learner], learner_arguments(self.args, learner)
+        try:
+            yield
+        finally:
+            self.model, self.args = pairs
 
     def processing_class_of(self, learner: str) -> Any:
         """Return the tokenizer or processor of a learner; `None` if none is known."""
@@ -252,6 +272,11 @@ class CoDistillationMixin:
         Raises:
             FloatingPointError: A loss of any model is not finite; names the model, the component and the step.
         """
+        if self.compute_loss != self._pair_loss:
+            raise ValueError(
+                "`trainer.compute_loss` was replaced by an assignment, which would compute the loss of the pair as "
+                "that of one model. Override the method in a subclass, or pass `compute_loss_func`."
+            )
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
         self.pair.fused_heads = FusedHeads()  # heads, adapters and loss functions may have changed
         self._hand_over()
@@ -328,8 +353,7 @@ class CoDistillationMixin:
         rows = [{"labels": self.task.distilled(batch).long()} for batch in batch_samples]
         return torch.stack([number, super()._get_num_items_in_batch(rows, device)])
 
-    @for_pairs
-    def compute_loss(
+    def _pair_loss(
         self,
         model: nn.Module | LearnerView,
         inputs: dict[str, Tensor | Any],
@@ -338,32 +362,75 @@ class CoDistillationMixin:
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the loss that the pair computes in its forward; see `CoDistillationModel.forward`.
 
+        Takes the place of `compute_loss`. If a class overrides that, it is the task loss of each learner.
+
         Args:
             model: The pair, wrapped or not; or a `LearnerView`, for the hard loss of one learner.
             inputs: The batch.
             return_outputs: Whether to return the outputs as well.
             num_items_in_batch: Scored items in the accumulated batch of all processes.
         """
+        if any(model is learner for learner in self.pair.learners.values()):
+            return type(self).compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         self._hand_over()
-        self.pair.objective.progress = Progress(self.state.global_step, self.state.max_steps, self.state.epoch or 0.0)
-        logits = {"return_logits": True} if return_outputs and not isinstance(model, LearnerView) else {}
-        with self.accelerator.autocast():  # also where a user calls this method
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **logits)
-        if outputs.get("loss") is None:
-            raise ValueError(
-                f"The models have computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "
-                "'labels', or pass a `data_collator` that makes them."
-            )
+        objective = self.pair.objective
+        objective.progress = Progress(self.state.global_step, self.state.max_steps, self.state.epoch or 0.0)
         scale: float = 1
         if num_items_in_batch is None:  # the means of several micro-batches are added up
             scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1) if self.pair.training else 1
         elif self.args.average_tokens_across_devices:
             # DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them.
             scale = self.accelerator.num_processes
+        if type(self).compute_loss is not Trainer.compute_loss:
+            objective.learner_loss = functools.partial(self._learner_loss, scale)
+        logits = {"return_logits": True} if return_outputs and not isinstance(model, LearnerView) else {}
+        try:
+            with self.accelerator.autocast():  # also where a user calls this method
+                outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **logits)
+        finally:
+            objective.learner_loss = None
+        loss = loss_of(outputs)
+        if loss is None:
+            raise ValueError(
+                f"The models have computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "
+                "'labels', or pass a `data_collator` that makes them."
+            )
         if not isinstance(model, LearnerView):
             self._loss_meter.add(outputs["losses"], self.state.global_step + 1, scale)
-        loss = outputs["loss"] * scale if scale != 1 else outputs["loss"]
+        loss = loss * scale if scale != 1 else loss
         return (loss, outputs) if return_outputs else loss
+
+    def _learner_loss(
+        self, scale: float, learner: str, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """Call the `compute_loss` of the class for a learner, and scale the loss as `training_step` does.
+
+        Args:
+            scale: The factor of the pair's loss.
+            learner: Name of the learner.
+            inputs: Its part of the batch.
+            num_items_in_batch: The number of scored items.
+
+        Returns:
+            The loss divided by `scale`, and the outputs; `None` if the method has returned none.
+        """
+        everyones = self.model_accepts_loss_kwargs
+        with self._as_trainer_of(learner):
+            self.model_accepts_loss_kwargs = counts = accepts_loss_kwargs(self.model)
+            number = num_items_in_batch if counts or self.compute_loss_func is not None else None
+            try:
+                result = type(self).compute_loss(
+                    self, self.model, inputs, return_outputs=True, num_items_in_batch=number
+                )
+            finally:
+                self.model_accepts_loss_kwargs = everyones
+        loss, outputs = result if isinstance(result, tuple) else (result, None)
+        scaled = self._loss_is_scaled
+        if scaled is None:
+            scaled = number is not None or self.compute_loss_func is not None
+        if not scaled and self.pair.training:
+            loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
+        return (loss / scale if scale != 1 else loss), outputs
 
     @for_pairs
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
@@ -375,22 +442,23 @@ class CoDistillationMixin:
 
     # ---- Optimizer ----
 
-    @for_pairs
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make one optimizer for all trained learners; see `training/optimizer.py`."""
+    def _pair_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make one optimizer for all trained learners, in place of `create_optimizer`; see `training/optimizer.py`.
+
+        Args:
+            model: Not used: the optimizer holds the parameters of the learners, whatever wraps them.
+        """
         check_frozen_unchanged(self.pair, self.distillation)
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        self.optimizer = create_optimizer(self.pair, self.args, self._optimizer_of)
+        if self.optimizer is None:
+            users = type(self).create_optimizer is not Trainer.create_optimizer
+            self.optimizer = create_optimizer(self.pair, self.args, self._optimizer_of, users)
         return self.optimizer
 
-    def _optimizer_of(self, model: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
-        """Let Trainer make the optimizer of one learner, with the arguments that hold for it."""
-        everyones, self.args, self.optimizer = self.args, args, None
-        try:
-            return super().create_optimizer(model)
-        finally:
-            self.args = everyones
+    def _optimizer_of(self, learner: str, args: TrainingArguments) -> torch.optim.Optimizer:
+        """Let the `create_optimizer` of the class make the optimizer of a learner, with these arguments."""
+        with self._as_trainer_of(learner):
+            self.args, self.optimizer = args, None
+            return type(self).create_optimizer(self) or self.optimizer
 
     @for_pairs
     def create_scheduler(
@@ -479,15 +547,16 @@ class CoDistillationMixin:
             self.compute_metrics, self.preprocess_logits_for_metrics = self.evaluation.start(
                 self.pair, *users, metric_key_prefix
             )
+            self.prediction_step = self._pair_prediction_step
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = users
+            self.prediction_step = self._primary_prediction_step
         return self.evaluation.finish(self.pair, output, metric_key_prefix)
 
-    @for_pairs
-    def prediction_step(
+    def _pair_prediction_step(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor | Any],
@@ -495,20 +564,19 @@ class CoDistillationMixin:
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Do Trainer's prediction step for each learner in turn.
+        """Call the `prediction_step` of the class for each learner in turn; the evaluation loop calls this instead.
 
         Returns:
             The teacher's loss, the logits by name of the learner (`None` if only losses are wanted), and the labels.
         """
         inputs = self._prepare_inputs(inputs)
         losses, logits, labels = {}, {}, None
-        views = {name: LearnerView(model, name) for name in self.pair.learners}
+        views = {name: LearnerView(model, name, learner) for name, learner in self.pair.learners.items()}
         for name, view in views.items():
-            config = getattr(self.pair.learners[name], "config", None)
-            ignored = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
-            losses[name], logits[name], labels = self._prediction_step_of(
-                view, inputs, prediction_loss_only, ignored if ignore_keys is None else ignore_keys, **gen_kwargs
-            )
+            with self._as_trainer_of(name):
+                losses[name], logits[name], labels = self._prediction_step_of(
+                    view, dict(inputs), prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs
+                )
         if losses[self.pair.primary] is not None:
             # The loss of nothing on any process is NaN, which Trainer does not count (`logging_nan_inf_filter`).
             items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).reshape(-1)[0]
@@ -516,11 +584,20 @@ class CoDistillationMixin:
         self.evaluation.add(self.pair, views, losses, inputs, self.gather_function)
         return losses[self.pair.primary], *(None if prediction_loss_only else value for value in (logits, labels))
 
-    def _prediction_step_of(
-        self, view: LearnerView, *args: Any, **gen_kwargs: Any
+    def _primary_prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Do Trainer's prediction step for one learner."""
-        return super().prediction_step(view, *args, **gen_kwargs)
+        """Call the `prediction_step` of the class for the primary learner, for callers that know of one model."""
+        name = self.pair.primary
+        view = LearnerView(model, name, self.pair.learners[name])
+        with self._as_trainer_of(name):
+            return self._prediction_step_of(view, inputs, *args, **kwargs)
+
+    def _prediction_step_of(
+        self, view: LearnerView, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Do the prediction step of the class for a learner, which is `self.model` in the meantime."""
+        return type(self).prediction_step(self, view, *args, **kwargs)
 
     def predict(
         self,

@@ -133,7 +133,7 @@ def check_augmentation(
             f"`augmented={views!r}` and `share={arguments.share!r}`: the shared layers are run once for both models, "
             f"which would see different inputs. Use `augmented='both'`, or `share={EMBEDDINGS!r}`."
         )
-    name, main_input = type(augmentation).__name__, base_model(teacher).main_input_name
+    name, main_input = type(augmentation).__name__, getattr(base_model(teacher), "main_input_name", "input_ids")
     if getattr(augmentation, "changes_tokens", False) and main_input != "input_ids":
         raise ValueError(
             f"`{name}` changes tokens, and a {type(base_model(teacher)).__name__} takes `{main_input}`. Use `Mixup`, "

@@ -60,7 +60,8 @@ def check_models(
                 "`%s` has %d parameters, more than the %d of `model`: are they the wrong way round?",
                 *(argument, count_parameters(model), count_parameters(teacher)),
             )
-        task.check_pair(teacher.config, model.config, argument)
+        if hasattr(teacher, "config") and hasattr(model, "config"):
+            task.check_pair(teacher.config, model.config, argument)
     return task
 
 
@@ -97,12 +98,12 @@ def _check_whole(model: nn.Module, argument: str) -> None:
 def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None, has_soft_loss: bool) -> Task:
     """Return the given task, or the task of a model's head; see `check_models`."""
     if given_task is not None:
-        return named_task(given_task, model.config)
+        return named_task(given_task, getattr(model, "config", None))
     try:
         return find_task(model, argument)
     except ValueError:
-        if has_soft_loss and hasattr(model, "config"):
-            return UnknownHead(model.config)
+        if has_soft_loss:
+            return UnknownHead(getattr(model, "config", None))
         raise
 
 

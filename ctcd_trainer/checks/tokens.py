@@ -93,7 +93,7 @@ def check_tokenizer(
 
 def vocabulary_size(model: PreTrainedModel) -> int | None:
     """Return the number of token ids in a model's config; `None` for images and audio."""
-    return getattr(model.config.get_text_config(), "vocab_size", None)
+    return getattr(model.config.get_text_config(), "vocab_size", None) if hasattr(model, "config") else None
 
 
 def _is_padded(size: int, num_tokens: int) -> bool:
@@ -103,7 +103,7 @@ def _is_padded(size: int, num_tokens: int) -> bool:
 
 def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer that a model was saved with, from a local folder or the cache of the Hub."""
-    name = getattr(model.config, "name_or_path", "")
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
     if not name or (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json"))):
         return None
     try:

@@ -45,6 +45,8 @@ class Objective:
         task: The meaning of the logits and labels.
         arguments: The weights, the soft loss and the temperature.
         soft_loss_func: The user's function that replaces the task's soft loss.
+        learner_loss: Runs a learner and returns its hard loss as it counts, and its outputs, in place of all that
+            follows; takes the name of the learner, its inputs and `num_items_in_batch`.
         compute_loss_func: The user's function that replaces the hard loss of each model, as Trainer takes it.
         label_smoother: Trainer's label smoother, or `None`.
         progress: How far the training is, for the warm-up of the soft weights.
@@ -53,6 +55,7 @@ class Objective:
     task: Task
     arguments: DistillationArguments
     soft_loss_func: SoftLossFunction | None = None
+    learner_loss: Callable[..., tuple[Tensor, Any]] | None = None
     compute_loss_func: Callable[..., Tensor] | None = None
     label_smoother: Callable[..., Tensor] | None = None
     progress: Progress = field(default_factory=Progress)
@@ -106,6 +109,8 @@ class Objective:
         Returns:
             0-dimensional; `None` if the model has computed no loss.
         """
+        if self.learner_loss is not None:
+            return self.task.named(outputs)["loss"]
         if self.compute_loss_func is not None:
             number = num_items_in_batch
             number = number.reshape(-1)[0] if isinstance(number, Tensor) else number
@@ -114,7 +119,7 @@ class Objective:
             labels = self.task.trainable_labels(batch)["labels"]
             loss = self.label_smoother(outputs, labels, shift_labels=self.task.shifts_labels)
         else:
-            loss = self.task.hard_loss(outputs, batch)
+            loss = self.task.hard_loss(self.task.named(outputs), batch)
         if loss is None:
             return None
         return loss * _share(self.task.counted(batch).ne(IGNORE_INDEX), num_items_in_batch, 0)
@@ -151,7 +156,8 @@ class Objective:
         learner, source = outputs[edge.learner], outputs[edge.source]
         if self.soft_loss_func is not None:
             return self.soft_loss_func(nested_detach(source), learner, batch)
-        return self.task.soft_loss(learner, source, batch, self.arguments.soft_loss, self.arguments.temperature)
+        named = (self.task.named(outputs) for outputs in (learner, source))
+        return self.task.soft_loss(*named, batch, self.arguments.soft_loss, self.arguments.temperature)
 
 
 def _share(counted: Tensor, num_items_in_batch: Tensor | int | None, which: int) -> Tensor:

@@ -205,6 +205,7 @@ class _Batch:
         if self._scored is not None:
             hidden = outputs.hidden.cpu().split(self._scored[list(rows)].sum(-1).tolist())
             return [{"hidden": part.clone()} for part in hidden]
+        outputs = self._task.named(outputs)
         values = {name: outputs[name].cpu() for name in self._task.compared_outputs}
         if self._tokens is None:
             return [{name: value[i : i + 1].clone() for name, value in values.items()} for i in range(len(rows))]

@@ -61,7 +61,9 @@ class FusedHeads:
             "`fused_lm_head` is False": not objective.arguments.fused_lm_head,
             "`soft_loss_func` takes them": objective.soft_loss_func is not None,
             "`compute_loss_func` takes them": objective.compute_loss_func is not None,
+            "`compute_loss` is overridden": objective.learner_loss is not None,
             "`label_smoothing_factor` is set": objective.label_smoother is not None,
+            "a model has no config": not all(hasattr(model, "config") for model in models.values()),
             "DeepSpeed ZeRO-3 shards the heads": any(map(is_divided, models.values())),
         }
         for reason, holds in reasons.items():

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..arguments import DistillationArguments
 from ..graph import PRETRAINED, STUDENT, TEACHER
@@ -25,10 +26,12 @@ from ..losses.objective import Objective, SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
 from ..model_structure import base_model, forward_parameters, is_peft_model, is_quantised, layer_classes
 from ..tasks import Task
+from ..tasks.labels import IGNORE_INDEX
 from ..tasks.two_tokenizers import inputs_of_learner
 from .bases import AdapterBases
 from .fused_heads import FusedHeads
-from .output import CoDistillationOutput
+from .learner_view import recorded_calls
+from .output import CoDistillationOutput, with_loss
 from .shared_layers import SharedRun
 
 
@@ -113,9 +116,9 @@ class CoDistillationModel(PreTrainedModel):
         self.shared_run: SharedRun | None = None
         self.two_tokenizers = two_tokenizers
         self.bases = AdapterBases()
-        self.config = self.learners[self.primary].config
+        self.config = getattr(self.learners[self.primary], "config", self.config)
         self.name_or_path = getattr(self.config, "name_or_path", "")
-        self.main_input_name = base_model(self.learners[self.primary]).main_input_name
+        self.main_input_name = getattr(base_model(self.learners[self.primary]), "main_input_name", "input_ids")
         self.frozen = frozenset(arguments.graph.frozen)
         for name in self.frozen:
             self.learners[name].requires_grad_(False)
@@ -280,10 +283,10 @@ class CoDistillationModel(PreTrainedModel):
         }
         labelled = self.objective.is_labelled(batch)
         if learner is not None:
-            output = self._run(learner, batch, labelled)
+            output = self._run(learner, batch, labelled, num_items_in_batch=num_items_in_batch)
             if labelled:
                 with _without_autocast(self.device.type):
-                    output["loss"] = self.objective.hard_loss(output, batch, num_items_in_batch)
+                    output = with_loss(output, self.objective.hard_loss(output, batch, num_items_in_batch))
             return output
         if return_logits is None:
             return_logits = not (self.training and torch.is_grad_enabled())
@@ -292,14 +295,14 @@ class CoDistillationModel(PreTrainedModel):
             heads = self._run_all(batch, head_at=scored) | self._run_sources(batch, scored)
             loss, losses = self.objective.fused(heads, scored.labels, num_items_in_batch)
             return CoDistillationOutput(loss=loss, losses=losses)
-        outputs = self._run_all(batch, labelled)
+        outputs = self._run_all(batch, labelled, num_items_in_batch=num_items_in_batch)
         loss, losses = None, {}
         if labelled or self.training:
             every_output = {**outputs, **self._run_sources(batch)}
             with _without_autocast(self.device.type):
                 loss, losses = self.objective(every_output, batch, num_items_in_batch)
         first = outputs[self.primary]
-        fields = dict(first) if isinstance(first, Mapping) else {}
+        fields = dict(self.task.named(first))
         return CoDistillationOutput({"loss": None, **fields} | {"loss": loss, "losses": losses, "outputs": outputs})
 
     def _is_fused(self, batch: Mapping[str, Any]) -> bool:
@@ -311,19 +314,25 @@ class CoDistillationModel(PreTrainedModel):
             return self.fused_heads.decide(self.objective, self.models, inputs, batch)
         return self.fused_heads.used
 
-    def _run_all(
-        self, batch: Mapping[str, Any], labelled: bool = False, head_at: ScoredPositions | None = None
-    ) -> dict[str, Any]:
+    def _run_all(self, batch: Mapping[str, Any], labelled: bool = False, **options: Any) -> dict[str, Any]:
         """Run every learner on a batch, layers that they share only once."""
-        run = partial(self._run, batch=batch, labelled=labelled, head_at=head_at)
+        run = partial(self._run, batch=batch, labelled=labelled, **options)
         if self.shared_run is not None:
             return self.shared_run.run(self.learners, run)
         return {name: run(name) for name in self.learners}
 
     def _run(
-        self, name: str, batch: Mapping[str, Any], labelled: bool = False, head_at: ScoredPositions | None = None
+        self,
+        name: str,
+        batch: Mapping[str, Any],
+        labelled: bool = False,
+        head_at: ScoredPositions | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Run one learner on its part of a batch."""
+        wanted = not self.training or self.objective.arguments.graph.hard_weights[name] > 0
+        if labelled and wanted and self.objective.learner_loss is not None:
+            return self._run_by_user(name, batch, num_items_in_batch)
         compute = labelled and self.objective.models_compute_loss(batch)
         if compute:
             batch = {**batch, **self.task.trainable_labels(batch)}
@@ -333,6 +342,29 @@ class CoDistillationModel(PreTrainedModel):
         # As accelerate does with the outputs of a model under autocast: the loss functions expect fp32.
         autocast = head_at is None and torch.is_autocast_enabled(self.device.type)
         return convert_to_fp32(output) if autocast else output
+
+    def _run_by_user(self, name: str, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None) -> Any:
+        """Let the user's code run one learner on its part of a batch and compute its loss, the output's `loss`."""
+        nothing = self.task.counted(batch).eq(IGNORE_INDEX).all()  # the loss of nothing is NaN, and has weight 0
+        labels = {key: batch[key].masked_fill(nothing, 0) for key in self.task.label_names if key in batch}
+        batch = inputs_of_learner(
+            name, {**batch, **labels}, self.task.label_names, self.known_inputs, self.two_tokenizers
+        )
+        model, number = self.learners[name], num_items_in_batch
+        number = number.reshape(-1)[0] if isinstance(number, Tensor) else number
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen),
+            recorded_calls(model, self.device.type) as calls,
+        ):
+            loss, output = self.objective.learner_loss(name, self.inputs_of(model, batch), number)
+            if output is None or not set(self.task.compared_outputs) <= self.task.named(output).keys():
+                if not calls:
+                    raise ValueError(
+                        f"`compute_loss` has not called the {name} that it was given as `model`, so that there are no "
+                        f"outputs to compare. Call it, or return outputs with {list(self.task.compared_outputs)}."
+                    )
+                output = calls[-1]
+            return with_loss(output, torch.where(nothing, 0.0 * loss, loss))
 
     def _run_sources(self, batch: Mapping[str, Any], head_at: ScoredPositions | None = None) -> dict[str, Any]:
         """Run the frozen models outside of the pair, or look their predictions up."""
@@ -414,7 +446,7 @@ class CoDistillationModel(PreTrainedModel):
         """Save the primary learner in the folder itself and every other learner in a folder of its name.
 
         Each is complete and loads with its own `from_pretrained`, without this package; see `AdapterBases` for
-        adapters.
+        adapters. Of a module without `save_pretrained` the weights are saved alone.
 
         Args:
             save_directory: The folder.
@@ -425,28 +457,13 @@ class CoDistillationModel(PreTrainedModel):
         for name, model in self.learners.items():
             folder = self.folder_of(name, os.fspath(save_directory))
             weights = state_dict and self.weights_of(name, state_dict)
-            self.bases.save(name, model, folder, weights, is_main_process=is_main_process, **kwargs)
+            if hasattr(model, "save_pretrained"):
+                self.bases.save(name, model, folder, weights, is_main_process=is_main_process, **kwargs)
+            elif is_main_process:  # as Trainer saves a plain module
+                os.makedirs(folder, exist_ok=True)
+                save_file(weights or model.state_dict(), os.path.join(folder, SAFE_WEIGHTS_NAME), {"format": "pt"})
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
     """Compute losses from whole outputs in fp32, as Trainer does: accelerate's autocast is for the models."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-class LearnerView:
-    """One learner of a pair, called through whatever wraps the pair (DDP and FSDP need their own forward).
-
-    Args:
-        model: The pair, wrapped or not.
-        learner: Name of the learner that a call runs.
-    """
-
-    def __init__(self, model: nn.Module, learner: str) -> None:
-        self.model, self.learner = model, learner
-        #: The last output.
-        self.outputs: Any = None
-
-    def __call__(self, **inputs: Any) -> Any:
-        """Return the output of the learner on the inputs, with its hard loss as the `loss`."""
-        self.outputs = self.model(learner=self.learner, **inputs)
-        return self.outputs

@@ -62,7 +62,7 @@ def find_task(model: nn.Module, argument: str = "model") -> Task:
     )
 
 
-def named_task(task: Task | str, config: PreTrainedConfig) -> Task:
+def named_task(task: Task | str, config: PreTrainedConfig | None) -> Task:
     """Return the task that the user gives as an object or by name; raise `ValueError` if the name is unknown."""
     if isinstance(task, Task):
         return task

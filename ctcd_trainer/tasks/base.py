@@ -56,7 +56,7 @@ class Task:
     #: True if a row is one item, so that a row without a label can still be compared.
     per_row: ClassVar[bool] = False
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig | None) -> None:
         self.num_labels: int = getattr(config, "num_labels", 0)
 
     @classmethod
@@ -99,7 +99,8 @@ class Task:
 
     def _check_classes(self, labels: np.ndarray, first_row: int = 0) -> None:
         """Raise `ValueError` if an entry of `(rows, ...)` is neither a class nor ignored."""
-        wrong = (labels != IGNORE_INDEX) & ~((labels >= 0) & (labels < self.num_labels))
+        known = self.num_labels or np.inf  # of a module without a config, the number is unknown
+        wrong = (labels != IGNORE_INDEX) & ~((labels >= 0) & (labels < known))
         if wrong.any():
             position = tuple(np.argwhere(wrong)[0])
             raise ValueError(
@@ -142,6 +143,15 @@ class Task:
     def unlabelled(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs without labels, from which a model makes the same predictions."""
         return {name: value for name, value in inputs.items() if name not in self.label_names}
+
+    def named(self, outputs: Any) -> Mapping[str, Any]:
+        """Return outputs by name; a tuple holds the loss, if there is one, and then the compared outputs."""
+        if isinstance(outputs, Mapping):
+            return outputs
+        parts = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        has_loss = isinstance(parts[0], Tensor) and parts[0].ndim == 0
+        names = ("loss", *self.compared_outputs) if has_loss else self.compared_outputs
+        return dict(zip(names, parts, strict=False))
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return the logits to compare, `(*positions, outcomes)`."""

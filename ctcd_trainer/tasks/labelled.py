@@ -30,7 +30,7 @@ class SequenceClassification(Task):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self._problem_type: str | None = config.problem_type
+        self._problem_type: str | None = getattr(config, "problem_type", None)
 
     def problem_type(self, integer_labels: bool) -> str:
         """Return the problem type as configs name it, inferred as in transformers if the config has none."""

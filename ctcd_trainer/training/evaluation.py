@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..graph import LEARNERS, STUDENT
-from ..pair.model import CoDistillationModel, LearnerView
+from ..pair.learner_view import LearnerView
+from ..pair.model import CoDistillationModel
 from ..tasks.two_tokenizers import prefix_of
 from .meters import EvaluationMeter, MetricsOfEach, copy_of_metrics, perplexities, predictions_of
 
@@ -111,7 +112,8 @@ class PairEvaluation:
                 self._meter.add_losses(gather(repeated))
             outputs = [views[pair.primary].outputs, views[name].outputs]
             with torch.no_grad():
-                agreement = pair.task.agreement(*outputs, inputs) if None not in outputs else None
+                ran = all(output is not None for output in outputs)
+                agreement = pair.task.agreement(*map(pair.task.named, outputs), inputs) if ran else None
             if agreement is not None:
                 self._meter.add_agreement(*(gather(count) for count in agreement))
 

@@ -21,7 +21,8 @@ from .sharding import clip_grad_norm
 def create_optimizer(
     pair: CoDistillationModel,
     args: TrainingArguments,
-    create: Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer],
+    create: Callable[[str, TrainingArguments], torch.optim.Optimizer],
+    users: bool = False,
 ) -> torch.optim.Optimizer:
     """Make one optimizer with the parameter groups that Trainer would make for each learner alone.
 
@@ -31,12 +32,18 @@ def create_optimizer(
     Args:
         pair: The pair.
         args: The training arguments.
-        create: Makes the optimizer of one learner, from the learner and the arguments that hold for it.
+        create: Makes the optimizer of a learner, from its name and the arguments that hold for it.
+        users: Whether the user's code makes it, which may set the rates of its groups itself.
+
+    Raises:
+        ValueError: The user's code ignores an argument of the learner.
     """
     merged: torch.optim.Optimizer | None = None
-    for learner, model in pair.trained.items():
-        optimizer = create(model, learner_arguments(args, learner))
-        rate = getattr(args, f"{learner}_learning_rate", None)
+    for learner in pair.trained:
+        if users:
+            _check_followed(args, learner, create)
+        optimizer = create(learner, learner_arguments(args, learner))
+        rate = None if users else getattr(args, f"{learner}_learning_rate", None)
         ids = {id(parameter) for parameter in pair.own_parameters(learner).values()}
         for group in optimizer.param_groups:
             group["learner"] = learner
@@ -86,6 +93,22 @@ def with_own_schedules(
         group["lr"] = schedule.base_lrs[number] * schedule.lr_lambdas[number](schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in groups]
     return schedule
+
+
+def _check_followed(args: TrainingArguments, learner: str, create: Callable) -> None:
+    """Refuse an argument of a learner that the user's code ignores: other values make the same groups."""
+    for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
+        value, everyones = getattr(args, f"{learner}_{name}", None), getattr(args, name)
+        if value is None or value == everyones:
+            continue
+        made = [create(learner, view).param_groups for view in (learner_arguments(args, learner), args)]
+        own, common = ([group.get(key) for group in groups] for groups in made)
+        if own == common:
+            raise ValueError(
+                f"`{learner}_{name}={value}` has no effect: `create_optimizer` of the trainer's class makes the same "
+                f"groups with it as with `{name}={everyones}`. Read `self.args.{name}` there, which is the learner's "
+                "value while its groups are made, or leave the argument out."
+            )
 
 
 def check_frozen_unchanged(pair: CoDistillationModel, arguments: DistillationArguments) -> None:
