@@ -274,7 +274,7 @@ class _Card:
         adapter = is_peft_model(model) and not self.has_base
         base, repository = self.origin(self.learner)[0], facts.repository(self.learner)
         loader = getattr(facts.task, "auto_model", kind)
-        if loader is kind and not kind.__module__.startswith("transformers."):
+        if not hasattr(model, "config") or (loader is kind and not kind.__module__.startswith("transformers.")):
             return None
         revision = (self.options.revision or facts.args.hub_revision) if repository is not None else None
         where = f'"{repository or "."}"' + (f', revision="{revision}"' if revision else "")

@@ -116,7 +116,7 @@ class CardFacts:
     def started_from(self, learner: str) -> str:
         """The model whose weights a learner started from, as its config names it; empty for random weights."""
         model = self.learners[learner]
-        name = getattr(base_model(model).config, "_name_or_path", None)
+        name = getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
         return name or (is_peft_model(model) and model.active_peft_config.base_model_name_or_path) or ""
 
     def repository(self, learner: str) -> str | None:

@@ -19,30 +19,32 @@ class LearnerView:
         model: The pair, wrapped or not.
         name: Name of the learner.
         learner: The learner.
+
+    Attributes:
+        last_outputs: The output of the last call, `None` before it.
     """
 
     def __init__(self, model: nn.Module, name: str, learner: nn.Module) -> None:
-        self.__dict__.update(_model=model, _name=name, _learner=learner)
-        #: The last output.
-        self.__dict__["outputs"] = None
+        # In `__dict__`, since attributes are set on the learner; under names that no model has.
+        self.__dict__.update(pair_model=model, learner_name=name, learner_model=learner, last_outputs=None)
 
     @property
     def __class__(self) -> type:
         """The class of the learner, for `isinstance`."""
-        return type(self._learner)
+        return type(self.learner_model)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the learner."""
-        return getattr(self._learner, name)
+        return getattr(self.learner_model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of the learner."""
-        setattr(self._learner, name, value)
+        setattr(self.learner_model, name, value)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return the output of the learner on the inputs, with its hard loss as the `loss`."""
-        self.__dict__["outputs"] = self._model(*inputs, learner=self._name, **named)
-        return self.outputs
+        self.__dict__["last_outputs"] = self.pair_model(*inputs, learner=self.learner_name, **named)
+        return self.last_outputs
 
 
 @contextmanager

@@ -126,6 +126,7 @@ class CoDistillationModel(PreTrainedModel):
         self._accepted = {type(base_model(m)): forward_parameters(m) for m in self.models.values()}
         self.known_inputs = frozenset().union(*self._accepted.values())
         self.train(self.training)
+        self._made = True
 
     # ---- The models ----
 
@@ -190,6 +191,14 @@ class CoDistillationModel(PreTrainedModel):
                 f"are `trainer.teacher_model` and `trainer.student_model`, or `pair.learners[...]` for one of "
                 f"{list(self.learners)}."
             ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the primary learner that the pair does not have, such as `generation_config`."""
+        own = name.startswith("_") or name in self.__dict__ or name in self.__dict__.get("_modules", {})
+        if own or hasattr(type(self), name) or not self.__dict__.get("_made"):
+            return super().__setattr__(name, value)
+        primary = self.learners[self.primary]
+        return setattr(primary, name, value) if hasattr(primary, name) else super().__setattr__(name, value)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the input embeddings of the primary learner."""

@@ -110,7 +110,7 @@ class PairEvaluation:
             if losses[name] is not None:
                 repeated = losses[name].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own
                 self._meter.add_losses(gather(repeated))
-            outputs = [views[pair.primary].outputs, views[name].outputs]
+            outputs = [views[pair.primary].last_outputs, views[name].last_outputs]
             with torch.no_grad():
                 ran = all(output is not None for output in outputs)
                 agreement = pair.task.agreement(*map(pair.task.named, outputs), inputs) if ran else None

@@ -270,22 +270,6 @@ def test_a_loss_function_of_later_holds_at_once(tmp_path):
     assert trainer.compute_loss(trainer.model, batch).item() > 14.0
 
 
-def test_a_loss_without_the_count_is_the_mean_of_the_micro_batches(tmp_path):
-    """A common override passes no count on; all micro-batches have equally many items here."""
-
-    class WithoutCount(CoDistillationTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return super().compute_loss(model, inputs, return_outputs)
-
-    trainers = [tiny_trainer(tmp_path, gradient_accumulation_steps=2, optim="sgd", max_steps=2) for _ in range(2)]
-    trainers[1].__class__ = WithoutCount
-    for trainer in trainers:
-        trainer.train()
-    first, second = (trainer.state.log_history[-1]["train_loss"] for trainer in trainers)
-    assert second == pytest.approx(first, rel=1e-5)
-    assert_same_weights(trainers[0].pair, trainers[1].pair, tolerance=1e-6)
-
-
 def test_arguments_of_later_hold_and_their_token_is_not_saved(tmp_path):
     trainer = tiny_trainer(tmp_path / "first")
     trainer.args = copy.copy(trainer.args)
