@@ -52,7 +52,7 @@ from .pair.output import loss_of
 from .saving.best_student import BestStudent
 from .saving.checkpoints import PairCheckpoints
 from .saving.weights import check_written_with_fsdp
-from .tasks import Task
+from .tasks import Task, UnknownHead
 from .tasks.two_tokenizers import PREFIX
 from .training import search
 from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, recounted
@@ -201,6 +201,8 @@ class CoDistillationMixin:
     def _install_pair(self, learners: dict[str, nn.Module]) -> None:
         """Make the pair the trainer's model, and do for the other models what Trainer did for the teacher."""
         self.pair = self._sources.pair_of(learners)
+        if isinstance(self.task, UnknownHead):
+            self.task.label_names = tuple({*Task.label_names, *self.label_names})
         for name, model in self.pair.models.items():
             if name != self.pair.primary and self.place_model_on_device and not is_quantised(model):
                 self._move_model_to_device(model, self.args.device)

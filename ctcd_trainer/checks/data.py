@@ -43,7 +43,7 @@ def check_labels(
             has one and a model learns from labels. The message has the row and the value.
     """
     for name, part in _parts(dataset, argument):
-        labels = _labels_of(part)
+        labels = _labels_of(part, task)
         if labels is None:
             continue
         try:
@@ -170,9 +170,13 @@ def _columns_of(dataset: Any) -> list[str]:
     return getattr(dataset, "column_names", None) or []
 
 
-def _labels_of(dataset: Any) -> Sequence[Any] | None:
-    """Return the labels of a data set; `None` if it has none, or would have to be read for them."""
-    column = next((name for name in LABEL_COLUMNS if name in _columns_of(dataset)), None)
+def _labels_of(dataset: Any, task: Task) -> Sequence[Any] | None:
+    """Return the labels of a data set; `None` if it has none, or would have to be read for them.
+
+    Trainer's data collators call a column `label` or `label_ids` by the name `labels`.
+    """
+    names = LABEL_COLUMNS if "labels" in task.label_names else task.label_names
+    column = next((name for name in names if name in _columns_of(dataset)), None)
     if column is None or not isinstance(dataset, Sized):
         return None
     if isinstance(dataset, (list, tuple)):

@@ -86,8 +86,18 @@ class PairSources:
         return load_model(name, "model", frozen=not alone and TEACHER in self.arguments.graph.frozen)
 
     def data_collator(self, given: Mapping[str, Any]) -> Any:
-        """Return the data collator: the user's, or one for two tokenizers if the models have them."""
+        """Return the data collator: the user's, or one for two tokenizers if the models have them.
+
+        Raises:
+            ValueError: It is one for two tokenizers, and the student's is not given.
+        """
         collator, tokenizer = given.get("data_collator"), given.get("processing_class")
+        if isinstance(collator, PairDataCollator) and self.student_processing_class is None:
+            raise ValueError(
+                "`data_collator` is a `PairDataCollator`, and `student_processing_class` is None, so that inputs with "
+                "`student_` before their names are inputs of both models. Pass the student's tokenizer as "
+                "`student_processing_class`."
+            )
         if collator is None and tokenizer is not None and self.student_processing_class is not None:
             return PairDataCollator.of(tokenizer, self.student_processing_class)
         return collator

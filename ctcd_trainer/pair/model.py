@@ -379,7 +379,7 @@ class CoDistillationModel(PreTrainedModel):
         """Run the frozen models outside of the pair, or look their predictions up."""
         outputs = {}
         for name, model in self.sources.items():
-            inputs = inputs_of_learner(name, batch, self.task.label_names, self.known_inputs)
+            inputs = inputs_of_learner(name, batch, self.task.label_names, self.known_inputs, self.two_tokenizers)
             tap = head_at and self.fused_heads.taps[name]
             labelled = self.task.needs_labels(base_model(model), inputs)
             run = partial(self._run_frozen, model, labelled, tap)

@@ -23,7 +23,7 @@ class UnknownHead(TaskWithoutClasses):
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return integer labels unchanged, otherwise 0 for each row."""
-        labels = inputs.get("labels")
+        labels = next((inputs[name] for name in self.label_names if name in inputs), None)
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             return labels
         first = next(value for value in inputs.values() if isinstance(value, Tensor))

@@ -15,6 +15,11 @@ def prefix_of(learner: str) -> str:
     return "" if learner == LEARNERS[0] else f"{learner}_"
 
 
+def view_of(learner: str) -> str:
+    """Return the prefix of a learner's view of an augmented batch, which no input of a model can have."""
+    return "" if learner == LEARNERS[0] else f"{learner}/"
+
+
 #: The prefix of the student's own inputs.
 PREFIX = prefix_of(STUDENT)
 
@@ -64,22 +69,28 @@ def inputs_of_learner(
 ) -> dict[str, Any]:
     """Return a model's part of a batch: its own inputs with the labels, or the common inputs if it has none.
 
+    Its own are those of its tokenizer, or its view of an augmented batch. Other inputs are common, whatever they are
+    called.
+
     Args:
         learner: Name of the model.
         inputs: The batch.
         label_names: The inputs that are labels.
         known: The inputs that models take: `student_input_ids` is the student's, but `student_id` is a common column.
-        two_tokenizers: Whether every learner but the primary one must have its own inputs.
+        two_tokenizers: Whether every learner but the primary one has another tokenizer.
 
     Raises:
         ValueError: The learner must have its own inputs, and the batch has none.
     """
-    prefixes = [prefix_of(other) for other in LEARNERS[1:]]
-    given = {f"{prefix}{name}": prefix for prefix in prefixes for name in known}
-    owners = {name: given.get(name, "") for name in inputs}
-    own = prefix_of(learner)
-    part = {name.removeprefix(own): inputs[name] for name, prefix in owners.items() if prefix == own}
-    if part and own:
+    prefixes = [view_of(other) for other in LEARNERS[1:]]
+    owners = {name: prefix for name in inputs for prefix in prefixes if name.startswith(prefix)}
+    own = view_of(learner)
+    if two_tokenizers:
+        prefixes = [prefix_of(other) for other in LEARNERS[1:]]
+        owners = {f"{prefix}{name}": prefix for prefix in prefixes for name in known}
+        own = prefix_of(learner)
+    part = {name.removeprefix(own): value for name, value in inputs.items() if owners.get(name) == own}
+    if part:
         return part | {name: inputs[name] for name in label_names if name in inputs}
     if two_tokenizers and own in prefixes:
         raise ValueError(
@@ -87,4 +98,4 @@ def inputs_of_learner(
             f"{sorted(inputs)}. Add the output of its tokenizer to the data, with {own!r} before each name, and keep "
             "it in the `data_collator` (`PairDataCollator`)."
         )
-    return {name: inputs[name] for name, prefix in owners.items() if not prefix}
+    return {name: value for name, value in inputs.items() if name not in owners}

@@ -1,6 +1,6 @@
 """Augmentations: change the batches of a training, for all models or for one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from ..graph import LEARNERS
 from ..model_structure import base_model
 from ..tasks.base import Task
 from ..tasks.labels import IGNORE_INDEX, LABEL_COLUMNS
-from ..tasks.two_tokenizers import prefix_of
+from ..tasks.two_tokenizers import view_of
 
 #: Takes a batch and returns the changed batch with the same rows. It may be called several times a step. One with a
 #: true attribute `changes_tokens` is refused for models of images and audio; with `mixes_rows`, for tasks of tokens.
@@ -30,10 +30,12 @@ def augmented_batch(
     Raises:
         ValueError: The task is `per_token`, and the two views differ in length.
     """
+    labels = (Task if task is None else task).label_names
+    if isinstance(augmentation, Mixup):
+        augmentation.label_names = labels
     changed = augmentation(dict(inputs))
     if views == "both":
         return changed
-    labels = (Task if task is None else task).label_names
     clean = {name: value for name, value in inputs.items() if name not in labels}
     changed = {name: value for name, value in changed.items() if name in clean}
     for name in changed if task is not None and task.per_token else ():
@@ -46,7 +48,7 @@ def augmented_batch(
     batch = dict(inputs)
     for learner in LEARNERS:
         view = changed if learner == views else clean
-        batch |= {f"{prefix_of(learner)}{name}": value for name, value in view.items()}
+        batch |= {f"{view_of(learner)}{name}": value for name, value in view.items()}
     return batch
 
 
@@ -139,6 +141,8 @@ class Mixup:
 
     mixes_rows: ClassVar[bool] = True
     alpha: float = 0.2
+    #: The inputs that are labels; the trainer sets those of its task.
+    label_names: Sequence[str] = field(default=LABEL_COLUMNS, init=False, repr=False)
     _share: Tensor | None = field(default=None, init=False, repr=False)
     _order: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -157,7 +161,7 @@ class Mixup:
         if "attention_mask" in inputs:
             changed["attention_mask"] = torch.maximum(inputs["attention_mask"], inputs["attention_mask"][self._order])
         first = torch.rand(count, device=device) < self._share
-        for name in (name for name in LABEL_COLUMNS if name in inputs):
+        for name in (name for name in self.label_names if name in inputs):
             value = inputs[name]
             changed[name] = torch.where(first.reshape(-1, *[1] * (value.ndim - 1)), value, value[self._order])
         return changed

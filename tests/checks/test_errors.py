@@ -23,6 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from ctcd_trainer import CoDistillationTrainer
 from ctcd_trainer.checks.arguments import check_arguments, check_optimizer, check_strategy
+from ctcd_trainer.tasks import find_task
 
 
 def test_a_different_number_of_labels_is_refused(tmp_path):
@@ -466,6 +467,14 @@ def test_a_factory_of_optimizers_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`optimizer_cls_and_kwargs` has .*Muon.*no subclass of `torch.optim.Optim"):
         tiny_trainer(tmp_path, optimizer_cls_and_kwargs=(Muon, {}))
     tiny_trainer(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+
+
+def test_the_labels_that_are_checked_are_those_of_the_task(tmp_path):
+    task = find_task(tiny_bert(1))
+    task.label_names = ("target",)
+    data = [{**row, "label": 99, "target": target} for row, target in zip(tiny_rows(4), (0, 1, 7, 1), strict=True)]
+    with pytest.raises(ValueError, match=r"`train_dataset`: Label 7 of row 2 is out of range"):
+        tiny_trainer(tmp_path, task=task, train_dataset=data)
 
 
 @pytest.mark.parametrize("name", ["params", "model", "optimizer_dict", "Prodigy"])

@@ -354,6 +354,25 @@ def test_soft_loss_func_takes_the_place_of_the_comparison_of_any_head(head, tmp_
     assert trainer.pair.fused_heads.used is (False if head == "causal-lm" else None)
 
 
+class Renamed(Tracker):
+    """Calls its labels by another name."""
+
+    def forward(self, input_ids, targets=None):
+        return super().forward(input_ids, targets)
+
+
+def test_the_labels_of_an_unknown_head_have_the_names_that_the_trainer_knows(tmp_path):
+    labels = torch.randn(4, 10, 2)
+    losses = []
+    for cls, name in ((Tracker, "labels"), (Renamed, "targets")):
+        torch.manual_seed(0)
+        models = [cls(BertConfig(vocab_size=VOCAB_SIZE, hidden_size=size)) for size in (8, 4)]
+        batch = {"input_ids": tiny_batch("causal-lm")["input_ids"], name: labels}
+        trainer = trainer_of(tmp_path, *models, soft_loss_func=distance, label_names=[name])
+        losses.append(trainer.compute_loss(trainer.pair, batch))
+    assert losses[0] == losses[1]
+
+
 def test_soft_losses_alone_train_on_batches_without_labels(tmp_path):
     """Without labels all tokens count that are no padding."""
     models = pair_of("token-classification", "bert")

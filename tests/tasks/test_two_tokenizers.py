@@ -1,20 +1,25 @@
 """A student with a tokenizer of its own."""
 
+import copy
+
 import pytest
 import torch
 from datasets import IterableDataset
-from tiny import assert_same_weights, collate, tiny_bert, tiny_rows, tiny_trainer
+from tiny import assert_same_weights, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import tiny_model
 from tiny_tokenizer import bert_tokenizer, gpt2_tokenizer
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
+    BertForSequenceClassification,
     DataCollatorForMultipleChoice,
     DataCollatorWithPadding,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    Trainer,
+    default_data_collator,
 )
 
 from ctcd_trainer import PairDataCollator, create_student
@@ -286,6 +291,30 @@ def test_a_column_that_only_sounds_like_the_students_is_none_of_its_inputs(tmp_p
     loss = trainer.compute_loss(trainer.pair, inputs)
     inputs.pop("student_id")
     torch.testing.assert_close(loss, trainer.compute_loss(trainer.pair, inputs))
+
+
+class TwoMasks(BertForSequenceClassification):
+    """Has an input with `student_` before its name."""
+
+    def forward(self, input_ids, attention_mask=None, student_attention_mask=None, labels=None):
+        return super().forward(input_ids, attention_mask * student_attention_mask, labels=labels)
+
+
+def test_with_one_tokenizer_an_input_of_the_model_is_its_own_whatever_its_name(tmp_path):
+    rows = [{**row, "student_attention_mask": [1] * 5 + [0] * 3} for row in tiny_rows(8)]
+    models = [TwoMasks(tiny_bert(layers, seed).config) for layers, seed in ((3, 1), (2, 2))]
+    options = {"train_dataset": rows, "data_collator": default_data_collator}
+    args = {"max_steps": 2, "distillation_mode": "standalone"}
+    teacher, student = copy.deepcopy(models)
+    tiny_trainer(tmp_path, model=teacher, student_model=student, **options, **args).train()
+    for trained, model in zip((teacher, student), models, strict=True):
+        Trainer(model, tiny_args(tmp_path, max_steps=2), **options).train()
+        assert_same_weights(trained, model)
+
+
+def test_a_collator_of_two_tokenizers_needs_the_second_one(tmp_path):
+    with pytest.raises(ValueError, match=r"`PairDataCollator`, and `student_processing_class` is None"):
+        tiny_trainer(tmp_path, data_collator=PairDataCollator(collate, collate))
 
 
 def test_data_with_a_column_that_only_sounds_like_the_students_are_refused(tmp_path):

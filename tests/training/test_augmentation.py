@@ -359,6 +359,15 @@ def test_the_answers_of_questions_are_labels(tmp_path):
     trainer = tiny_trainer(tmp_path, **pair, train_dataset=rows_of(batch), data_collator=default_data_collator)
     changed = augmented_batch(batch, moved, "teacher", trainer.task)
     assert torch.equal(changed["start_positions"], batch["start_positions"])
-    assert "student_start_positions" not in changed
+    assert "student/start_positions" not in changed
     assert torch.equal(changed["input_ids"], shift(batch)["input_ids"])
-    assert torch.equal(changed["student_input_ids"], batch["input_ids"])
+    assert torch.equal(changed["student/input_ids"], batch["input_ids"])
+
+
+def test_the_labels_that_are_mixed_are_those_of_the_task():
+    task = find_task(tiny_bert(1))
+    task.label_names = ("target",)
+    batch = {"input_ids": torch.ones(64, 3, dtype=torch.long), "target": torch.arange(64), "labels": torch.arange(64)}
+    changed = augmented_batch(batch, Mixup(5.0), "both", task)
+    assert torch.equal(changed["labels"], batch["labels"])
+    assert not torch.equal(changed["target"], batch["target"])
