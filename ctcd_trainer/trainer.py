@@ -53,6 +53,7 @@ from .saving.best_student import BestStudent
 from .saving.checkpoints import PairCheckpoints
 from .saving.weights import check_written_with_fsdp
 from .tasks import Task, UnknownHead
+from .tasks.labels import IGNORE_INDEX
 from .tasks.two_tokenizers import PREFIX
 from .training import search
 from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, recounted
@@ -398,7 +399,11 @@ class CoDistillationMixin:
                 "'labels', or pass a `data_collator` that makes them."
             )
         if not isinstance(model, LearnerView):
-            self._loss_meter.add(outputs["losses"], self.state.global_step + 1, scale)
+            if num_items_in_batch is None:
+                labelled = self.task.counted(inputs).ne(IGNORE_INDEX).any()
+            else:
+                labelled = torch.as_tensor(num_items_in_batch).reshape(-1)[0]
+            self._loss_meter.add(outputs["losses"], self.state.global_step + 1, scale, labelled)
         loss = loss * scale if scale != 1 else loss
         return (loss, outputs) if return_outputs else loss
 

@@ -24,22 +24,35 @@ class LossMeter:
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None
         self._bad_steps: Tensor | None = None
-        self._steps: set[int] = set()
+        #: The present step; how many of its micro-batches have each component, and how many earlier steps.
+        self._step = 0
+        self._present: Tensor | None = None
+        self._steps: Tensor | None = None
 
-    def add(self, components: Mapping[str, Tensor], step: int, scale: float = 1.0) -> None:
+    def add(self, components: Mapping[str, Tensor], step: int, scale: float = 1.0, labelled: Tensor | int = 1) -> None:
         """Add the components of one micro-batch of an optimizer step (from 1), multiplied by `scale`.
 
         They are 0-dimensional, divided by the item count of the whole accumulated batch, so that the sum over its
-        micro-batches is the mean. Their names never change.
+        micro-batches is the mean. Their names never change. If `labelled`, the number of labelled items, is 0 in all
+        micro-batches of a step, the step has no hard loss.
         """
         values = torch.stack([value.detach().float() for value in components.values()]) * scale
         if self._sums is None:
             self._names = tuple(components)
-            self._sums = torch.zeros_like(values)
+            self._sums, self._present, self._steps = (torch.zeros_like(values) for _ in range(3))
             self._bad_steps = torch.full_like(values, torch.inf)
-        self._steps.add(step)
+        if step != self._step:
+            self._end_step()
+            self._step = step
+        has_hard_losses = torch.as_tensor(labelled, device=values.device) > 0
+        for index, name in enumerate(self._names):
+            self._present[index] += has_hard_losses if name.endswith("_hard_loss") else 1
         self._sums += values
         self._bad_steps = torch.where(values.isfinite(), self._bad_steps, self._bad_steps.clamp(max=step))
+
+    def _end_step(self) -> None:
+        self._steps += self._present.clamp(max=1)
+        self._present.zero_()
 
     def check(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Raise `FloatingPointError` with models, components and step if one was not finite on some process.
@@ -63,13 +76,15 @@ class LossMeter:
         )
 
     def drain(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the mean of each component over the steps since the last call and over the processes."""
+        """Return the mean of each component since the last call, over the steps and the processes that have it."""
         if self._sums is None:
             return {}
-        means = (gather(self._sums[None]).mean(0) / max(len(self._steps), 1)).tolist()
+        self._end_step()
+        sums, steps = gather(torch.stack([self._sums, self._steps])[None]).mean(0)
+        means, steps = torch.stack([sums / steps, steps]).tolist()
         self._sums.zero_()
-        self._steps.clear()
-        return dict(zip(self._names, means, strict=True))
+        self._steps.zero_()
+        return {name: mean for name, mean, number in zip(self._names, means, steps, strict=True) if number > 0}
 
 
 class EvaluationMeter:

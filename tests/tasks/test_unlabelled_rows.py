@@ -10,6 +10,9 @@ from tiny_models import rows_of, tiny_batch, tiny_model
 from torch.nn import functional as F
 from transformers import default_data_collator
 
+from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer.training.meters import LossMeter
+
 UNLABELLED = {"single_label": -100, "multi_label": [math.nan] * 4, "regression": math.nan}
 
 
@@ -273,3 +276,37 @@ def test_missing_labels_of_several_are_left_out_of_the_agreement(tmp_path):
     labels = batch.pop("labels")
     same = trainer.teacher_model(**batch).logits.gt(0) == trainer.student_model(**batch).logits.gt(0)
     assert trainer.evaluate(rows)["eval_agreement"] == pytest.approx(same[~labels.isnan()].float().mean().item())
+
+
+@pytest.mark.parametrize("counting", [True, False], ids=["counted", "means of micro-batches"])
+def test_a_hard_loss_is_logged_as_the_mean_over_the_steps_that_have_a_labelled_row(counting, tmp_path, monkeypatch):
+    if not counting:
+        step = CoDistillationTrainer.training_step
+        monkeypatch.setattr(CoDistillationTrainer, "training_step", lambda self, *args: step(self, *args[:2]))
+    rows = mixed_rows("single_label", 24, unlabelled=(0, 1, 4, 5, 6, 7))  # the second of three steps has no label
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    each, all_steps = (tiny_trainer(tmp_path, train_dataset=rows, logging_steps=every, **settings) for every in (1, 3))
+    for trainer in (each, all_steps):
+        trainer.train()
+    logs = each.state.log_history[:3]
+    names = ("teacher_hard_loss", "student_hard_loss")
+    assert [[name in log for name in names] for log in logs] == [[True, True], [False, False], [True, True]]
+    for name in names:
+        expected = (logs[0][name] + logs[2][name]) / 2
+        assert all_steps.state.log_history[0][name] == pytest.approx(expected, rel=1e-6)
+    soft = [log["student_from_teacher_loss"] for log in logs]
+    assert all_steps.state.log_history[0]["student_from_teacher_loss"] == pytest.approx(sum(soft) / 3, rel=1e-6)
+
+
+def test_a_hard_loss_is_logged_as_the_mean_over_the_processes_that_have_a_labelled_row():
+    """Where each process divides by its own number of items (`average_tokens_across_devices=False`)."""
+    meters = LossMeter(), LossMeter()
+    for step, (first, second) in enumerate([((2, 4), (0, 4)), ((0, 4), (0, 4)), ((1, 4), (3, 4))], 1):
+        for meter, items, value in zip(meters, (first, second), (1.0, 5.0), strict=True):
+            losses = {"teacher_hard_loss": torch.tensor(value * step * (items[0] > 0)), "soft": torch.tensor(value)}
+            meter.add(losses, step, labelled=torch.tensor(items[0]))
+    gathered = []
+    meters[1].drain(lambda tensor: gathered.append(tensor) or tensor)
+    expected = {"teacher_hard_loss": (1.0 * 1 + 1.0 * 3 + 5.0 * 3) / 3, "soft": 3.0}
+    assert meters[0].drain(lambda tensor: torch.cat([tensor, *gathered])) == pytest.approx(expected)
+    assert meters[1].drain(lambda tensor: tensor) == {}
