@@ -106,6 +106,15 @@ def is_tied(layer: nn.Module, uses: Counter[int]) -> bool:
 # ---- Inputs and layers ----
 
 
+def most_positions(model: nn.Module) -> int | None:
+    """Return the number of tokens for which a model has position embeddings; `None` without a table of them."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("position_embeddings", "wpe") and isinstance(module, nn.Embedding):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's first positions
+            return module.num_embeddings - unused
+    return None
+
+
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Return the names of the inputs that `forward` declares (of the model inside a PEFT wrapper)."""
     parameters = inspect.signature(type(base_model(model)).forward).parameters.values()

@@ -39,7 +39,7 @@ from transformers.utils import logging
 from .arguments import DistillationArguments, learner_arguments
 from .cards.card import CardOptions, save_model_cards, write_model_cards
 from .cards.facts import CardFacts
-from .checks import check_strategy
+from .checks import CheckedCollator, check_kinds, check_strategy
 from .graph import LEARNERS, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction
@@ -119,6 +119,13 @@ class CoDistillationMixin:
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__} takes the {len(names)} arguments {names}, not {len(args)}.")
         given = dict(zip(names, args, strict=False)) | kwargs
+        twice = [name for name in names[: len(args)] if name in kwargs]
+        if twice:
+            raise TypeError(
+                f"`{twice[0]}` is given twice, by its place and by its name. Give all arguments after `args` by name, "
+                "the student too (`student_model=...`)."
+            )
+        check_kinds(given | {"student_model": student_model, "pretrained_teacher": pretrained_teacher})
         arguments: TrainingArguments | None = given.get("args")
         self.pair: CoDistillationModel | None = None
         self.distillation = arguments if isinstance(arguments, DistillationArguments) else DistillationArguments()
@@ -326,6 +333,17 @@ class CoDistillationMixin:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    @for_pairs
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Make a data loader whose batches are checked before a device gets them; see `CheckedCollator`."""
+        users, known = self.data_collator, hasattr(dataset, "column_names") or isinstance(dataset, (list, tuple))
+        task = None if known or self.compute_loss_func is not None else self.task
+        self.data_collator = CheckedCollator(users, description.lower(), task)
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = users
 
     @for_pairs
     def training_step(

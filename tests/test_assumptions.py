@@ -35,6 +35,7 @@ OVERRIDDEN = {
     "_determine_best_metric": (("metrics", "trial"), ("_maybe_log_save_evaluate",)),
     "_finalize_training": (("trial", "num_train_samples", "start_time"), ("_inner_training_loop",)),
     "_finish_current_push": ((), ("_finalize_training",)),
+    "_get_dataloader": (("dataset", "description"), ("get_train_dataloader", "get_eval_dataloader")),
     "_get_grad_norm": (("model", "grad_norm"), ("_run_epoch",)),
     "_get_num_items_in_batch": (("batch_samples", "device"), ("get_batch_samples",)),
     "_get_output_dir": (("trial",), ("_save_checkpoint", "_finalize_training")),

@@ -19,12 +19,23 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..arguments import DistillationArguments
 from ..graph import PRETRAINED
 from ..tasks.base import Task
-from .arguments import check_arguments, check_optimizer, check_roles, check_strategy
+from .arguments import check_arguments, check_kinds, check_optimizer, check_roles, check_strategy
 from .data import check_augmentation, check_dataset, check_labels, check_own_inputs
+from .fit import CheckedCollator, check_rows, explained
 from .models import argument_of, check_adapters, check_frozen, check_models, check_prompts, check_trainable
 from .tokens import check_tokenizer, check_vocabularies
 
-__all__ = ["check_before_loading", "check_learners", "check_prompts", "check_setup", "check_strategy"]
+__all__ = [
+    "CheckedCollator",
+    "argument_of",
+    "check_before_loading",
+    "check_kinds",
+    "check_learners",
+    "check_prompts",
+    "check_setup",
+    "check_strategy",
+    "explained",
+]
 
 
 def check_before_loading(
@@ -97,6 +108,7 @@ def check_setup(
     augmented: str = "both",
     optimizer: Optimizer | None = None,
     optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+    data_collator: Any = None,
 ) -> None:
     """Check the models together with the other arguments of the trainer.
 
@@ -113,6 +125,7 @@ def check_setup(
         augmented: The models that get the changed batches.
         optimizer: The first of the trainer's `optimizers`.
         optimizer_cls_and_kwargs: The trainer's argument.
+        data_collator: The data collator of the trainer.
 
     Raises:
         ValueError: The training is refused.
@@ -132,9 +145,11 @@ def check_setup(
         check_vocabularies(teacher, pretrained, argument_of(PRETRAINED), processing_class)
     trained = {name: learners[name] for name in arguments.graph.trained}
     check_optimizer(optimizer, optimizer_cls_and_kwargs, trained, args)
+    shown = [primary] if two_tokenizers else learners
     learning = sorted({edge.learner for edge in arguments.graph.edges})
     taught = [name for name, weight in arguments.graph.hard_weights.items() if weight > 0]
     for argument, dataset in datasets.items():
         check_labels(task, dataset, argument, learning, taught)
+        check_rows(task, dataset, argument, {argument_of(name): learners[name] for name in shown}, data_collator)
     if args is not None and args.load_best_model_at_end:
         check_prompts(learners, "`load_best_model_at_end=True`")

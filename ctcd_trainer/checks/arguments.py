@@ -7,15 +7,53 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..arguments import EMBEDDINGS, PER_LEARNER, DistillationArguments, greater_is_better
 from ..graph import EDGES, LEARNERS, PRETRAINED
+from ..model_structure import is_peft_model
 
 #: Sizes in a `ParallelismConfig` of groups of processes that get the same rows, or parts of them.
 _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 #: Optimizers that estimate one step size from all their parameters, and so from both models.
 _ONE_STEP_SIZE = ("DAdapt", "Prodigy")
+
+
+def check_kinds(given: Mapping[str, Any]) -> None:
+    """Refuse what is no model in the place of a model, and a model in another place.
+
+    Args:
+        given: The trainer's arguments by name.
+
+    Raises:
+        ValueError: An argument is of another kind.
+    """
+    for argument in ("model", "student_model", "pretrained_teacher"):
+        value, name = given.get(argument), getattr(given.get(argument), "__name__", "")
+        if isinstance(value, type):
+            problem = f"is the class {name}. Pass a model of it: `{name}.from_pretrained(...)` or `{name}(config)`"
+        elif isinstance(value, PreTrainedConfig):
+            problem = f"is a {type(value).__name__}. Pass a model: `AutoModelFor...from_config(config)`"
+        elif callable(value) and not isinstance(value, nn.Module):
+            init = {"model": "model_init", "student_model": "student_model_init"}.get(argument, argument)
+            problem = f"is the function {name}. Pass the model that it returns" + (
+                f", or the function as `{init}`" if init != argument else ""
+            )
+        else:
+            continue
+        raise ValueError(f"`{argument}` {problem}.")
+    for argument in given.keys() - {"model", "student_model", "pretrained_teacher"}:
+        if isinstance(given[argument], PreTrainedModel) or is_peft_model(given[argument]):
+            raise ValueError(
+                f"`{argument}` is a model ({type(given[argument]).__name__}). The arguments have Trainer's order, and "
+                "the student is given by name: `CoDistillationTrainer(teacher, args, student_model=student, ...)`."
+            )
+    args = given.get("args")
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}. Pass `CoDistillationTrainingArguments(output_dir=...)` as the second "
+            "argument, and the other arguments by name."
+        )
 
 
 def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 def check_dataset(dataset: Any, argument: str) -> None:
     """Refuse a data set, or one of a dict of data sets, without examples."""
-    for name, part in _parts(dataset, argument):
+    for name, part in parts(dataset, argument):
         if isinstance(part, Sized) and len(part) == 0:
             raise ValueError(f"`{name}` is empty (0 examples). Check the file, the split or the filter it comes from.")
 
@@ -42,7 +42,7 @@ def check_labels(
         ValueError: A label does not fit the task; or a row has none and no model learns from another one; or no row
             has one and a model learns from labels. The message has the row and the value.
     """
-    for name, part in _parts(dataset, argument):
+    for name, part in parts(dataset, argument):
         labels = _labels_of(part, task)
         if labels is None:
             continue
@@ -97,7 +97,7 @@ def check_own_inputs(
     prefix = prefix_of(learner)
     wanted = {f"{prefix}{name}" for name in forward_parameters(model)}
     for argument, dataset in datasets.items():
-        for name, part in _parts(dataset, argument):
+        for name, part in parts(dataset, argument):
             columns = _columns_of(part)
             if columns and not wanted & set(columns):
                 raise ValueError(
@@ -156,11 +156,11 @@ def _check_mixing(name: str, views: str, task: Task, cache: str | None) -> None:
         )
 
 
-def _parts(dataset: Any, argument: str) -> list[tuple[str, Any]]:
+def parts(dataset: Any, argument: str) -> list[tuple[str, Any]]:
     """List the data sets of a dict, or the only one, with their names for a message."""
     if not isinstance(dataset, Mapping):
         return [(argument, dataset)]
-    return [pair for name, part in dataset.items() for pair in _parts(part, f"{argument}[{name!r}]")]
+    return [pair for name, part in dataset.items() for pair in parts(part, f"{argument}[{name!r}]")]
 
 
 def _columns_of(dataset: Any) -> list[str]:

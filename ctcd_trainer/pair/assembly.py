@@ -167,6 +167,7 @@ class PairSources:
             augmented=augmented,
             optimizer=(given.get("optimizers") or (None,))[0],
             optimizer_cls_and_kwargs=given.get("optimizer_cls_and_kwargs"),
+            data_collator=given.get("data_collator"),
         )
         if self.arguments.pretrained_cache_dir is not None:
             precision = "no" if args is None else args.mixed_precision

@@ -2,7 +2,8 @@
 
 import os
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..model_structure import base_model
 from ..tasks import TASKS, find_task
@@ -22,9 +23,10 @@ def load_model(
         frozen: Whether the model will not be trained, so that the checkpoint must contain its head.
 
     Raises:
-        ValueError: The checkpoint has no supported head and `like` is missing, or it lacks weights of a frozen model.
+        ValueError: There is no such model, the checkpoint has no supported head and `like` is missing, or it lacks
+            weights of a frozen model.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = _config_of(os.fspath(name_or_path), argument)
     if like is not None:
         try:
             auto_model = find_task(like).auto_model
@@ -48,3 +50,19 @@ def load_model(
             f"{sorted(report['missing_keys'])}: its predictions would be random. Fine-tune it on this task first."
         )
     return model
+
+
+def _config_of(name: str, argument: str) -> PreTrainedConfig:
+    """Load the config of a model, or raise `ValueError` if there is no such model."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(name):
+            problem = f"There is no such folder in {os.getcwd()!r}, and no such model on the Hub could be reached"
+        elif os.path.isfile(os.path.join(name, "adapter_config.json")):
+            problem = "The folder holds an adapter. Load it with `AutoPeftModelFor...` and pass the model"
+        elif not os.path.isfile(os.path.join(name, CONFIG_NAME)):
+            problem = f"The folder has no {CONFIG_NAME}, only {os.listdir(name)[:5]}. Give the folder of a model"
+        else:
+            raise
+        raise ValueError(f"`{argument}={name!r}`: {problem}. ({error})") from error

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..arguments import DistillationArguments
+from ..checks import argument_of, explained
 from ..graph import PRETRAINED, STUDENT, TEACHER
 from ..losses.fused_linear import LinearHead, ScoredPositions
 from ..losses.head_tap import HeadTap
@@ -320,7 +321,8 @@ class CoDistillationModel(PreTrainedModel):
             return False
         if self.fused_heads.used is None:
             inputs = {name: self.inputs_of(model, batch) for name, model in self.models.items()}
-            return self.fused_heads.decide(self.objective, self.models, inputs, batch)
+            with explained({argument_of(name): (self.models[name], part) for name, part in inputs.items()}, self.task):
+                return self.fused_heads.decide(self.objective, self.models, inputs, batch)
         return self.fused_heads.used
 
     def _run_all(self, batch: Mapping[str, Any], labelled: bool = False, **options: Any) -> dict[str, Any]:
@@ -417,7 +419,9 @@ class CoDistillationModel(PreTrainedModel):
         if not labelled or tap is not None:
             inputs = self.task.unlabelled(base_model(model), inputs)
         inputs = self.inputs_of(model, inputs)
-        return model(**inputs) if tap is None else tap.run(model, inputs, head_at)
+        name = next(name for name, each in self.models.items() if each is model)
+        with explained({argument_of(name): (model, inputs)}, self.task):
+            return model(**inputs) if tap is None else tap.run(model, inputs, head_at)
 
     def inputs_of(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Select the part of a batch that a model takes (`named_inputs`), with the primary learner's `use_cache`.

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -14,6 +13,7 @@ from transformers import (
 )
 
 from ctcd_trainer import CoDistillationTrainingArguments, create_student, estimate
+from ctcd_trainer.model_structure import most_positions
 
 from .arguments import LabelledModelArguments, ModelArguments, logger
 
@@ -191,15 +191,11 @@ def limits_of_length(
     """Return the largest numbers of tokens of the tokenizer and the models, with the names of these."""
     yield tokenizer.model_max_length, "the tokenizer"
     for argument, model in models.items():
-        for name, module in model.named_modules():
-            if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
-                unused = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's first positions
-                yield module.num_embeddings - unused, f"`{argument}`"
-                break
-        else:  # positions without a table (rotary ones)
+        limit = most_positions(model)
+        if limit is None:  # positions without a table (rotary ones)
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            if limit is not None:
-                yield limit, f"`{argument}`"
+        if limit is not None:
+            yield limit, f"`{argument}`"
 
 
 def allowed_length(

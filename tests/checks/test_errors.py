@@ -457,6 +457,43 @@ def test_optimizers_that_are_more_than_parameter_groups_are_refused(optim, tmp_p
         tiny_trainer(tmp_path, optim=optim, optim_target_modules="all-linear")
 
 
+def test_arguments_in_the_wrong_places_are_named(tmp_path):
+    models, rows = (tiny_bert(3, 1), tiny_bert(2, 2)), {"train_dataset": tiny_rows()}
+    args = tiny_args(tmp_path)
+    by_name = r"given by name: `CoDistillationTrainer\(teacher, args, student_model=student"
+    with pytest.raises(ValueError, match=f"`args` is a model .BertForSequenceClassification.*{by_name}"):
+        CoDistillationTrainer(*models, args, **rows)
+    with pytest.raises(ValueError, match=f"`data_collator` is a model .*{by_name}"):
+        CoDistillationTrainer(models[0], args, models[1], **rows)
+    with pytest.raises(TypeError, match="`args` is given twice"):
+        CoDistillationTrainer(*models, args=args, **rows)
+    with pytest.raises(ValueError, match="`args` is a dict. Pass `CoDistillationTrainingArguments"):
+        CoDistillationTrainer(models[0], {"output_dir": "out"}, **rows, student_model=models[1])
+
+
+def test_what_is_no_model_is_refused_by_the_argument(tmp_path):
+    cls = type(tiny_bert())
+    for name in ("model", "student_model", "pretrained_teacher"):
+        with pytest.raises(ValueError, match=rf"`{name}` is the class Bert.*`{cls.__name__}.from_pretrained\(...\)`"):
+            tiny_trainer(tmp_path, **{name: cls})
+    with pytest.raises(ValueError, match=r"`student_model` is a BertConfig. Pass a model: .*from_config"):
+        tiny_trainer(tmp_path, student_model=tiny_bert().config)
+    with pytest.raises(ValueError, match="`student_model` is the function tiny_bert.* as `student_model_init`"):
+        tiny_trainer(tmp_path, student_model=tiny_bert)
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path):
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ValueError, match=rf"`student_model='{missing}'`: There is no such folder"):
+        tiny_trainer(tmp_path, student_model=missing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"`model='.*empty'`: The folder has no config.json, only \[\]"):
+        tiny_trainer(tmp_path, model=tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"empty'`: The folder holds an adapter. Load it with `AutoPeftModelFor"):
+        tiny_trainer(tmp_path, student_model=tmp_path / "empty")
+
+
 def test_a_factory_of_optimizers_is_refused(tmp_path):
     class Muon:
         """As transformers takes it: made without arguments, then called with the model."""
