@@ -108,7 +108,7 @@ def test_a_head_that_does_not_fit_the_labels_is_refused(case, tmp_path):
 
 def test_labels_of_tokens_for_a_head_of_rows_are_refused(tmp_path):
     rows = plain_rows(labels=[1] * 8)
-    with pytest.raises(ValueError, match=r"needs one label for each row.*\(1, 8\).*AutoModelForTokenClassification"):
+    with pytest.raises(ValueError, match=r"labels are integers of the shape \(8, 8\)"):
         tiny_trainer(tmp_path, train_dataset=rows, data_collator=None)
 
 
