@@ -1,5 +1,7 @@
 import gc
 import os
+from collections.abc import Iterator
+from functools import partial
 from logging import NOTSET
 from pathlib import Path
 
@@ -25,6 +27,17 @@ def _quiet() -> int:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     return logging.get_verbosity()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_cards(_quiet: int) -> Iterator[None]:
+    """Model cards without a figure, and of models that are timed once; tests/cards draws figures and times longer."""
+    from ctcd_trainer.cards import card, facts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card, "draw_curves", lambda *args: None)
+        patch.setattr(facts, "latencies_of", partial(facts.latencies_of, seconds=0.0))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

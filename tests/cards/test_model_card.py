@@ -23,13 +23,8 @@ from ctcd_trainer.students.costs import _on_device, latencies_of
 from ctcd_trainer.tasks import find_task
 
 FOLDERS = {"teacher": "", "student": "student"}
-#: Drawing takes most of the time of a card.
+#: As it is outside of the tests, which take no time for drawing.
 draw_curves = model_card.draw_curves
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(model_card, "draw_curves", lambda *args: None)
 
 
 def share_of_right(prediction):
