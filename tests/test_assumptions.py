@@ -68,6 +68,7 @@ FOREIGN = {
     "_cdata": "torch.UntypedStorage",
     "_experts_implementation": "transformers.PreTrainedConfig",
     "_hf_peft_config_loaded": "transformers.PreTrainedModel",
+    "_is_hf_initialized": "transformers.core_model_loading",
     "_keys_to_ignore_on_save": "transformers.PreTrainedModel",
     "_name_or_path": "transformers.PreTrainedConfig",
     "_no_split_modules": "transformers.PreTrainedModel",

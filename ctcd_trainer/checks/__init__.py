@@ -22,7 +22,15 @@ from ..tasks.base import Task
 from .arguments import check_arguments, check_kinds, check_optimizer, check_roles, check_strategy
 from .data import check_augmentation, check_dataset, check_labels, check_own_inputs
 from .fit import CheckedCollator, check_rows, explained
-from .models import argument_of, check_adapters, check_frozen, check_models, check_prompts, check_trainable
+from .models import (
+    argument_of,
+    check_adapters,
+    check_frozen,
+    check_models,
+    check_prompts,
+    check_source,
+    check_trainable,
+)
 from .tokens import check_tokenizer, check_vocabularies
 
 __all__ = [
@@ -92,6 +100,8 @@ def check_learners(
         check_trainable(name, learners[name], arguments.distillation_mode)
     for name in arguments.graph.frozen:
         check_frozen(name, learners[name], arguments.distillation_mode)
+    for name in {edge.source for edge in arguments.graph.edges}.difference(arguments.graph.trained):
+        check_source(name, models[name])
     return task
 
 

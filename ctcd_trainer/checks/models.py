@@ -1,6 +1,6 @@
 """Checks of the models: heads, shared parameters, adapters and quantised weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -161,6 +161,36 @@ def check_frozen(learner: str, model: nn.Module, mode: str) -> None:
             f"The {learner} has adapters to train, and `distillation_mode='{mode}'` freezes it. Choose a mode that "
             f"trains the {learner}, or load its adapters as `PeftModel.from_pretrained(..., is_trainable=False)` does."
         )
+
+
+def check_source(name: str, model: nn.Module) -> None:
+    """Refuse a frozen model whose head was drawn at random when `from_pretrained` loaded it.
+
+    `from_pretrained` marks the weights that it has read. A new bias is 0, and training changes it. A new head without
+    a bias cannot be told from a trained one, so it is only reported. Models that were not loaded have no marks.
+    """
+    parameters = dict(model.named_parameters())
+    read = {key for key, value in parameters.items() if getattr(value, "_is_hf_initialized", False)}
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    new = {key: value for key, value in parameters.items() if key not in read and not key.startswith(body)}
+    if not read or not new or is_peft_model(model):
+        return
+    biases = [value for key, value in new.items() if key.endswith("bias")]
+    argument = argument_of(name)
+    message = untrained(f"`{argument}`", argument, new)
+    if biases and not any(value.is_meta or value.numel() == 0 or value.any() for value in biases):
+        raise ValueError(message)
+    if not biases:
+        logger.warning("%s Do not mind this if you have trained it since it was loaded.", message)
+
+
+def untrained(source: str, argument: str, missing: Iterable[str]) -> str:
+    """Return the message about a frozen model (`source`, given as `argument`) without some trained weights."""
+    return (
+        f"{source} is frozen, and has no trained weights for {sorted(missing)}: they are newly initialized, so its "
+        "predictions would be random. First train the model alone: `Trainer(model, args, train_dataset=...).train()`. "
+        f"Save it: `model.save_pretrained('trained')`. Then learn from it: `{argument}='trained'`."
+    )
 
 
 def check_prompts(learners: Mapping[str, nn.Module], why: str) -> None:

@@ -5,6 +5,7 @@ import os
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..checks.models import untrained
 from ..model_structure import base_model
 from ..tasks import TASKS, find_task
 from ..tasks.labels import own_labels
@@ -45,10 +46,7 @@ def load_model(
             )
     model, report = auto_model.from_pretrained(name_or_path, config=config, output_loading_info=True)
     if frozen and report["missing_keys"]:
-        raise ValueError(
-            f"`{argument}={str(name_or_path)!r}` is frozen, and has no trained weights for "
-            f"{sorted(report['missing_keys'])}: its predictions would be random. Fine-tune it on this task first."
-        )
+        raise ValueError(untrained(f"`{argument}={str(name_or_path)!r}`", argument, report["missing_keys"]))
     return model
 
 

@@ -92,15 +92,18 @@ def load_student_tokenizer(
 def load_model(
     option: str, frozen: bool, auto_class: type, model_args: ModelArguments, seed: int, **options: Any
 ) -> PreTrainedModel:
-    """Load a model. If the checkpoint has no head for the task, a new one is drawn with the seed.
+    """Load a model. If the checkpoint has no head for the task, a new one is drawn with the seed if it is trained.
 
     Args:
         option: Name of the argument that names the model.
-        frozen: Whether the model is not trained; then it warns about a new head.
+        frozen: Whether the model is not trained.
         auto_class: The `AutoModelFor...` class.
         model_args: The arguments.
         seed: The seed, set again for each model: a model starts the same whether it is trained alone or with another.
         **options: Further arguments of `from_pretrained` (`config`, ...).
+
+    Raises:
+        ValueError: The model is frozen, and its checkpoint has no head for the task.
     """
     name = getattr(model_args, option)
     set_seed(seed)
@@ -108,8 +111,12 @@ def load_model(
         name, output_loading_info=True, **model_args.hub_options(option), **options
     )
     if frozen and report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        logger.warning("`--%s %s` is frozen, but not trained for this task: %s are random.", option, name, missing)
+        raise ValueError(
+            f"`--{option} {name}` is frozen, and has no trained weights for {sorted(report['missing_keys'])}: they "
+            "are newly initialized, so its predictions would be random. First train it alone with this script, "
+            f"without a student: `--model_name_or_path {name} --distillation_mode standalone --output_dir trained`. "
+            f"Then learn from it: `--{option} trained`."
+        )
     return model
 
 

@@ -9,12 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from tiny import collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from tiny import VOCAB_SIZE, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, train_alone, weights_of
 from tokenizers import Tokenizer, models
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2Model,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -286,6 +290,41 @@ def test_a_frozen_model_without_a_trained_head_is_refused(role, tmp_path):
     message = rf"`{role}=.*headless'` is frozen, and has no trained weights for \['classifier.bias'"
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, distillation_mode=mode, **{role: tmp_path / "headless"})
+
+
+def loaded_without_head(folder):
+    """A model that is loaded from a checkpoint without the head of its class."""
+    config = BertConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
+    BertModel(config).save_pretrained(folder)
+    return BertForSequenceClassification.from_pretrained(folder, num_labels=3)
+
+
+@pytest.mark.parametrize(
+    ("role", "mode"), [("model", "kd"), ("student_model", "reversed"), ("pretrained_teacher", "community")]
+)
+def test_a_frozen_model_object_with_a_new_head_is_refused(role, mode, tmp_path):
+    model = loaded_without_head(tmp_path / "headless")
+    message = rf"`{role}` is frozen, and has no trained weights for \['classifier.bias', .*newly initialized"
+    with pytest.raises(ValueError, match=rf"{message}.*Trainer\(model, .*save_pretrained.*`{role}='trained'`"):
+        tiny_trainer(tmp_path, distillation_mode=mode, **{role: model})
+    trained = loaded_without_head(tmp_path / "headless")
+    train_alone(trained, tmp_path, max_steps=1)
+    tiny_trainer(tmp_path, distillation_mode=mode, **{role: trained})
+    trained.save_pretrained(tmp_path / "trained")
+    tiny_trainer(tmp_path, distillation_mode=mode, **{role: tmp_path / "trained"})
+
+
+def test_a_new_head_is_trained_where_the_model_is_and_one_without_a_bias_is_reported(tmp_path, caplog):
+    tiny_trainer(tmp_path, model=loaded_without_head(tmp_path / "headless"))
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": VOCAB_SIZE, "n_positions": 32}
+    GPT2Model(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    models = [
+        GPT2ForSequenceClassification.from_pretrained(tmp_path / "gpt2", num_labels=3, pad_token_id=0)
+        for _ in range(2)
+    ]
+    caplog.set_level("WARNING", logger="ctcd_trainer")
+    tiny_trainer(tmp_path, model=models[0], student_model=models[1], distillation_mode="kd")
+    assert "`model` is frozen, and has no trained weights for ['score.weight']" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,14 @@ def test_frozen_model_of_other_labels_is_refused(script, tmp_path, teacher):
         script("--do_train", **options, **save_files(tmp_path))
 
 
+def test_frozen_model_without_a_trained_head_is_refused(script, tmp_path, teacher):
+    options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "distillation_mode": "kd"}
+    with pytest.raises(
+        ValueError, match=r"`--model_name_or_path .*'classifier.bias', .* --distillation_mode standalone"
+    ):
+        script("--do_train", **options, **save_files(tmp_path))
+
+
 def test_best_checkpoint_by_the_student_and_resume(script, tmp_path, teacher):
     options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "max_steps": 4, **save_files(tmp_path)}
     options |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
