@@ -338,7 +338,8 @@ class CoDistillationMixin:
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Make a data loader whose batches are checked before a device gets them; see `CheckedCollator`."""
         users, known = self.data_collator, hasattr(dataset, "column_names") or isinstance(dataset, (list, tuple))
-        task = None if known or self.compute_loss_func is not None else self.task
+        users_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        task = None if known or users_loss else self.task
         self.data_collator = CheckedCollator(users, description.lower(), task)
         try:
             return super()._get_dataloader(dataset, description, *args, **kwargs)

@@ -39,7 +39,7 @@ def misfit(argument: str, model: nn.Module, inputs: Mapping[str, Any], task: Tas
             )
         embeddings = embeddings_of(model, "get_input_embeddings")
         kinds = {"input_ids": getattr(embeddings, "num_embeddings", None)}
-        kinds["token_type_ids"] = getattr(model.config, "type_vocab_size", None)
+        kinds["token_type_ids"] = getattr(getattr(model, "config", None), "type_vocab_size", None)
         for name, size in kinds.items():
             values = inputs.get(name)
             readable = isinstance(values, Tensor) and values.device.type == "cpu" and values.numel()
@@ -50,8 +50,9 @@ def misfit(argument: str, model: nn.Module, inputs: Mapping[str, Any], task: Tas
                 )
     if task is not None and isinstance(labels, Tensor) and isinstance(ids, Tensor) and task.label_names == ("labels",):
         if task.per_row:
-            wrong, wanted = labels.numel() not in (len(ids), len(ids) * task.num_labels), "one label for each row"
-        elif getattr(model.config, "is_encoder_decoder", False):
+            sizes = (len(ids), len(ids) * (task.num_labels or 1))
+            wrong, wanted = labels.numel() not in sizes, "one label for each row"
+        elif getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             wrong, wanted = labels.ndim != 2, "a list of labels for each row"
         else:
             wrong, wanted = labels.shape != ids.shape, "one label for each token"
@@ -67,7 +68,7 @@ def misfit(argument: str, model: nn.Module, inputs: Mapping[str, Any], task: Tas
 
 def misfit_of_images(argument: str, model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     """Describe images of another size than a config has; some models take them all the same."""
-    images, config = inputs.get("pixel_values"), base_model(model).config
+    images, config = inputs.get("pixel_values"), getattr(base_model(model), "config", None)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if not isinstance(images, Tensor) or images.ndim < 4 or size is None:
         return None

@@ -24,6 +24,7 @@ class LossMeter:
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None
         self._bad_steps: Tensor | None = None
+        self._hard: Tensor | None = None
         #: The present step; how many of its micro-batches have each component, and how many earlier steps.
         self._step = 0
         self._present: Tensor | None = None
@@ -41,12 +42,11 @@ class LossMeter:
             self._names = tuple(components)
             self._sums, self._present, self._steps = (torch.zeros_like(values) for _ in range(3))
             self._bad_steps = torch.full_like(values, torch.inf)
+            self._hard = torch.tensor([name.endswith("_hard_loss") for name in self._names], device=values.device)
         if step != self._step:
             self._end_step()
             self._step = step
-        has_hard_losses = torch.as_tensor(labelled, device=values.device) > 0
-        for index, name in enumerate(self._names):
-            self._present[index] += has_hard_losses if name.endswith("_hard_loss") else 1
+        self._present += torch.where(self._hard, torch.as_tensor(labelled, device=values.device) > 0, 1)
         self._sums += values
         self._bad_steps = torch.where(values.isfinite(), self._bad_steps, self._bad_steps.clamp(max=step))
 

@@ -378,11 +378,11 @@ def test_modules_without_a_config(form, options, tmp_path):
         args = tiny_args(tmp_path / mode, distillation_mode=mode, **settings)
         given = options if mode == "ctcd" else {"task": "sequence-classification"}
         models = Perceptron(16, 0, form), Perceptron(8, 1, form)
-        trainer = CoDistillationTrainer(models[0], args, collate, rows, rows, student_model=models[1], **given)
+        trainer = CoDistillationTrainer(models[0], args, None, rows, rows, student_model=models[1], **given)
         trainer.train()
         trained.append(trainer)
     ctcd, alone = trained
-    plain = Trainer(Perceptron(16, 0, form), tiny_args(tmp_path / "plain", max_steps=4), collate, rows, rows)
+    plain = Trainer(Perceptron(16, 0, form), tiny_args(tmp_path / "plain", max_steps=4), None, rows, rows)
     plain.train()
     assert_same_weights(alone.teacher_model, plain.model, tolerance=0)
     assert alone.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
@@ -390,7 +390,7 @@ def test_modules_without_a_config(form, options, tmp_path):
     assert not torch.equal(ctcd.student_model.embed.weight, alone.student_model.embed.weight)
     # Resuming gives the same models, and the saved weights are those of a plain module.
     models = Perceptron(16, 0, form), Perceptron(8, 1, form)
-    again = CoDistillationTrainer(models[0], ctcd.args, collate, rows, student_model=models[1], **options)
+    again = CoDistillationTrainer(models[0], ctcd.args, None, rows, student_model=models[1], **options)
     again.train(resume_from_checkpoint=str(tmp_path / "ctcd/checkpoint-2"))
     assert_same_weights(again.pair, ctcd.pair, tolerance=0)
     from safetensors.torch import load_file
