@@ -6,7 +6,8 @@ One of the nine GLUE tasks, a 12-layer teacher and a 6-layer student cut from it
     python examples/run_glue_ctcd.py --model_name_or_path google-bert/bert-base-uncased --student_num_hidden_layers 6 \
         --dataset_name nyu-mll/glue --task_name rte --do_train --do_eval --output_dir out
 
-Your own files (columns `label` and one or two of text), a pre-trained student, all arguments in a file:
+Your own files (columns `label` and one or two of text, or those of `--label_column_name` and `--text_column_names`), a
+pre-trained student, all arguments in a file:
 
     python examples/run_glue_ctcd.py arguments.json
 
@@ -47,7 +48,7 @@ from examples.common.models import (
     load_tokenizer,
 )
 from examples.common.run import in_order, padding_multiple, run
-from examples.data.glue import TASK_TO_TEXT, Labels, Preprocessor, metrics_for, select_rows, text_columns
+from examples.data.glue import TASK_TO_TEXT, Labels, Preprocessor, metrics_for, named_label, select_rows, text_columns
 from examples.data.loading import load_files, load_raw_data, tokenize, wanted_splits
 
 # ---- Arguments ----
@@ -64,6 +65,10 @@ class GlueDataArguments(DataArguments):
         "default).",
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set. Default: the task.")
+    label_column_name: str | None = option(None, "Column with the labels of your own data. Default: `label`.")
+    text_column_names: str | None = option(
+        None, "The one or two columns of text of your own data, with a comma between. Default: the first ones."
+    )
     max_seq_length: int = option(128, "Number of tokens at which texts are cut.")
     pad_to_max_length: bool = option(
         True, "Pad all texts to `max_seq_length` instead of the longest text of the batch."
@@ -90,6 +95,12 @@ class GlueDataArguments(DataArguments):
             self.task_name = self.task_name.lower()
             if self.task_name not in TASK_TO_TEXT:
                 raise ValueError(f"`--task_name {self.task_name}` is unknown. Valid tasks: {', '.join(TASK_TO_TEXT)}.")
+            for name in ("label_column_name", "text_column_names"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`--{name} {getattr(self, name)}` is for your own data, and `--task_name {self.task_name}` "
+                        "has its own columns: leave out one of them."
+                    )
         if self.task_name is None and self.dataset_name is None:
             if self.train_file is None or self.validation_file is None:
                 raise ValueError(
@@ -181,10 +192,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if training_args.do_predict and data_args.files and data_args.test_file is None:
         raise ValueError("`--do_predict` needs `--test_file`.")
     task = data_args.task_name
-    raw = load_raw_data(model_args, data_args)
+    raw = named_label(load_raw_data(model_args, data_args), data_args.label_column_name)
     selected = select_rows(raw, task, wanted_splits(data_args, training_args))
     source = raw["train"] if "train" in raw else next(iter(raw.values()))
-    columns = text_columns(source, task)
+    columns = text_columns(source, task, data_args.text_column_names)
     labels = Labels.of(source, task).ordered_as(load_config(model_args))
 
     tokenizer = load_tokenizer(model_args)

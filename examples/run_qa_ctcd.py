@@ -6,7 +6,8 @@ A 12-layer teacher and a 6-layer student cut from it:
     python examples/run_qa_ctcd.py --model_name_or_path google-bert/bert-base-uncased --student_num_hidden_layers 6 \
         --dataset_name rajpurkar/squad --do_train --do_eval --output_dir out
 
-Your own files (columns `id`, `context`, `question` and `answers` with `text` and `answer_start`, as SQuAD has them),
+Your own files (columns `id`, `context`, `question` and `answers` with `text` and `answer_start`, as SQuAD has them on
+the Hub, or the nested JSON as SQuAD is published),
 with questions that have no answer, and a pre-trained student:
 
     python examples/run_qa_ctcd.py --model_name_or_path google-bert/bert-base-uncased \
@@ -42,7 +43,7 @@ from examples.common.arguments import DataArguments, ModelArguments, option, sta
 from examples.common.models import allowed_length, load_fast_tokenizer, load_model, load_models
 from examples.common.run import card_of, in_order, padding_multiple, run
 from examples.data.loading import load_files, load_raw_data, selected_rows, tokenize
-from examples.data.qa import WINDOW_COLUMNS, Answer, AnswerFinder, WindowTokenizer, squad_scores
+from examples.data.qa import WINDOW_COLUMNS, Answer, AnswerFinder, WindowTokenizer, squad_scores, unnested
 
 # ---- Arguments ----
 
@@ -93,6 +94,8 @@ def load_data(
     for split, path in data_args.files.items():
         if "data" in raw[split].column_names:  # {"data": [rows]}, as in some files of SQuAD
             raw[split] = load_files({split: path}, model_args.cache_dir, data_args.readers, field="data")[split]
+        if "paragraphs" in raw[split].column_names:  # as SQuAD is published
+            raw[split] = unnested(raw[split])
     selected = selected_rows(raw, data_args, training_args)
     for split, rows in selected.items():
         _check_rows(rows, split, data_args.version_2_with_negative)

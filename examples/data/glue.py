@@ -72,12 +72,44 @@ def select_rows(raw: DatasetDict, task: str | None, limits: Mapping[str, int | N
     return selected
 
 
-def text_columns(dataset: Dataset, task: str | None) -> tuple[str, ...]:
-    """The one or two columns of text: the task's, else `sentence1` and `sentence2`, else the first two or only one.
+def named_label(raw: DatasetDict, column: str | None) -> DatasetDict:
+    """The splits with the label column of `--label_column_name` under the name `label`.
+
+    Raises:
+        ValueError: No split has this column.
+    """
+    if column in (None, LABEL):
+        return raw
+    if not any(column in rows.column_names for rows in raw.values()):
+        known = next(iter(raw.values())).column_names
+        raise ValueError(f"`--label_column_name {column}` is not a column of the data: give one of {known}.")
+    for split, rows in raw.items():
+        if column in rows.column_names:
+            others = [name for name in rows.column_names if name == LABEL]
+            raw[split] = rows.remove_columns(others).rename_column(column, LABEL)
+    return raw
+
+
+def text_columns(dataset: Dataset, task: str | None, given: str | None = None) -> tuple[str, ...]:
+    """The one or two columns of text: the given, else the task's, else `sentence1` and `sentence2`, else the first.
+
+    Args:
+        dataset: The rows.
+        task: Name of the GLUE task, if it is one.
+        given: `--text_column_names`: one name, or two with a comma between.
 
     Raises:
         ValueError: There is no such column.
     """
+    if given is not None:
+        names = tuple(given.split(","))
+        missing = [name for name in names if name not in dataset.column_names]
+        if missing or len(names) > 2:
+            raise ValueError(
+                f"`--text_column_names {given}`: give one or two columns of the data, whose columns are "
+                f"{dataset.column_names}."
+            )
+        return names
     if task is not None:
         missing = [name for name in TASK_TO_TEXT[task] if name not in dataset.column_names]
         if missing:
@@ -132,7 +164,10 @@ class Labels:
                 and ones differ in length.
         """
         if LABEL not in dataset.column_names:
-            raise ValueError(f"The training data has no column {LABEL!r}, only {dataset.column_names}. Rename it.")
+            raise ValueError(
+                f"The training data has no column {LABEL!r}, only {dataset.column_names}. Rename it, or give "
+                "`--label_column_name`."
+            )
         feature = dataset.features[LABEL]
         _check_no_gaps(dataset)
         if task == "stsb" or getattr(feature, "dtype", "").startswith("float"):

@@ -1,9 +1,13 @@
 """Rows from the Hub, a folder or files: the splits that a script needs, and their tokens."""
 
+import csv
+import json
 from collections.abc import Callable, Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import TrainingArguments
 
 from examples.common.arguments import TABLE_READERS, DataArguments, ModelArguments, file_reader
@@ -33,13 +37,87 @@ def load_files(
         readers: The readers by the end of a file's name.
         reader_options: Further arguments of `load_dataset`, by the name of the reader.
         **options: Further arguments of `load_dataset` for all readers (`streaming`, `field`, ...).
+
+    Raises:
+        ValueError: A file has no rows or cannot be read; the message has the line where that is known.
     """
     splits = DatasetDict()
     for split, path in files.items():
         reader = file_reader(path, f"{split}_file", readers)
         given = {**(reader_options or {}).get(reader, {}), **options}
-        splits[split] = load_dataset(reader, data_files={split: path}, split=split, cache_dir=cache_dir, **given)
+        named = f"`--{split}_file {path}`"
+        if reader == "csv":
+            check_csv(path, named)
+        try:
+            rows = load_dataset(reader, data_files={split: path}, split=split, cache_dir=cache_dir, **given)
+        except (DatasetGenerationError, StopIteration, ValueError) as error:
+            where = _json_error(path) if reader == "json" else error.__cause__ or error
+            raise ValueError(f"{named} cannot be read as {reader}: {where}. Correct the file.") from error
+        if isinstance(rows, Sized) and len(rows) == 0:
+            raise ValueError(f"{named} has no rows.")
+        splits[split] = rows
     return splits
+
+
+def check_csv(path: str, named: str) -> None:
+    """Refuse a CSV file that has no rows, or whose rows would be read as other columns.
+
+    Args:
+        path: The file.
+        named: The argument that gave it, for the message.
+
+    Raises:
+        ValueError: The message has the line and a remedy.
+    """
+    columns: list[str] = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows, line = csv.reader(file, strict=True), 1
+            columns, found = next(rows, []), False
+            separator = next((each for each in ";\t|" if len(columns) == 1 and each in columns[0]), None)
+            if separator is not None:
+                raise ValueError(
+                    f"{named}, line 1: the columns {columns[0]!r} are separated by {separator!r}. Write the file with "
+                    "commas, and texts that contain commas in double quotes."
+                )
+            line = rows.line_num + 1
+            for row in rows:
+                if len(row) > len(columns):
+                    raise ValueError(
+                        f"{named}, line {line}: {len(row)} fields, and the {len(columns)} columns {columns}. Put "
+                        "texts that contain commas in double quotes."
+                    )
+                line, found = rows.line_num + 1, found or bool(row)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{named} is not encoded in UTF-8: {error}. Convert it.") from error
+    except csv.Error as error:
+        if "unexpected end" not in str(error):
+            return  # `datasets` may still read it
+        raise ValueError(
+            f"{named}, line {line}: a double quote opens a text and none closes it. Close it, or write a quote inside "
+            'of a text as `""`.'
+        ) from error
+    if not found:
+        content = f"the header {columns} alone" if columns else "nothing"
+        raise ValueError(f"{named} holds {content}: there are no rows. Check how the file was written.")
+
+
+def _json_error(path: str) -> str:
+    """Describe what is wrong in a file of JSON, or of one JSON object a line."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        return "the file is empty"
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = text.splitlines() if text.lstrip().startswith("{") and error.msg == "Extra data" else []
+        for number, line in enumerate(lines, 1):
+            try:
+                json.loads(line or "{}")
+            except json.JSONDecodeError as at:
+                return f"line {number}, character {at.colno}: {at.msg}"
+        return f"line {error.lineno}, character {error.colno}: {error.msg}"
+    return "the rows have different columns or types" if content else "it has no rows"
 
 
 def load_raw_data(model_args: ModelArguments, data_args: DataArguments, **options: Any) -> DatasetDict:

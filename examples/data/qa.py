@@ -20,6 +20,29 @@ NOT_CONTEXT = -1
 # ---- From texts to windows ----
 
 
+def unnested(articles: Dataset) -> Dataset:
+    """Turn the articles of a published SQuAD file into rows, one for each question.
+
+    Args:
+        articles: Rows with `paragraphs`: lists of `context` and `qas`, which have `id`, `question` and `answers`.
+    """
+    rows = [
+        {
+            "id": question["id"],
+            "title": article.get("title"),
+            "context": paragraph["context"],
+            "question": question["question"],
+            "answers": {
+                key: [answer[key] for answer in question["answers"] or ()] for key in ("text", "answer_start")
+            },
+        }
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+    return Dataset.from_list(rows)
+
+
 @dataclass(frozen=True)
 class WindowTokenizer:
     """Turns rows into windows of tokens, for `Dataset.map(..., batched=True, with_indices=True)`.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from places import ROOT
 from safetensors.torch import load_file
 from script_glue import GLUE_LABELS, WORDS, glue_rows, save_files, save_glue, save_model, save_rows, sentences
@@ -184,6 +184,51 @@ def test_files_with_label_names_and_a_student_by_path(script, tmp_path, teacher,
         expected = logits_of(folder, [row["text"] for row in test]).argmax(-1).tolist()
         assert predicted(out / f"predict_results{name}.txt") == [["bad", "good", "meh"][index] for index in expected]
     assert {"eval_accuracy", "eval_student_accuracy", "eval_agreement"} <= set(results(out))
+
+
+BAD_FILES = {
+    "a.csv": ("", "a.csv` holds nothing: there are no rows"),
+    "b.csv": ("text,label\n", r"b.csv` holds the header \['text', 'label'\] alone"),
+    "c.csv": ('text,label\na,1\n"b,0\nc,1\n', "c.csv`, line 3: a double quote opens a text and none closes it"),
+    "d.csv": ("text;label\na, b;1\n", "d.csv`, line 1: the columns 'text;label' are separated by ';'.* commas"),
+    "e.csv": ("text,label\na,1\nb, c,0\n", "e.csv`, line 3: 3 fields, and the 2 columns.*double quotes"),
+    "f.csv": (b"text,label\n\xe4,1\n", "f.csv` is not encoded in UTF-8.*0xe4"),
+    "g.json": ("", "g.json` cannot be read as json: the file is empty"),
+    "h.json": ("[]", "h.json` cannot be read as json: it has no rows"),
+    "i.jsonl": ('{"text": "a", "label": 1}\n{"text": "b",', "i.jsonl` cannot be read as json: line 2, character"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_named_with_the_line(name, tmp_path):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"`--train_file .*{message}"):
+        load_files({"train": str(tmp_path / name)}, str(tmp_path / "cache"))
+
+
+def test_texts_with_quotes_and_line_breaks_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"a ""b"", c",1\n\n"two\nlines",0\n')
+    rows = load_files({"train": str(tmp_path / "a.csv")}, str(tmp_path / "cache"))["train"]
+    assert rows["text"][:] == ['a "b", c', "two\nlines"]
+
+
+def test_the_columns_may_have_other_names(script, tmp_path, teacher):
+    rows = [{"id": f"row {i}", "body": text, "head": "a film", "kind": "xy"[i % 2], "label": 7} for i, text in
+            enumerate(sentences(8, 1))]  # fmt: skip
+    files = {f"{split}_file": save_rows(tmp_path / f"{split}.csv", rows) for split in ("train", "validation")}
+    options = {**files, "model_name_or_path": teacher, "student_num_hidden_layers": 1, "label_column_name": "kind"}
+    assert "eval_student_accuracy" in results(script("--do_eval", **options, text_column_names="head,body"))
+    with pytest.raises(
+        ValueError, match=r"`--label_column_name sort` is not a column of the data: give one of \['id'"
+    ):
+        script("--do_eval", **{**options, "label_column_name": "sort"})
+    with pytest.raises(ValueError, match=r"`--text_column_names body,title`: give one or two columns of the data"):
+        script("--do_eval", **options, text_column_names="body,title")
+    rows = Dataset.from_list(rows)
+    named = glue_data.named_label(DatasetDict(train=rows), "kind")["train"]
+    assert named["label"][:2] == ["x", "y"]
+    assert glue_data.text_columns(named, None, "head,body") == ("head", "body")
 
 
 def test_files_with_scores_are_a_regression(script, tmp_path, teacher):

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,37 @@ def save_files(folder: Path, suffix: str = "jsonl", with_negative: bool = False)
 def script(tmp_path: Path):
     """Runs the script."""
     return partial(run_script, run_qa_ctcd, output_dir=tmp_path / "out", max_seq_length=MAX_LENGTH, doc_stride=STRIDE)
+
+
+def test_the_nested_form_in_which_squad_is_published_is_read(tmp_path):
+    rows = [{**row, "question": row["question"].strip()} for row in questions(4, 0, with_negative=True)]
+    articles = [
+        {
+            "title": row["title"],
+            "paragraphs": [
+                {
+                    "context": row["context"],
+                    "qas": [
+                        {
+                            **{key: row[key] for key in ("id", "question")},
+                            "is_impossible": not row["answers"]["text"],
+                            "answers": [
+                                dict(zip(("text", "answer_start"), answer, strict=True))
+                                for answer in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+                            ],
+                        }
+                    ],
+                }
+            ],
+        }
+        for row in rows
+    ]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"version": "v2.0", "data": articles}, indent=1))
+    data = run_qa_ctcd.QaDataArguments(train_file=str(path), version_2_with_negative=True)
+    arguments = SimpleNamespace(cache_dir=str(tmp_path / "cache")), data
+    found = run_qa_ctcd.load_data(*arguments, SimpleNamespace(do_train=True, do_eval=False, do_predict=False))
+    assert found["train"].to_list() == [{key: row[key] for key in found["train"].column_names} for row in rows]
 
 
 def naive_answers(
