@@ -8,7 +8,7 @@ import torch
 TOLERANCE = 1e-5
 
 
-def assert_same(actual: dict, expected: dict, logs: int = 5) -> None:
+def assert_same(actual: dict, expected: dict, logs: int = 3) -> None:
     """Logs, metrics and weights, to the tolerance."""
     assert len(actual["logs"]) == len(expected["logs"]) == logs
     pairs = [*zip(actual["logs"], expected["logs"], strict=True), (actual["metrics"], expected["metrics"])]

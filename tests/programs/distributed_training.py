@@ -111,7 +111,7 @@ def filled_up() -> dict[str, Any]:
 
 def community() -> dict[str, Any]:
     """A frozen third model; the last step is in no log."""
-    own = {"distillation_mode": "community", "pretrained_teacher": tiny_bert(2, seed=3), "max_steps": 11}
+    own = {"distillation_mode": "community", "pretrained_teacher": tiny_bert(2, seed=3), "max_steps": 7}
     return classification() | own
 
 
@@ -162,7 +162,7 @@ def trainer_of(scenario: str, folder: Path, **arguments: Any) -> CoDistillationT
     args = tiny_args(
         folder,
         **{
-            "max_steps": 10,
+            "max_steps": 6,
             "per_device_train_batch_size": BATCH // processes,
             "per_device_eval_batch_size": 4 // processes,
             "logging_steps": 2,
