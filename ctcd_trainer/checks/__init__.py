@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 
 from ..arguments import DistillationArguments
 from ..graph import PRETRAINED
@@ -157,9 +157,10 @@ def check_setup(
     check_optimizer(optimizer, optimizer_cls_and_kwargs, trained, args)
     shown = [primary] if two_tokenizers else learners
     learning = sorted({edge.learner for edge in arguments.graph.edges})
+    default_collator = data_collator is default_data_collator or (data_collator is None and processing_class is None)
     taught = [name for name, weight in arguments.graph.hard_weights.items() if weight > 0]
     for argument, dataset in datasets.items():
-        check_labels(task, dataset, argument, learning, taught)
+        check_labels(task, dataset, argument, learning, taught, default_collator)
         check_rows(task, dataset, argument, {argument_of(name): learners[name] for name in shown}, data_collator)
     if args is not None and args.load_best_model_at_end:
         check_prompts(learners, "`load_best_model_at_end=True`")

@@ -25,7 +25,12 @@ def check_dataset(dataset: Any, argument: str) -> None:
 
 
 def check_labels(
-    task: Task, dataset: Any, argument: str, learning: Collection[str] = (), taught: Collection[str] = ()
+    task: Task,
+    dataset: Any,
+    argument: str,
+    learning: Collection[str] = (),
+    taught: Collection[str] = (),
+    default_collator: bool = False,
 ) -> None:
     """Refuse labels of a `datasets.Dataset` or a list of dicts that do not fit the task.
 
@@ -37,13 +42,15 @@ def check_labels(
         argument: Name of the argument that gave it.
         learning: The models that learn from others, and so from rows without a label too.
         taught: The models that learn from labels (`..._hard_weight`).
+        default_collator: Whether `default_data_collator` makes the batches: it turns lists in the column `label` into
+            floats.
 
     Raises:
         ValueError: A label does not fit the task; or a row has none and no model learns from another one; or no row
             has one and a model learns from labels. The message has the row and the value.
     """
     for name, part in parts(dataset, argument):
-        labels = _labels_of(part, task)
+        labels = _labels_of(part, task, default_collator)
         if labels is None:
             continue
         try:
@@ -170,7 +177,7 @@ def _columns_of(dataset: Any) -> list[str]:
     return getattr(dataset, "column_names", None) or []
 
 
-def _labels_of(dataset: Any, task: Task) -> Sequence[Any] | None:
+def _labels_of(dataset: Any, task: Task, default_collator: bool = False) -> Sequence[Any] | None:
     """Return the labels of a data set; `None` if it has none, or would have to be read for them.
 
     Trainer's data collators call a column `label` or `label_ids` by the name `labels`.
@@ -179,6 +186,10 @@ def _labels_of(dataset: Any, task: Task) -> Sequence[Any] | None:
     column = next((name for name in names if name in _columns_of(dataset)), None)
     if column is None or not isinstance(dataset, Sized):
         return None
-    if isinstance(dataset, (list, tuple)):
-        return [row[column] for row in dataset]
-    return dataset.with_format(None)[column]
+    stored = isinstance(dataset, (list, tuple))
+    labels = [row[column] for row in dataset] if stored else dataset.with_format(None)[column]
+    if default_collator and column == "label" and len(labels) and isinstance(labels[0], list):
+        return [
+            [float(v) if isinstance(v, int) else v for v in row] if isinstance(row, list) else row for row in labels
+        ]
+    return labels

@@ -57,15 +57,18 @@ class Computed(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("form", [list, Dataset.from_list, Computed])
-def test_boolean_labels_are_taken_as_plain_trainer_takes_them(form, tmp_path):
+@pytest.mark.parametrize("problem", ["single_label", "multi_label"])
+def test_boolean_labels_are_taken_as_plain_trainer_takes_them(problem, form, tmp_path):
     rows = [{"input_ids": row["input_ids"], "label": bool(index % 3)} for index, row in enumerate(tiny_rows(8))]
+    if problem == "multi_label":
+        rows = [{**row, "label": [row["label"], index % 2 == 0]} for index, row in enumerate(rows)]
+    head = {"num_labels": 2, "problem_type": None if problem == "single_label" else "multi_label_classification"}
     settings = {"max_steps": 2, "logging_steps": 1}
-    models = [tiny_bert(3, 1, num_labels=2, problem_type=None) for _ in range(2)]
+    models = [tiny_bert(3, 1, **head) for _ in range(2)]
     plain = Trainer(models[0], tiny_args(tmp_path, **settings), train_dataset=form(rows))
     plain.train()
-    options = {"student_from_teacher_weight": 0.0, "teacher_from_student_weight": 0.0, "student_hard_weight": 1.0}
-    student = tiny_bert(2, 2, num_labels=2, problem_type=None)
-    options |= {"model": models[1], "student_model": student, "data_collator": default_data_collator}
+    options = {"student_from_teacher_weight": 0.0, "teacher_from_student_weight": 0.0}
+    options |= {"model": models[1], "student_model": tiny_bert(2, 2, **head), "data_collator": default_data_collator}
     trainer = tiny_trainer(tmp_path, train_dataset=form(rows), **options, **settings)
     trainer.train()
     for ours, theirs in zip(trainer.state.log_history[:2], plain.state.log_history[:2], strict=True):
@@ -98,6 +101,7 @@ def test_labels_of_another_shape_than_the_outputs_are_refused(problem, settings,
         tiny_trainer(tmp_path, problem, **models, train_dataset=rows)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_scores_of_a_stream_are_not_broadcast_to_several_outputs(shape):
     pair = make_pair(*(tiny_bert(1, seed, "regression", num_labels=2) for seed in range(2)))
