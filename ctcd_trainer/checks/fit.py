@@ -48,7 +48,13 @@ def misfit(argument: str, model: nn.Module, inputs: Mapping[str, Any], task: Tas
                     f"`{argument}` has embeddings for {size} values of `{name}`, and the data have the value "
                     f"{int(values.max())}. Tokenize the data with the tokenizer of both models."
                 )
-    if task is not None and isinstance(labels, Tensor) and isinstance(ids, Tensor) and task.label_names == ("labels",):
+    if (
+        task is not None
+        and task.per_token is not None
+        and isinstance(labels, Tensor)
+        and isinstance(ids, Tensor)
+        and task.label_names == ("labels",)
+    ):
         if task.per_row:
             sizes = (len(ids), len(ids) * (task.num_labels or 1))
             wrong, wanted = labels.numel() not in sizes, "one label for each row"
