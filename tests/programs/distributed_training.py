@@ -4,6 +4,7 @@
 process has at the end to `FOLDER/NAME-RANK.pt`.
 """
 
+import math
 import os
 import sys
 from collections import Counter
@@ -40,8 +41,8 @@ def stack(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def argmax(logits: Any, _: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1)
+def argmax(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    return logits.gt(0) if labels.is_floating_point() else logits.argmax(-1)
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -62,6 +63,17 @@ def classification() -> dict[str, Any]:
         "weight_decay": 0.01,
         "soft_warmup_ratio": 0.5,
     }
+
+
+def missing_targets() -> dict[str, Any]:
+    """Four labels for each row, of which some are missing: at some steps all of one process, at one step all."""
+    rows = tiny_rows(40, "multi_label")
+    for index, row in enumerate(rows):
+        there = 0 if 4 <= index < 8 or 16 <= index < 24 else index % 5
+        row["labels"] = [*row["labels"][:there], *[math.nan] * (4 - there)]
+    models = (("model", 3), ("student_model", 2))
+    models = {name: tiny_bert(layers, layers, "multi_label") for name, layers in models}
+    return classification() | models | {"train_dataset": rows}
 
 
 def masked_lm() -> dict[str, Any]:
@@ -143,7 +155,7 @@ def adapters() -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(classification, masked_lm, unused, causal_lm, community_lm),
+        *(classification, missing_targets, masked_lm, unused, causal_lm, community_lm),
         *(uneven, filled_up, community, one_way, adapters),
     )
 }
