@@ -226,8 +226,8 @@ class CoDistillationMixin:
 
     def _hand_over(self) -> None:
         """Give the parts the arguments and loss functions of the trainer, which may have changed since."""
-        if self.loss_is_scaled_for_ga is not True:  # changed since the pair was made
-            self._loss_is_scaled = self.loss_is_scaled_for_ga
+        if getattr(self, "loss_is_scaled_for_ga", None) is not True:  # changed since the pair was made
+            self._loss_is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
         # The pair divides every term of the loss by the item count of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.pair.objective.compute_loss_func = self.compute_loss_func

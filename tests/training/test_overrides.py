@@ -92,7 +92,8 @@ def train_both(override, tmp_path, evaluate=True, tolerance=0, models=None, **op
 
 @pytest.mark.parametrize("override", [ClassWeights, Regulariser, WithoutCount, MeanOfBatch, DividesByCount])
 def test_compute_loss_is_the_task_loss_of_each_model(override, tmp_path):
-    train_both(override, tmp_path)
+    known = override is not MeanOfBatch or hasattr(Trainer, "loss_is_scaled_for_ga")
+    train_both(override, tmp_path, tolerance=0 if known else 1e-7)
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"label_smoothing_factor": 0.1}])
