@@ -135,8 +135,8 @@ class CoDistillationMixin:
         self._loss_meter = LossMeter()
         self._grad_norms: dict[str, Tensor] = {}
         self._learning_rates: dict[str, float] = {}
-        #: The user's own value, of the class or set later; the pair's loss is always scaled.
-        self._loss_is_scaled: bool | None = getattr(type(self), "loss_is_scaled_for_ga", None)
+        #: The user's own value, of the class or set later, which holds for `compute_loss`.
+        self._loss_is_scaled: bool | None = None
         self._sources = PairSources(
             self.distillation,
             student_model,
@@ -226,10 +226,11 @@ class CoDistillationMixin:
 
     def _hand_over(self) -> None:
         """Give the parts the arguments and loss functions of the trainer, which may have changed since."""
-        if getattr(self, "loss_is_scaled_for_ga", None) is not True:  # changed since the pair was made
-            self._loss_is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        # The pair divides every term of the loss by the item count of the whole accumulated batch.
-        self.loss_is_scaled_for_ga = True
+        if getattr(self, "loss_is_scaled_for_ga", None) is not None:  # not every version of Trainer has it
+            self._loss_is_scaled = self.loss_is_scaled_for_ga
+        # The pair divides every term of the loss by the item count of the whole accumulated batch. Trainer divides by
+        # the number of micro-batches if a subclass has dropped the count.
+        self.loss_is_scaled_for_ga = None
         self.pair.objective.compute_loss_func = self.compute_loss_func
         self.pair.objective.label_smoother = self.label_smoother
         for part in (self.checkpoints, self.evaluation, self.uploads):
@@ -239,12 +240,13 @@ class CoDistillationMixin:
     @contextmanager
     def _as_trainer_of(self, learner: str) -> Iterator[None]:
         """Let the hooks of the class see a learner, and the arguments that hold for it, in place of the pair."""
-        pairs = self.model, self.args
-        self.model, self.args = self.pair.learners[learner], learner_arguments(self.args, learner)
+        pairs = self.model, self.model_wrapped, self.args
+        self.model = self.model_wrapped = self.pair.learners[learner]
+        self.args = learner_arguments(self.args, learner)
         try:
             yield
         finally:
-            self.model, self.args = pairs
+            self.model, self.model_wrapped, self.args = pairs
 
     def processing_class_of(self, learner: str) -> Any:
         """Return the tokenizer or processor of a learner; `None` if none is known."""
@@ -398,9 +400,7 @@ class CoDistillationMixin:
         objective = self.pair.objective
         objective.progress = Progress(self.state.global_step, self.state.max_steps, self.state.epoch or 0.0)
         scale: float = 1
-        if num_items_in_batch is None:  # the means of several micro-batches are added up
-            scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1) if self.pair.training else 1
-        elif self.args.average_tokens_across_devices:
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them.
             scale = self.accelerator.num_processes
         if type(self).compute_loss is not Trainer.compute_loss:
@@ -418,18 +418,20 @@ class CoDistillationMixin:
                 "'labels', or pass a `data_collator` that makes them."
             )
         if not isinstance(model, LearnerView):
-            if num_items_in_batch is None:
+            logged: float = scale
+            if num_items_in_batch is None:  # the caller divides the means of the micro-batches
                 labelled = self.task.counted(inputs).ne(IGNORE_INDEX).any()
+                logged = 1 / self._micro_batches
             else:
                 labelled = torch.as_tensor(num_items_in_batch).reshape(-1)[0]
-            self._loss_meter.add(outputs["losses"], self.state.global_step + 1, scale, labelled)
+            self._loss_meter.add(outputs["losses"], self.state.global_step + 1, logged, labelled)
         loss = loss * scale if scale != 1 else loss
         return (loss, outputs) if return_outputs else loss
 
     def _learner_loss(
         self, scale: float, learner: str, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        """Call the `compute_loss` of the class for a learner, and scale the loss as `training_step` does.
+        """Call the `compute_loss` of the class for a learner, and divide the loss where `training_step` would do it.
 
         Args:
             scale: The factor of the pair's loss.
@@ -454,9 +456,14 @@ class CoDistillationMixin:
         scaled = self._loss_is_scaled
         if scaled is None:
             scaled = number is not None or self.compute_loss_func is not None
-        if not scaled and self.pair.training:
-            loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
+        if not scaled and num_items_in_batch is not None:
+            loss = loss / self._micro_batches
         return (loss / scale if scale != 1 else loss), outputs
+
+    @property
+    def _micro_batches(self) -> int:
+        """Number of micro-batches whose losses are added up, 1 outside of a training step."""
+        return getattr(self, "current_gradient_accumulation_steps", 1) if self.pair.training else 1
 
     @for_pairs
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:

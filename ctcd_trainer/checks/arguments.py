@@ -17,6 +17,8 @@ from ..model_structure import is_peft_model
 _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 #: Optimizers that estimate one step size from all their parameters, and so from both models.
 _ONE_STEP_SIZE = ("DAdapt", "Prodigy")
+#: The attributes of an optimizer that `add_param_group` keeps up to date.
+_OF_GROUPS = ("param_groups", "state", "defaults")
 
 
 def check_kinds(given: Mapping[str, Any]) -> None:
@@ -250,6 +252,30 @@ def _check_optimizer_class(optim: Any, given: tuple[Any, dict[str, Any]] | None)
         f"{named}, and co-distillation joins the parameter groups of two models. Choose another one, such as "
         "`optim='adamw_torch'`, or pass an optimizer over both models as `optimizers`."
     )
+
+
+def check_joinable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer of a user's `create_optimizer` that is more than its parameter groups.
+
+    Raises:
+        ValueError: It has one step size for all groups, or it keeps parameters or an optimizer that would not see the
+            groups of another model.
+    """
+
+    def keeps(value: Any) -> bool:
+        if isinstance(value, torch.optim.Optimizer):
+            return value.param_groups is not optimizer.param_groups
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        return any(isinstance(item, torch.Tensor) or keeps(item) for item in items)
+
+    kept = [name for name, value in vars(optimizer).items() if name not in _OF_GROUPS and keeps(value)]
+    if kept or type(optimizer).__name__.startswith(_ONE_STEP_SIZE):
+        why = f"keeps parameters in {kept}" if kept else "has one step size for all parameters"
+        raise ValueError(
+            f"`create_optimizer` of the trainer's class makes a {type(optimizer).__name__}, which {why}, and "
+            "co-distillation joins the parameter groups of two models. Make another one there, or pass an optimizer "
+            "over both models as `optimizers`."
+        )
 
 
 def _check_parallelism(accelerator: Accelerator) -> None:

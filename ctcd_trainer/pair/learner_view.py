@@ -67,6 +67,7 @@ def recorded_calls(model: nn.Module, device: str) -> Iterator[list[Any]]:
     def recording(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device, dtype=dtype, enabled=autocast):
             output = forward(*args, **kwargs)
+        torch.clear_autocast_cache()  # the end of autocast does it: the weights may change between two calls
         outputs.append(convert_to_fp32(output) if autocast else output)
         return outputs[-1]
 

@@ -354,6 +354,7 @@ class CoDistillationModel(PreTrainedModel):
         autocast = head_at is None and torch.is_autocast_enabled(self.device.type)
         return convert_to_fp32(output) if autocast else output
 
+    @torch.compiler.disable  # the code of users is not compiled, as without a pair
     def _run_by_user(self, name: str, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None) -> Any:
         """Let the user's code run one learner on its part of a batch and compute its loss, the output's `loss`."""
         nothing = self.task.counted(batch).eq(IGNORE_INDEX).all()  # the loss of nothing is NaN, and has weight 0

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
 from ..arguments import DistillationArguments, learner_arguments
+from ..checks import check_joinable
 from ..pair.model import CoDistillationModel
 from .sharding import clip_grad_norm
 
@@ -36,13 +37,15 @@ def create_optimizer(
         users: Whether the user's code makes it, which may set the rates of its groups itself.
 
     Raises:
-        ValueError: The user's code ignores an argument of the learner.
+        ValueError: The user's code ignores an argument of the learner, or its optimizers cannot be joined.
     """
     merged: torch.optim.Optimizer | None = None
     for learner in pair.trained:
         if users:
             _check_followed(args, learner, create)
         optimizer = create(learner, learner_arguments(args, learner))
+        if users and len(pair.trained) > 1:
+            check_joinable(optimizer)
         rate = None if users else getattr(args, f"{learner}_learning_rate", None)
         ids = {id(parameter) for parameter in pair.own_parameters(learner).values()}
         for group in optimizer.param_groups:

@@ -62,6 +62,35 @@ class DividesByCount:
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
 
+class Perturbed:
+    """Two calls, between which the weights change; the first through the wrapped model."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = self.model_wrapped(**inputs)
+        loss, weight = outputs.loss, model.classifier.weight
+        if model.training:
+            (step,) = torch.autograd.grad(loss, weight, retain_graph=True)
+            weight.data.add_(step)
+            loss = loss + model(**inputs).loss
+            weight.data.sub_(step)
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnStep:
+    """As people write it: the mean of each micro-batch, divided by their number."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs)) / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class DropsCount(ClassWeights):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, inputs)
+
+
 class Nothing:
     pass
 
@@ -90,15 +119,32 @@ def train_both(override, tmp_path, evaluate=True, tolerance=0, models=None, **op
     return trainer
 
 
-@pytest.mark.parametrize("override", [ClassWeights, Regulariser, WithoutCount, MeanOfBatch, DividesByCount])
+@pytest.mark.parametrize(
+    "override", [ClassWeights, Regulariser, WithoutCount, MeanOfBatch, DividesByCount, OwnStep, DropsCount]
+)
 def test_compute_loss_is_the_task_loss_of_each_model(override, tmp_path):
     known = override is not MeanOfBatch or hasattr(Trainer, "loss_is_scaled_for_ga")
     train_both(override, tmp_path, tolerance=0 if known else 1e-7)
 
 
-@pytest.mark.parametrize("options", [{"bf16": True}, {"label_smoothing_factor": 0.1}])
-def test_compute_loss_under_autocast_and_with_label_smoothing(options, tmp_path):
-    train_both(Regulariser, tmp_path, **options)
+@pytest.mark.parametrize(
+    ("override", "options"),
+    [(Regulariser, {"bf16": True}), (Perturbed, {"bf16": True}), (Regulariser, {"label_smoothing_factor": 0.1})],
+)
+def test_compute_loss_under_autocast_and_with_label_smoothing(override, options, tmp_path):
+    train_both(override, tmp_path, **options)
+
+
+def test_compute_loss_of_a_compiled_pair(tmp_path):
+    cls = type("Pair", (MeanOfBatch, CoDistillationTrainer), {})
+    options = {"student_model": Perceptron(8, 1), "task": "sequence-classification"}
+    trainer = cls(Perceptron(16, 0), tiny_args(tmp_path), collate, tiny_rows(), **options)
+    batch = collate(tiny_rows(4))
+    losses = [
+        trainer.compute_loss(model, dict(batch))
+        for model in (torch.compile(trainer.pair, backend="eager"), trainer.pair)
+    ]
+    torch.testing.assert_close(*losses)
 
 
 def test_compute_loss_that_returns_the_loss_alone(tmp_path):
@@ -247,6 +293,44 @@ def test_an_argument_that_create_optimizer_ignores_is_refused(argument, tmp_path
     trainer = Fixed(tiny_bert(3, seed=1), args, collate, tiny_rows(), student_model=tiny_bert(2, seed=2))
     with pytest.raises(ValueError, match=rf"`{argument}=0.5` has no effect: `create_optimizer`"):
         trainer.train()
+
+
+class Lookahead(torch.optim.SGD):
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+
+
+class Around(torch.optim.Optimizer):
+    def __init__(self, parameters):
+        self.inner = torch.optim.SGD(parameters, lr=0.1)
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+
+
+class Prodigy(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (Lookahead, r"Lookahead, which keeps parameters in \['slow'\]"),
+        (Around, r"Around, which keeps parameters in \['inner'\]"),
+        (Prodigy, "Prodigy, which has one step size"),
+    ],
+)
+def test_an_optimizer_that_would_not_see_the_other_model_is_refused(optimizer, message, tmp_path):
+    class Own:
+        def create_optimizer(self):
+            self.optimizer = optimizer(self.model.parameters())
+            return self.optimizer
+
+    models = {"student_model": tiny_bert(2, seed=2)}
+    cls = type("Pair", (Own, CoDistillationTrainer), {})
+    with pytest.raises(ValueError, match=message):
+        cls(tiny_bert(3, seed=1), tiny_args(tmp_path), collate, tiny_rows(), **models).create_optimizer()
+    args = tiny_args(tmp_path, distillation_mode="kd")  # one model is trained
+    assert isinstance(cls(tiny_bert(3, seed=1), args, collate, tiny_rows(), **models).create_optimizer(), optimizer)
 
 
 def test_the_names_that_decay_are_asked_of_each_model(tmp_path):
