@@ -389,12 +389,13 @@ class CoDistillationMixin:
         Takes the place of `compute_loss`. If a class overrides that, it is the task loss of each learner.
 
         Args:
-            model: The pair, wrapped or not; or a `LearnerView`, for the hard loss of one learner.
+            model: The pair, wrapped or not; or a `LearnerView`, for the hard loss of one learner. Any other model,
+                such as an average of weights, has the loss that the class computes for it.
             inputs: The batch.
             return_outputs: Whether to return the outputs as well.
             num_items_in_batch: Scored items in the accumulated batch of all processes.
         """
-        if any(model is learner for learner in self.pair.learners.values()):
+        if not isinstance(model, LearnerView) and not any(isinstance(m, CoDistillationModel) for m in model.modules()):
             return type(self).compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         self._hand_over()
         objective = self.pair.objective

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class LearnerView:
         """Set an attribute of the learner."""
         setattr(self.learner_model, name, value)
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """Let copies and pickles be made of the learner."""
+        return self.learner_model.__reduce_ex__(protocol)
+
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return the output of the learner on the inputs, with its hard loss as the `loss`."""
         self.__dict__["last_outputs"] = self.pair_model(*inputs, learner=self.learner_name, **named)
@@ -59,24 +64,27 @@ def recorded_calls(model: nn.Module, device: str) -> Iterator[list[Any]]:
         The outputs of all calls, in fp32.
     """
     outputs: list[Any] = []
-    forward, set_before = model.forward, "forward" in vars(model)
+    before = vars(model).get("forward")
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)
+    model._recorded_forward = forward = model.forward
 
-    @functools.wraps(forward)
-    def recording(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(getattr(forward, "__func__", forward))
+    def recording(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device, dtype=dtype, enabled=autocast):
-            output = forward(*args, **kwargs)
+            output = self._recorded_forward(*args, **kwargs)
         torch.clear_autocast_cache()  # the end of autocast does it: the weights may change between two calls
-        outputs.append(convert_to_fp32(output) if autocast else output)
-        return outputs[-1]
+        output = convert_to_fp32(output) if autocast else output
+        if self is model:
+            outputs.append(output)
+        return output
 
-    model.forward = recording
+    model.forward = MethodType(recording, model)  # copies of methods are methods of the copied model
     try:
         with torch.autocast(device, enabled=False):
             yield outputs
     finally:
-        if set_before:
-            model.forward = forward
-        else:
-            del model.forward
+        outputs.clear()  # a copy of the model keeps this function
+        del model.forward, model._recorded_forward
+        if before is not None:
+            model.forward = before

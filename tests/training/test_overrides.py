@@ -1,6 +1,7 @@
 """Subclasses that override hooks of Trainer: each learner gets what the plain subclass gives it alone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -76,6 +77,28 @@ class Perturbed:
         return (loss, outputs) if return_outputs else loss
 
 
+class FirstWeights:
+    """A frozen copy of the model, made during the first call, is the anchor of the others."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.anchors = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model not in self.anchors:
+            self.anchors[model] = copy.deepcopy(model).eval()
+        outputs = model(**inputs)
+        with torch.no_grad():
+            anchor = self.anchors[model](**inputs).logits
+        loss = outputs.loss + (outputs.logits - anchor).square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_same_weights(copied, self.model)
+        return super().prediction_step(copied, inputs, prediction_loss_only, ignore_keys)
+
+
 class OwnStep:
     """As people write it: the mean of each micro-batch, divided by their number."""
 
@@ -120,7 +143,8 @@ def train_both(override, tmp_path, evaluate=True, tolerance=0, models=None, **op
 
 
 @pytest.mark.parametrize(
-    "override", [ClassWeights, Regulariser, WithoutCount, MeanOfBatch, DividesByCount, OwnStep, DropsCount]
+    "override",
+    [ClassWeights, Regulariser, WithoutCount, MeanOfBatch, DividesByCount, FirstWeights, OwnStep, DropsCount],
 )
 def test_compute_loss_is_the_task_loss_of_each_model(override, tmp_path):
     known = override is not MeanOfBatch or hasattr(Trainer, "loss_is_scaled_for_ga")
@@ -135,6 +159,7 @@ def test_compute_loss_under_autocast_and_with_label_smoothing(override, options,
     train_both(override, tmp_path, **options)
 
 
+@pytest.mark.slow  # importing torch's compiler takes seconds
 def test_compute_loss_of_a_compiled_pair(tmp_path):
     cls = type("Pair", (MeanOfBatch, CoDistillationTrainer), {})
     options = {"student_model": Perceptron(8, 1), "task": "sequence-classification"}
