@@ -23,10 +23,10 @@ $(STAMP): setup.cfg constraints.txt
 	touch $@
 
 test: lint  ## Lint, format check, tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
 
-test-all: lint  ## The same with the tests that need half a minute or more (a compiler, for torch.compile)
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+test-all: lint  ## The same with the slow tests (a compiler, for torch.compile)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # The oldest versions that setup.cfg allows. Where torch 2.11 is only to be had with CUDA, name a later one:
 # make test-floor FLOOR_TORCH=2.13.0

@@ -119,6 +119,7 @@ def test_scaling_report_counts_the_bytes_of_all_gradients(tmp_path, monkeypatch,
 # ---- bench_language_models.py ----
 
 
+@pytest.mark.slow
 def test_language_models_report(monkeypatch, capsys):
     text = report(language_models, monkeypatch, capsys, "--quick", "--markdown")
     (table,) = tables(text)
@@ -166,6 +167,7 @@ def test_masked_batch_scores_the_stated_share():
 # ---- bench_fused_linear.py ----
 
 
+@pytest.mark.slow
 def test_fused_linear_report_with_chunks_and_growth(tmp_path, monkeypatch, capsys):
     image = pytest.importorskip("matplotlib.image")
     figure = tmp_path / "figures" / "growth.png"

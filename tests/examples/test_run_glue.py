@@ -292,6 +292,7 @@ def test_two_text_columns_are_a_pair():
 # ---- How the script is run ----
 
 
+@pytest.mark.slow
 def test_config_file_in_a_process_of_its_own(tmp_path, teacher):
     """As a user runs it: alone, from another folder, without a network."""
     arguments = {

@@ -158,6 +158,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_prepared_grid_runs_where_only_torch_transformers_and_accelerate_are_installed(toy: Path) -> None:
     options = {"--config": "toy.yaml", "--prepared": "prepared", "--output": "bare"}
     command = [sys.executable, "-c", BARE, "--threads", "1", "--tasks", "rte", "--methods", "kd", "--seeds", "1"]
