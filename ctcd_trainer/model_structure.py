@@ -26,6 +26,16 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def config_of(model: nn.Module) -> PreTrainedConfig | None:
+    """Return the config of a model, PEFT-wrapped or not; `None` for a plain module."""
+    return getattr(base_model(model), "config", None)
+
+
+def main_input_of(model: nn.Module) -> str:
+    """Return the name of the main input of a model, PEFT-wrapped or not; a plain module is taken for one of texts."""
+    return getattr(base_model(model), "main_input_name", "input_ids")
+
+
 def is_quantised(model: nn.Module) -> bool:
     """Tell whether `from_pretrained` has quantised the weights of a model (`quantization_config`)."""
     return getattr(model, "quantization_method", None) is not None

@@ -48,7 +48,6 @@ from .pair.assembly import PairSources
 from .pair.fused_heads import FusedHeads
 from .pair.learner_view import LearnerView
 from .pair.model import CoDistillationModel
-from .pair.output import loss_of
 from .saving.best_student import BestStudent
 from .saving.checkpoints import PairCheckpoints
 from .saving.weights import check_written_with_fsdp
@@ -248,6 +247,10 @@ class CoDistillationMixin:
         finally:
             self.model, self.model_wrapped, self.args = pairs
 
+    def _overrides(self, hook: str) -> bool:
+        """Tell whether a class, above or below the mixin, has its own method in place of Trainer's."""
+        return getattr(type(self), hook) is not getattr(Trainer, hook)
+
     def processing_class_of(self, learner: str) -> Any:
         """Return the tokenizer or processor of a learner; `None` if none is known."""
         own = self.student_processing_class if learner == STUDENT else None
@@ -340,7 +343,7 @@ class CoDistillationMixin:
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Make a data loader whose batches are checked before a device gets them; see `CheckedCollator`."""
         users, known = self.data_collator, hasattr(dataset, "column_names") or isinstance(dataset, (list, tuple))
-        users_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        users_loss = self.compute_loss_func is not None or self._overrides("compute_loss")
         task = None if known or users_loss else self.task
         self.data_collator = CheckedCollator(users, description.lower(), task)
         try:
@@ -404,7 +407,7 @@ class CoDistillationMixin:
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients over the processes, while `num_items_in_batch` counts the items of all of them.
             scale = self.accelerator.num_processes
-        if type(self).compute_loss is not Trainer.compute_loss:
+        if self._overrides("compute_loss"):
             objective.learner_loss = functools.partial(self._learner_loss, scale)
         logits = {"return_logits": True} if return_outputs and not isinstance(model, LearnerView) else {}
         try:
@@ -412,7 +415,7 @@ class CoDistillationMixin:
                 outputs = model(**inputs, num_items_in_batch=num_items_in_batch, **logits)
         finally:
             objective.learner_loss = None
-        loss = loss_of(outputs)
+        loss = self.task.named(outputs).get("loss")
         if loss is None:
             raise ValueError(
                 f"The models have computed no loss for a batch of {sorted(inputs)}: name the label column 'label' or "
@@ -484,7 +487,7 @@ class CoDistillationMixin:
         """
         check_frozen_unchanged(self.pair, self.distillation)
         if self.optimizer is None:
-            users = type(self).create_optimizer is not Trainer.create_optimizer
+            users = self._overrides("create_optimizer")
             self.optimizer = create_optimizer(self.pair, self.args, self._optimizer_of, users)
         return self.optimizer
 

@@ -17,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..arguments import DistillationArguments, ModeDefault
 from ..graph import EDGES
-from ..model_structure import base_model, is_peft_model
+from ..model_structure import config_of, is_peft_model
 from ..students.costs import Latencies, cpu_name, latencies_of
 from ..tasks.base import Task
 from .results import Results
@@ -116,7 +116,7 @@ class CardFacts:
     def started_from(self, learner: str) -> str:
         """The model whose weights a learner started from, as its config names it; empty for random weights."""
         model = self.learners[learner]
-        name = getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
+        name = getattr(config_of(model), "_name_or_path", None)
         return name or (is_peft_model(model) and model.active_peft_config.base_model_name_or_path) or ""
 
     def repository(self, learner: str) -> str | None:

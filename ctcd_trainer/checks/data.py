@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..arguments import EMBEDDINGS, DistillationArguments
 from ..graph import LEARNERS
-from ..model_structure import base_model, forward_parameters
+from ..model_structure import base_model, forward_parameters, main_input_of
 from ..tasks.base import Task
 from ..tasks.labels import LABEL_COLUMNS
 from ..tasks.two_tokenizers import prefix_of
@@ -140,7 +140,7 @@ def check_augmentation(
             f"`augmented={views!r}` and `share={arguments.share!r}`: the shared layers are run once for both models, "
             f"which would see different inputs. Use `augmented='both'`, or `share={EMBEDDINGS!r}`."
         )
-    name, main_input = type(augmentation).__name__, getattr(base_model(teacher), "main_input_name", "input_ids")
+    name, main_input = type(augmentation).__name__, main_input_of(teacher)
     if getattr(augmentation, "changes_tokens", False) and main_input != "input_ids":
         raise ValueError(
             f"`{name}` changes tokens, and a {type(base_model(teacher)).__name__} takes `{main_input}`. Use `Mixup`, "

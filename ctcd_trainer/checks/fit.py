@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from ..model_structure import base_model, embeddings_of, most_positions
+from ..model_structure import base_model, config_of, embeddings_of, most_positions
 from ..tasks.base import Task
 from ..tasks.labels import LABEL_COLUMNS
 from .data import parts
@@ -39,7 +39,7 @@ def misfit(argument: str, model: nn.Module, inputs: Mapping[str, Any], task: Tas
             )
         embeddings = embeddings_of(model, "get_input_embeddings")
         kinds = {"input_ids": getattr(embeddings, "num_embeddings", None)}
-        kinds["token_type_ids"] = getattr(getattr(model, "config", None), "type_vocab_size", None)
+        kinds["token_type_ids"] = getattr(config_of(model), "type_vocab_size", None)
         for name, size in kinds.items():
             values = inputs.get(name)
             readable = isinstance(values, Tensor) and values.device.type == "cpu" and values.numel()
@@ -58,7 +58,7 @@ def misfit(argument: str, model: nn.Module, inputs: Mapping[str, Any], task: Tas
         if task.per_row:
             sizes = (len(ids), len(ids) * (task.num_labels or 1))
             wrong, wanted = labels.numel() not in sizes, "one label for each row"
-        elif getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        elif getattr(config_of(model), "is_encoder_decoder", False):
             wrong, wanted = labels.ndim != 2, "a list of labels for each row"
         else:
             wrong, wanted = labels.shape != ids.shape, "one label for each token"
@@ -74,7 +74,7 @@ def misfit(argument: str, model: nn.Module, inputs: Mapping[str, Any], task: Tas
 
 def misfit_of_images(argument: str, model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     """Describe images of another size than a config has; some models take them all the same."""
-    images, config = inputs.get("pixel_values"), getattr(base_model(model), "config", None)
+    images, config = inputs.get("pixel_values"), config_of(model)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if not isinstance(images, Tensor) or images.ndim < 4 or size is None:
         return None
@@ -186,7 +186,7 @@ class CheckedCollator:
 
     Attributes:
         collator: The data collator.
-        data: What the data are for, in the messages.
+        data: The use of the data (`training`), for the messages.
         task: The task whose labels are checked; `None` if they have been checked.
     """
 

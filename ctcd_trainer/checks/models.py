@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..graph import LEARNERS, PRETRAINED
-from ..model_structure import count_parameters, is_peft_model, is_quantised, memory_of
+from ..model_structure import config_of, count_parameters, is_peft_model, is_quantised, memory_of
 from ..tasks import UnknownHead, find_task, named_task
 from ..tasks.base import Task
 
@@ -98,12 +98,12 @@ def _check_whole(model: nn.Module, argument: str) -> None:
 def task_of(model: PreTrainedModel, argument: str, given_task: Task | str | None, has_soft_loss: bool) -> Task:
     """Return the given task, or the task of a model's head; see `check_models`."""
     if given_task is not None:
-        return named_task(given_task, getattr(model, "config", None))
+        return named_task(given_task, config_of(model))
     try:
         return find_task(model, argument)
     except ValueError:
         if has_soft_loss:
-            return UnknownHead(getattr(model, "config", None))
+            return UnknownHead(config_of(model))
         raise
 
 

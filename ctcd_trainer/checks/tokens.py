@@ -6,6 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..model_structure import config_of
+
 logger = logging.get_logger(__name__)
 
 #: The remedy if the tokenizers differ.
@@ -103,7 +105,7 @@ def _is_padded(size: int, num_tokens: int) -> bool:
 
 def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer that a model was saved with, from a local folder or the cache of the Hub."""
-    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    name = getattr(config_of(model), "name_or_path", "")
     if not name or (os.path.isdir(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json"))):
         return None
     try:

@@ -177,9 +177,10 @@ class PairUploads:
         """The upload of a whole checkpoint, if `hub_strategy` asks for it; `options` are those of `Upload`."""
         paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: name}
         path = paths.get(HubStrategy(self.args.hub_strategy))
+        if path is None:
+            return []
         repository = self._repositories[self.primary]
-        upload = Upload(repository, folder, message, path or "", delete=("*",), bases=self._bases, **options)
-        return [] if path is None else [upload]
+        return [Upload(repository, folder, message, path, delete=("*",), bases=self._bases, **options)]
 
     @property
     def _bases(self) -> dict[str, Repository]:

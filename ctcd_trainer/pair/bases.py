@@ -66,6 +66,8 @@ class AdapterBases:
         name = config.base_model_name_or_path
         if not name or state_dict == {}:  # PEFT raises an error when such an adapter is loaded
             return
+        if self._saved.get(learner) is False:
+            return
         with torch.device("meta"):
             plain = new_model(base, base.config)
         weights = _base_weights(model, plain, state_dict)

@@ -25,14 +25,14 @@ from ..losses.fused_linear import LinearHead, ScoredPositions
 from ..losses.head_tap import HeadTap
 from ..losses.objective import Objective, SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
-from ..model_structure import base_model, forward_parameters, is_peft_model, is_quantised, layer_classes
+from ..model_structure import base_model, forward_parameters, is_peft_model, is_quantised, layer_classes, main_input_of
 from ..tasks import Task
 from ..tasks.labels import IGNORE_INDEX
 from ..tasks.two_tokenizers import inputs_of_learner
 from .bases import AdapterBases
 from .fused_heads import FusedHeads
 from .learner_view import recorded_calls
-from .output import CoDistillationOutput, with_loss
+from .output import CoDistillationOutput
 from .shared_layers import SharedRun
 
 
@@ -119,7 +119,7 @@ class CoDistillationModel(PreTrainedModel):
         self.bases = AdapterBases()
         self.config = getattr(self.learners[self.primary], "config", self.config)
         self.name_or_path = getattr(self.config, "name_or_path", "")
-        self.main_input_name = getattr(base_model(self.learners[self.primary]), "main_input_name", "input_ids")
+        self.main_input_name = main_input_of(self.learners[self.primary])
         self.frozen = frozenset(arguments.graph.frozen)
         for name in self.frozen:
             self.learners[name].requires_grad_(False)
@@ -296,7 +296,7 @@ class CoDistillationModel(PreTrainedModel):
             output = self._run(learner, batch, labelled, num_items_in_batch=num_items_in_batch)
             if labelled:
                 with _without_autocast(self.device.type):
-                    output = with_loss(output, self.objective.hard_loss(output, batch, num_items_in_batch))
+                    output = self.task.with_loss(output, self.objective.hard_loss(output, batch, num_items_in_batch))
             return output
         if return_logits is None:
             return_logits = not (self.training and torch.is_grad_enabled())
@@ -376,7 +376,7 @@ class CoDistillationModel(PreTrainedModel):
                         f"outputs to compare. Call it, or return outputs with {list(self.task.compared_outputs)}."
                     )
                 output = calls[-1]
-            return with_loss(output, torch.where(nothing, 0.0 * loss, loss))
+            return self.task.with_loss(output, torch.where(nothing, 0.0 * loss, loss))
 
     def _run_sources(self, batch: Mapping[str, Any], head_at: ScoredPositions | None = None) -> dict[str, Any]:
         """Run the frozen models outside of the pair, or look their predictions up."""

@@ -1,4 +1,4 @@
-"""The output of a pair, and the loss in the output of any model."""
+"""The output of a pair: its loss, and the outputs of its learners."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -52,23 +52,3 @@ class CoDistillationOutput(ModelOutput):
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies and pickles be made of all fields."""
         return type(self), (dict(self),)
-
-
-def loss_of(output: Any) -> Tensor | None:
-    """Return the loss of an output: the field `loss`, or the first part of a tuple; `None` without a loss."""
-    if isinstance(output, Mapping):
-        return output.get("loss")
-    return output[0] if isinstance(output, (tuple, list)) and _is_loss(output[0]) else None
-
-
-def with_loss(output: Any, loss: Tensor) -> Any:
-    """Return an output with another loss, in the form in which the model returned it."""
-    if isinstance(output, Mapping):
-        output["loss"] = loss
-        return output
-    parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-    return (loss, *parts[_is_loss(parts[0]) :])
-
-
-def _is_loss(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.ndim == 0

@@ -149,9 +149,16 @@ class Task:
         if isinstance(outputs, Mapping):
             return outputs
         parts = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-        has_loss = isinstance(parts[0], Tensor) and parts[0].ndim == 0
-        names = ("loss", *self.compared_outputs) if has_loss else self.compared_outputs
+        names = ("loss", *self.compared_outputs) if _is_loss(parts[0]) else self.compared_outputs
         return dict(zip(names, parts, strict=False))
+
+    def with_loss(self, outputs: Any, loss: Tensor) -> Any:
+        """Return outputs with another loss, in the form in which the model returned them."""
+        if isinstance(outputs, Mapping):
+            outputs["loss"] = loss
+            return outputs
+        parts = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+        return (loss, *parts[_is_loss(parts[0]) :])
 
     def compared(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return the logits to compare, `(*positions, outcomes)`."""
@@ -218,6 +225,11 @@ class Task:
 
     def _unlabelled_scored(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the positions that count in an agreement without labels, `None` for all."""
+
+
+def _is_loss(part: Any) -> bool:
+    """Tell whether the first part of a tuple of outputs is the loss."""
+    return isinstance(part, Tensor) and part.ndim == 0
 
 
 class TaskWithoutClasses(Task):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..graph import LEARNERS
-from ..model_structure import base_model
+from ..model_structure import base_model, main_input_of
 from ..tasks.base import Task
 from ..tasks.labels import IGNORE_INDEX, LABEL_COLUMNS
 from ..tasks.two_tokenizers import view_of
@@ -174,7 +174,7 @@ class Mixup:
     @contextmanager
     def within(self, models: list[PreTrainedModel]) -> Iterator[None]:
         """Mix the word embeddings of the models while the block runs, as the last batch was mixed."""
-        readers = [base_model(model) for model in models if base_model(model).main_input_name == "input_ids"]
+        readers = [base_model(model) for model in models if main_input_of(model) == "input_ids"]
         embeddings = {model.get_input_embeddings() for model in readers}  # of any class: PEFT may have wrapped them
         with ExitStack() as hooks:
             for module in embeddings:

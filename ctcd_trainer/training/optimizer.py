@@ -100,17 +100,19 @@ def with_own_schedules(
 
 def _check_followed(args: TrainingArguments, learner: str, create: Callable) -> None:
     """Refuse an argument of a learner that the user's code ignores: other values make the same groups."""
-    for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
-        value, everyones = getattr(args, f"{learner}_{name}", None), getattr(args, name)
-        if value is None or value == everyones:
-            continue
-        made = [create(learner, view).param_groups for view in (learner_arguments(args, learner), args)]
-        own, common = ([group.get(key) for group in groups] for groups in made)
+    keys = {"learning_rate": "lr", "weight_decay": "weight_decay"}
+    values = {name: getattr(args, f"{learner}_{name}", None) for name in keys}
+    changed = {name: value for name, value in values.items() if value not in (None, getattr(args, name))}
+    if not changed:
+        return
+    made = [create(learner, view).param_groups for view in (learner_arguments(args, learner), args)]
+    for name, value in changed.items():
+        own, common = ([group.get(keys[name]) for group in groups] for groups in made)
         if own == common:
             raise ValueError(
                 f"`{learner}_{name}={value}` has no effect: `create_optimizer` of the trainer's class makes the same "
-                f"groups with it as with `{name}={everyones}`. Read `self.args.{name}` there, which is the learner's "
-                "value while its groups are made, or leave the argument out."
+                f"groups with it as with `{name}={getattr(args, name)}`. Read `self.args.{name}` there, which is the "
+                "learner's value while its groups are made, or leave the argument out."
             )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
+from tiny import OnTheFly, collate, tiny_bert, tiny_rows, tiny_trainer, weights_of
 from tiny_models import tiny_model
 from transformers import default_data_collator
 
@@ -20,19 +20,6 @@ LONG = {
 def plain_rows(count=8, **columns):
     """Rows for a collator that does not pad."""
     return [{**{n: v for n, v in row.items() if n != "attention_mask"}, **columns} for row in tiny_rows(count)]
-
-
-class OnTheFly(torch.utils.data.Dataset):
-    """A map-style data set, whose rows and labels nobody knows beforehand."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
 
 @pytest.mark.parametrize("form", [list, Dataset.from_list, OnTheFly])

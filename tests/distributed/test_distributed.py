@@ -1,24 +1,16 @@
 """Two and four processes train, log and measure what one process does on the same global batches."""
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_training import SCENARIOS, train
+from distributed_training import SCENARIOS
 from processes import run_program
 from same_training import TOLERANCE, assert_ranks_agree, assert_same
 
 LANGUAGE_MODELS = ("masked_lm", "unused", "causal_lm", "community_lm", "one_way")
 #: Tied heads, and heads that are not tied.
 FULLY_SHARDED = ("masked_lm", "unused")
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> Callable[[str], dict]:
-    """What one process makes of a scenario, each computed once."""
-    return cache(lambda scenario: train(scenario, tmp_path_factory.mktemp(scenario)))
 
 
 @pytest.fixture(scope="module")

@@ -37,19 +37,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """What one process makes of a scenario, each computed once."""
-    results = {}
-
-    def result(scenario: str) -> dict:
-        if scenario not in results:
-            results[scenario] = train(scenario, tmp_path_factory.mktemp(scenario))
-        return results[scenario]
-
-    return result
-
-
-@pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     jobs = [f"{name}-fsdp2 2 fsdp2 {name}" for name in SHARDED]

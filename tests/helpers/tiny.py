@@ -61,6 +61,19 @@ def tiny_rows(count: int = 24, problem: str = "single_label", ragged: bool = Fal
     return rows
 
 
+class OnTheFly(torch.utils.data.Dataset):
+    """A map-style data set, whose rows and labels nobody knows beforehand."""
+
+    def __init__(self, rows: Sequence[dict]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+
 def collate(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     """Pad to the longest row."""
     batch = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny import collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
+from tiny import OnTheFly, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import tiny_batch, tiny_model
 from torch.nn import functional as F
 from transformers import ASTConfig, ASTForAudioClassification, Trainer, default_data_collator
@@ -45,18 +45,7 @@ def test_recordings_take_several_labels():
     torch.testing.assert_close(losses["student_from_teacher_loss"], soft)
 
 
-class Computed(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
-@pytest.mark.parametrize("form", [list, Dataset.from_list, Computed])
+@pytest.mark.parametrize("form", [list, Dataset.from_list, OnTheFly])
 @pytest.mark.parametrize("problem", ["single_label", "multi_label"])
 def test_boolean_labels_are_taken_as_plain_trainer_takes_them(problem, form, tmp_path):
     rows = [{"input_ids": row["input_ids"], "label": bool(index % 3)} for index, row in enumerate(tiny_rows(8))]
