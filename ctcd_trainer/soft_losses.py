@@ -170,8 +170,41 @@ class Family(Protocol):
     def same(self, first: Tensor, second: Tensor) -> Tensor | None:
         """Mark where two models with logits `(..., outputs)` predict the same (bool); `None` if that is undefined."""
 
+    def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the hard loss of each item `(...)`, as the models of transformers do, in fp32 (or fp64).
 
-class Categorical:
+        Args:
+            logits: Logits `(..., outputs)`.
+            labels: A class for each item, negative where it has none; or a value for each output, NaN where there is
+                none. The result is the mean over the values that are there, and NaN for an item without a label.
+        """
+
+    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        """Multiply the errors of two models, `(p - y) . (q - y)`: their scalar product for each item, `(...)`.
+
+        Errors are those of the probabilities of all outcomes (a label that may be present has two), or of the numbers.
+        Labels are as for `nll`.
+        """
+
+    def squared_error(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the Brier score of each item `(...)`, from 0 to 2, or the squared error of numbers.
+
+        The Brier score is the sum over the outcomes of the squared differences of probability and label. Several
+        labels, or numbers, are averaged. Labels are as for `nll`.
+        """
+        return self.error_product(logits, logits, labels)
+
+    def right(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """Mark the items whose labels are all predicted, bool `(...)`; `None` for numbers.
+
+        An item without a label is not right. Labels are as for `nll`.
+        """
+
+    def confidence(self, logits: Tensor) -> Tensor | None:
+        """Return 1 minus the entropy over its maximum for each item `(...)`, from 0 to 1; `None` for numbers."""
+
+
+class Categorical(Family):
     """One of several classes: probabilities are the softmax over the last dimension.
 
     Args:
@@ -208,8 +241,34 @@ class Categorical:
             first, second = self._masked(first), self._masked(second)
         return first.argmax(-1) == second.argmax(-1)
 
+    def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the cross-entropy; see `Family.nll`."""
+        return -self._of_label(F.log_softmax(self._masked(logits), dim=-1), labels)
 
-class Bernoulli:
+    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        """Multiply errors, with a one-hot label; see `Family.error_product`."""
+        p, q = (F.softmax(self._masked(z), dim=-1) for z in (first, second))
+        return 1.0 - self._of_label(p, labels) - self._of_label(q, labels) + vecdot(p, q)
+
+    def right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mark the items with the right class; see `Family.right`."""
+        return self._masked(logits).argmax(-1) == labels.reshape(logits.shape[:-1])
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Compare the entropy with that of equal probabilities; see `Family.confidence`."""
+        log_probs = F.log_softmax(self._masked(logits), dim=-1)
+        possible = torch.ones_like(log_probs) if self._possible is None else self._possible.expand_as(log_probs)
+        return 1.0 + vecdot(log_probs.exp(), log_probs) / possible.sum(-1).clamp(min=2).log()
+
+    @staticmethod
+    def _of_label(values: Tensor, labels: Tensor) -> Tensor:
+        """Select the value of the label from values `(..., classes)`; NaN without a label."""
+        labels = labels.reshape(values.shape[:-1])
+        found = values.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return found.masked_fill(labels < 0, torch.nan)
+
+
+class Bernoulli(Family):
     """Several labels, each present or not: probabilities are the sigmoids of the logits."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
@@ -227,8 +286,29 @@ class Bernoulli:
         """Mark the labels for which both predict the same (probability above one half): bool `(..., labels)`."""
         return (first > 0) == (second > 0)
 
+    def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the mean of the binary cross-entropies of the labels; see `Family.nll`."""
+        labels = labels.reshape(logits.shape).to(_upcast(logits).dtype)
+        return F.binary_cross_entropy_with_logits(_upcast(logits), labels, reduction="none").nanmean(-1)
 
-class Point:
+    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        """Multiply errors, twice for each label: it is present or not; see `Family.error_product`."""
+        p, q = (torch.sigmoid(_upcast(z)) - labels.reshape(z.shape) for z in (first, second))
+        return 2.0 * (p * q).nanmean(-1)
+
+    def right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mark the items with all labels right that are there; see `Family.right`."""
+        labels = labels.reshape(logits.shape)
+        missing = labels.isnan()
+        return ((logits > 0) == (labels > 0.5)).logical_or(missing).all(-1) & ~missing.all(-1)
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Compare the mean entropy of the labels with that of a coin; see `Family.confidence`."""
+        z = _upcast(logits)
+        return 1.0 - F.binary_cross_entropy_with_logits(z, torch.sigmoid(z), reduction="none").mean(-1) / math.log(2.0)
+
+
+class Point(Family):
     """A number, or several: the logits are the predictions themselves."""
 
     def soft_loss(self, learner: Tensor, source: Tensor, name: str, temperature: float) -> Tensor:
@@ -237,3 +317,18 @@ class Point:
 
     def same(self, first: Tensor, second: Tensor) -> None:
         """`None`: two real numbers are never the same, so there is no agreement to report."""
+
+    def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the squared error, the loss of numbers; see `Family.nll`."""
+        return self.squared_error(logits, labels)
+
+    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        """Multiply the errors of each number; see `Family.error_product`."""
+        p, q = (_upcast(z) - labels.reshape(z.shape) for z in (first, second))
+        return (p * q).nanmean(-1)
+
+    def right(self, logits: Tensor, labels: Tensor) -> None:
+        """`None`: a number is never exactly right."""
+
+    def confidence(self, logits: Tensor) -> None:
+        """`None`: a number says nothing about its own error."""

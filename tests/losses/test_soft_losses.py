@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit, rel_entr, softmax
+from scipy.stats import entropy
 from transformers import HfArgumentParser
 
 from ctcd_trainer import CoDistillationTrainingArguments
@@ -129,6 +130,57 @@ def test_half_precision_logits_are_compared_in_single_precision(logits):
     actual = Categorical().soft_loss(learner, source, "kl", 2.0)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected)
+
+
+def test_scores_against_labels_equal_their_definitions(logits):
+    """Class 2 has no label; class 0 of the last row is impossible."""
+    z, other = logits
+    labels, possible = torch.tensor([0, 3, -100, 1, 2]), torch.ones(5, 4, dtype=torch.bool)
+    possible[4, 0] = False
+    family = Categorical(possible)
+    scores = {"nll": [], "brier": [], "product": [], "right": [], "confidence": []}
+    for row, label in enumerate(labels.tolist()):
+        p, q = (softmax(np.where(possible[row], x[row].double(), -np.inf)) for x in (z, other))
+        onehot = np.eye(4)[label] if label >= 0 else np.full(4, np.nan)
+        scores["nll"].append(-np.log(p[label]) if label >= 0 else np.nan)
+        scores["brier"].append(((p - onehot) ** 2).sum())
+        scores["product"].append(((p - onehot) * (q - onehot)).sum())
+        scores["right"].append(p.argmax() == label)
+        scores["confidence"].append(1 - entropy(p) / np.log(possible[row].sum().item()))
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(family.nll(z, labels), scores["nll"], **close)
+    np.testing.assert_allclose(family.squared_error(z, labels[:, None]), scores["brier"], **close)
+    np.testing.assert_allclose(family.error_product(z, other, labels), scores["product"], **close)
+    assert family.right(z, labels).tolist() == scores["right"]
+    np.testing.assert_allclose(family.confidence(z), scores["confidence"], **close)
+
+
+def test_scores_of_several_labels_are_means_over_those_that_are_there(logits):
+    z, other = logits
+    labels = torch.tensor([[0, 1, 1, 0], [1, 1, np.nan, 0], [np.nan] * 4, [1, 0, 0, 0.3], [0, 0, 0, np.nan]])
+    there, p, q, y = ~labels.isnan().numpy(), *(expit(x.double().numpy()) for x in (z, other)), labels.numpy()
+    mean = lambda values: [row[mask].mean() if mask.any() else np.nan for row, mask in zip(values, there, strict=True)]  # noqa: E731
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(Bernoulli().nll(z, labels), mean(-y * np.log(p) - (1 - y) * np.log(1 - p)), **close)
+    np.testing.assert_allclose(Bernoulli().squared_error(z, labels), mean(2 * (p - y) ** 2), **close)
+    np.testing.assert_allclose(Bernoulli().error_product(z, other, labels), mean(2 * (p - y) * (q - y)), **close)
+    right = [bool(m.any() and ((p > 0.5) == (y > 0.5))[i][m].all()) for i, m in enumerate(there)]
+    assert Bernoulli().right(z, labels).tolist() == right
+    assert Bernoulli().right(z, (z > 0).float()).all()
+    entropies = [[entropy([x, 1 - x]) for x in row] for row in p]
+    np.testing.assert_allclose(Bernoulli().confidence(z), 1 - np.mean(entropies, 1) / np.log(2), **close)
+
+
+def test_scores_of_numbers_are_squared_errors(logits):
+    z, other = (x[:, :1] for x in logits)
+    labels = torch.tensor([1.0, 2.0, np.nan, -1.0, 0.0])
+    for score in (Point().nll, Point().squared_error):
+        np.testing.assert_allclose(score(z, labels), (z[:, 0] - labels) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        Point().error_product(z, other, labels), (z[:, 0] - labels) * (other[:, 0] - labels), rtol=1e-6
+    )
+    assert Point().right(z, labels) is None
+    assert Point().confidence(z) is None
 
 
 class Hellinger(SoftLoss):
