@@ -194,6 +194,15 @@ class Family(Protocol):
         """
         return self.error_product(logits, logits, labels)
 
+    def chance_error(self, labels: Tensor) -> Tensor:
+        """Compute the mean squared error of the frequencies of the labels, or of their means, as the prediction.
+
+        Returns:
+            0-dimensional; NaN without any label. Labels are as for `nll`.
+        """
+        values = labels.double().reshape(len(labels), -1)
+        return (values - values.nanmean(0)).square().nanmean()
+
     def right(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """Mark the items whose labels are all predicted, bool `(...)`; `None` for numbers.
 
@@ -250,6 +259,11 @@ class Categorical(Family):
         p, q = (F.softmax(self._masked(z), dim=-1) for z in (first, second))
         return 1.0 - self._of_label(p, labels) - self._of_label(q, labels) + vecdot(p, q)
 
+    def chance_error(self, labels: Tensor) -> Tensor:
+        """Compute the Brier score of the frequencies of the classes; see `Family.chance_error`."""
+        counts = labels[labels >= 0].bincount().double()
+        return 1.0 - (counts / counts.sum()).square().sum().where(counts.sum() > 0, torch.nan)
+
     def right(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mark the items with the right class; see `Family.right`."""
         return self._masked(logits).argmax(-1) == labels.reshape(logits.shape[:-1])
@@ -295,6 +309,10 @@ class Bernoulli(Family):
         """Multiply errors, twice for each label: it is present or not; see `Family.error_product`."""
         p, q = (torch.sigmoid(_upcast(z)) - labels.reshape(z.shape) for z in (first, second))
         return 2.0 * (p * q).nanmean(-1)
+
+    def chance_error(self, labels: Tensor) -> Tensor:
+        """Compute the Brier score of the frequencies of each label; see `Family.chance_error`."""
+        return 2.0 * super().chance_error(labels)
 
     def right(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mark the items with all labels right that are there; see `Family.right`."""
