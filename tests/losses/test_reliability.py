@@ -16,21 +16,26 @@ def test_the_weight_gives_the_target_that_is_nearest_to_the_truth():
     label, source = truth + random.normal(size=truth.size) * 0.5, truth + random.normal(size=truth.size)
     error_of = lambda w: np.mean(((2 * label + w * source) / (2 + w) - truth) ** 2)  # noqa: E731
     best = minimize_scalar(error_of, bounds=(0, 5), method="bounded").x
+    learner = truth + random.normal(size=truth.size) * 0.2
     chance = float(Point().chance_error(torch.tensor(label)))
-    error, noise = np.mean((source - label) ** 2), np.mean((label - truth) ** 2)
-    weight = trusted_weight(error, noise, chance, hard_weight=2.0, limit=9.0)
-    assert weight == pytest.approx(best * (chance - error) / (chance - noise), rel=0.02)
+    error, product = np.mean((source - label) ** 2), np.mean((source - label) * (learner - label))
+    weight = trusted_weight(error, np.mean((learner - label) ** 2), product, chance, hard_weight=2.0, limit=9.0)
+    assert weight == pytest.approx(best * (chance - error) / (chance - product), rel=0.02)
+    worse = trusted_weight(error, 0.1, product, chance, hard_weight=2.0, limit=9.0)
+    assert worse == pytest.approx(2 * 0.1 / (error - 0.1) * (chance - error) / (chance - 0.1)), (
+        "the least is the bound"
+    )
 
 
 def test_random_sources_weigh_nothing_and_the_best_weighs_the_limit():
-    """The bound is the error of the best model: copies of it, or better ones, get the limit."""
     for best in (0.0, 0.1, 0.3):
-        assert trusted_weight(best, best, 0.5, limit=0.8) == 0.8
-        assert trusted_weight(best / 2, best, 0.5, limit=0.8) == 0.8
-        assert trusted_weight(0.5, best, 0.5) == trusted_weight(0.9, best, 0.5) == 0.0
-        assert 0 <= trusted_weight(0.45, best, 0.5) <= trusted_weight(0.4, best, 0.5) <= 1
-    assert trusted_weight(0.3, 0.6, 0.5) == 0.0, "no model is better than chance"
-    assert trusted_weight(0.1, 0.1, 0.5, hard_weight=0.0, limit=0.8) == 0.8
+        assert trusted_weight(best, best, best, 0.5, limit=0.8) == 0.8, "a copy of the best"
+        assert trusted_weight(0.5, best, best, 0.5) == trusted_weight(0.9, best, best, 0.5) == 0.0
+        assert 0 <= trusted_weight(0.45, best, 0.4, 0.5) <= trusted_weight(0.4, best, 0.4, 0.5) <= 1
+        assert trusted_weight(best, 0.45, 0.4, 0.5) == 1.0, "the learner has all to learn"
+    assert trusted_weight(0.1, 0.1, -0.1, 0.5) == 0.0, "errors that cancel: the labels have no noise"
+    assert trusted_weight(0.6, 0.7, 0.6, 0.5) == 0.0, "no model is better than chance"
+    assert trusted_weight(0.1, 0.1, 0.1, 0.5, hard_weight=0.0, limit=0.8) == 0.8
 
 
 def test_chance_errors_are_those_of_the_frequencies():
