@@ -44,7 +44,7 @@ from .graph import LEARNERS, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction
 from .model_structure import accepts_loss_kwargs, base_model, hidden_quantisation, is_quantised
-from .pair.assembly import PairSources
+from .pair.assembly import PairSources, StudentSource
 from .pair.fused_heads import FusedHeads
 from .pair.learner_view import LearnerView
 from .pair.model import CoDistillationModel
@@ -103,7 +103,7 @@ class CoDistillationMixin:
     def __init__(
         self,
         *args: Any,
-        student_model: PreTrainedModel | str | os.PathLike | None = None,
+        student_model: StudentSource | None = None,
         student_model_init: Callable[..., PreTrainedModel] | None = None,
         student_processing_class: PreTrainedTokenizerBase | None = None,
         pretrained_teacher: PreTrainedModel | str | os.PathLike | None = None,
@@ -917,7 +917,8 @@ class CoDistillationTrainer(CoDistillationMixin, Trainer):
             callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in Trainer.
             `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are called once per model.
             An optimizer that is passed in must hold the parameters of both models.
-        student_model: The student: a model, or a name or path.
+        student_model: The student: a model, a name or path, or a function that makes it from the teacher
+            (`lambda teacher: create_student(teacher, num_hidden_layers=3)`).
         student_model_init: Makes the student, as `model_init` makes the teacher; give both or none.
         student_processing_class: The student's tokenizer, if it is not the teacher's `processing_class`. The names of
             the student's inputs in examples then begin with `student_`; see `PairDataCollator`. For tasks of whole

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel, TrainingArguments, default_data_collat
 from ..arguments import DistillationArguments
 from ..graph import PRETRAINED
 from ..tasks.base import Task
-from .arguments import check_arguments, check_joinable, check_kinds, check_optimizer, check_roles, check_strategy
+from .arguments import (
+    check_arguments,
+    check_joinable,
+    check_kinds,
+    check_optimizer,
+    check_roles,
+    check_strategy,
+    makes_student,
+)
 from .data import check_augmentation, check_dataset, check_labels, check_own_inputs
 from .fit import CheckedCollator, check_rows, explained
 from .models import (
@@ -44,6 +52,7 @@ __all__ = [
     "check_setup",
     "check_strategy",
     "explained",
+    "makes_student",
 ]
 
 

@@ -1,5 +1,6 @@
 """Checks of the arguments and of the strategy to distribute the work."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,21 @@ _ONE_STEP_SIZE = ("DAdapt", "Prodigy")
 _OF_GROUPS = ("param_groups", "state", "defaults")
 
 
+def makes_student(value: Any) -> bool:
+    """Tell whether a `student_model` is a function that makes the student from the teacher."""
+    return callable(value) and not isinstance(value, (nn.Module, type))
+
+
+def _takes_one(function: Any) -> bool:
+    """Tell whether a function can be called with one argument and needs one."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # nobody knows
+        return True
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(needed) == 1 and needed[0].kind != needed[0].KEYWORD_ONLY
+
+
 def check_kinds(given: Mapping[str, Any]) -> None:
     """Refuse what is no model in the place of a model, and a model in another place.
 
@@ -36,11 +52,15 @@ def check_kinds(given: Mapping[str, Any]) -> None:
             problem = f"is the class {name}. Pass a model of it: `{name}.from_pretrained(...)` or `{name}(config)`"
         elif isinstance(value, PreTrainedConfig):
             problem = f"is a {type(value).__name__}. Pass a model: `AutoModelFor...from_config(config)`"
-        elif callable(value) and not isinstance(value, nn.Module):
+        elif makes_student(value):
+            if argument == "student_model" and _takes_one(value):
+                continue
             init = {"model": "model_init", "student_model": "student_model_init"}.get(argument, argument)
             problem = f"is the function {name}. Pass the model that it returns" + (
                 f", or the function as `{init}`" if init != argument else ""
             )
+            if argument == "student_model":
+                problem += ". A function given as `student_model` takes the teacher and needs nothing else"
         else:
             continue
         raise ValueError(f"`{argument}` {problem}.")
@@ -63,10 +83,10 @@ def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> N
     mode, has = f"`distillation_mode='{arguments.distillation_mode}'`", {n for n, v in given.items() if v is not None}
     if {"student_model", "student_model_init"} <= has:
         raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
-    if {"student_model", "model_init"} <= has:
+    if {"student_model", "model_init"} <= has and not makes_student(given["student_model"]):
         raise ValueError(
             "`model_init` makes a new teacher for each training, and the student must be new as well: pass "
-            "`student_model_init` instead of `student_model`."
+            "`student_model_init` instead of `student_model`, or a function of the teacher as `student_model`."
         )
     if not has & {"student_model", "student_model_init"}:
         raise ValueError(

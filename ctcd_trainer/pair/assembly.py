@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import number_of_arguments
 
 from ..arguments import DistillationArguments
-from ..checks import check_before_loading, check_learners, check_setup
+from ..checks import check_before_loading, check_learners, check_setup, makes_student
 from ..graph import STUDENT, TEACHER
 from ..losses.objective import SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
@@ -22,6 +22,8 @@ from .shared_layers import SharedRun, share_modules
 
 #: Types that `from_pretrained` takes.
 NAME_OR_PATH = (str, os.PathLike)
+#: What `student_model` may be: a model, a name or path, or a function that makes the student from the teacher.
+StudentSource = PreTrainedModel | str | os.PathLike | Callable[[PreTrainedModel], PreTrainedModel]
 
 
 @dataclass
@@ -30,7 +32,7 @@ class PairSources:
 
     Attributes:
         arguments: The distillation arguments.
-        student: A model, a name or a path, or `None`.
+        student: A model, a name or a path, a function of the teacher, or `None`.
         student_init: Makes the student, with no argument or with the trial of a hyperparameter search, or `None`.
         pretrained: The frozen teacher: a model, a name or a path, or `None`. After `learners` it is a model.
         task: The task, its name, or `None` to recognise it. After `learners` it is a `Task`.
@@ -40,7 +42,7 @@ class PairSources:
     """
 
     arguments: DistillationArguments
-    student: PreTrainedModel | str | os.PathLike | None = None
+    student: StudentSource | None = None
     student_init: Callable[..., PreTrainedModel] | None = None
     pretrained: PreTrainedModel | str | os.PathLike | None = None
     task: Task | str | None = None
@@ -123,6 +125,10 @@ class PairSources:
             student = self.student_init(trial) if number_of_arguments(self.student_init) else self.student_init()
         elif isinstance(self.student, NAME_OR_PATH):
             student = load_model(self.student, "student_model", like=teacher, frozen=STUDENT in graph.frozen)
+        elif makes_student(self.student):
+            student = self.student(teacher)
+            if not isinstance(student, nn.Module):
+                raise ValueError(f"The function `student_model` has returned {student!r}, which is no model.")
         else:
             student = self.student
         if isinstance(self.pretrained, NAME_OR_PATH):
@@ -193,7 +199,7 @@ def _datasets(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_pair(
     teacher: PreTrainedModel,
-    student: PreTrainedModel | str | os.PathLike,
+    student: StudentSource,
     arguments: DistillationArguments | None = None,
     *,
     pretrained_teacher: PreTrainedModel | str | os.PathLike | None = None,
@@ -208,7 +214,7 @@ def make_pair(
 
     Args:
         teacher: The teacher.
-        student: The student: a model, or a name or path.
+        student: The student: a model, a name or path, or a function that makes it from the teacher.
         arguments: The weights, the soft loss and the temperature: a `DistillationArguments` or a
             `CoDistillationTrainingArguments`. By default CTCD with weights of 1. Learning rates and clipping are the
             loop's business.

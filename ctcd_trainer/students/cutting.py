@@ -56,7 +56,9 @@ def create_student(
             (Minitron, arXiv 2407.14679), otherwise the size of its weights.
 
     Returns:
-        An ordinary model of the teacher's class, in the teacher's dtype and on its device.
+        An ordinary model of the teacher's class, in the teacher's dtype and on its device. If it has the teacher's
+        weights, its attribute `cut_layers` has the indices of the teacher's layers (of the first stack) that it
+        keeps; the attribute is not saved.
 
     Raises:
         ValueError: A size is out of range or does not divide, the teacher has no such layers, the model cannot be cut
@@ -89,7 +91,9 @@ def create_student(
         return type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
     with whole_parameters(teacher):
         student = _cut(teacher, kept, shared=init == "shared")
-    return narrow(student, widths, calibration) if widths else student
+    student = narrow(student, widths, calibration) if widths else student
+    student.cut_layers = next(iter(kept.values()))
+    return student
 
 
 def _kept_layers(num_layers: int, number: int | None, layers: str | Sequence[int]) -> list[int]:
