@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModelForSequenceClassification,
@@ -75,6 +76,7 @@ class GlueDataArguments(DataArguments):
     )
     max_predict_samples: int | None = option(None, "Use only the first N test rows.")
     test_file: str | None = option(None, "A file with the test data.")
+    save_logits: bool = option(False, "Write the logits of the test rows beside the predictions (predict_logits.npz).")
     unlabeled_file: str | None = option(
         None, "A file with more training texts, without labels: on them the models learn only from each other."
     )
@@ -127,16 +129,22 @@ class GlueDataArguments(DataArguments):
 # ---- The work ----
 
 
-def predict(trainer: CoDistillationTrainer, parts: Mapping[str, Dataset], labels: Labels) -> None:
-    """Write both models' predictions on each part, in the order of the data."""
+def predict(
+    trainer: CoDistillationTrainer, parts: Mapping[str, Dataset], labels: Labels, save_logits: bool = False
+) -> None:
+    """Write both models' predictions on each part, in the order of the data, and on demand their logits."""
     for name, dataset in parts.items():
         with in_order(trainer):
             output = trainer.predict(dataset, metric_key_prefix="predict", student_predictions=True)
         if not trainer.is_world_process_zero():
             continue
-        for suffix, logits in (("", output.predictions), ("_student", output.student_predictions)):
-            if logits is None:
-                continue
+        found = {"teacher": output.predictions, "student": output.student_predictions}
+        found = {model: logits for model, logits in found.items() if logits is not None}
+        if save_logits:
+            path = os.path.join(trainer.args.output_dir, f"predict_logits{'_' * bool(name)}{name}.npz")
+            np.savez_compressed(path, **found)
+        for model, logits in found.items():
+            suffix = "" if model == "teacher" else f"_{model}"
             file_name = f"predict_results{'_' * bool(name)}{name}{suffix}.txt"
             with open(os.path.join(trainer.args.output_dir, file_name), "w", encoding="utf-8") as file:
                 file.write("index\tprediction\n")
@@ -244,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer,
         checkpoint,
         model_card_settings(data_args),
-        lambda: predict(trainer, examples["test"], labels),
+        lambda: predict(trainer, examples["test"], labels, data_args.save_logits),
         parts=parts,
     )
 

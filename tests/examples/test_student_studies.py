@@ -1,4 +1,4 @@
-"""`examples/students`: runs that are named in a file, what they cost, the Pareto front, tables and figure."""
+"""`examples/studies`: runs that are named in a file, what they cost, the Pareto front, tables and figure."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import random
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
@@ -13,8 +14,8 @@ from matplotlib import image
 from script_glue import save_glue, save_model
 from transformers import AutoModelForSequenceClassification
 
-from examples.students import costs, figure, report, run, split_labels, study
-from examples.students.pareto import Point, front
+from examples.studies import costs, figure, report, run, scoring, split_labels, split_rows, study
+from examples.studies.pareto import Point, front
 
 FILES = Path(study.__file__).parent
 VARIANTS = {
@@ -56,10 +57,10 @@ def test_the_studies_of_this_project_can_be_read(monkeypatch):
         monkeypatch.setenv(name, f"/{name.lower()}")
     for path in FILES.glob("*.yaml"):
         cells = list(study.load_study(path).cells())
-        assert {cell.arguments["model_name_or_path"] for cell in cells} == {"/minilm"}
-        assert "/data" not in json.dumps([study.load_study(path).variants])  # what is published says no path
-        assert len({(cell.variant, cell.task, cell.seed) for cell in cells}) == len(cells)
-    assert len(list(FILES.glob("*.yaml"))) == 2
+        assert {cell.arguments["model_name_or_path"] for cell in cells} - {"@alone"} == {"/minilm"}
+        assert "/data" not in json.dumps(study.load_study(path).variants)  # what is published says no path
+        assert len({cell.folder(Path()) for cell in cells}) == len(cells)
+    assert len(list(FILES.glob("*.yaml"))) == 3
 
 
 def test_arguments_of_the_variant_count_most(tmp_path, settings):
@@ -322,3 +323,75 @@ def test_the_reference_is_compared_seed_by_seed(tmp_path, results):
 def test_kinds_of_choices(choice, kind):
     assert figure.kind_of(choice) == kind
     assert kind in figure.KINDS
+
+
+# ---- Models of other variants, tuned arguments, large test sets ----
+
+
+def test_a_variant_starts_from_another_one_with_the_arguments_that_trials_chose(tmp_path, settings):
+    rows = [{"sentence": f"{word} again", "label": float(word == "good")} for word in ("good", "bad") * 4]
+    data = {"train": rows, "validation": rows[:4], "test": [{**row, "part": "validation"} for row in rows[:4]]}
+    data["test"] += [{**row, "part": "test"} for row in rows]
+    files = {}
+    for name, own in data.items():
+        files[f"{name}_file"] = str(tmp_path / f"{name}.jsonl")
+        Path(files[f"{name}_file"]).write_text("".join(json.dumps(row) + "\n" for row in own))
+    common = {name: value for name, value in settings["common"].items() if name != "dataset_name"}
+    values = {
+        "common": {**common, **files, "text_column_names": "sentence", "do_predict": True, "save_logits": True},
+        "tasks": {"own": {}},
+        "variants": {
+            "from it": {"model_name_or_path": "@alone", "distillation_mode": "kd", "student_num_hidden_layers": 1},
+            "alone": {
+                **{"distillation_mode": "standalone", "student_num_hidden_layers": 1},
+                "tune": {"student_learning_rate": [0.0, 0.05]},
+            },
+        },
+        "seeds": [1],
+    }
+    path, output = write(tmp_path / "study.yaml", values), tmp_path / "out"
+    assert run.main([str(path), "--output", str(output), "--variants", "from it"]) == 0
+    records = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [(record["variant"], record["seed"], record["trial"]) for record in records] == [
+        ("alone", study.TUNING_SEED, {"student_learning_rate": 0.0}),
+        ("alone", study.TUNING_SEED, {"student_learning_rate": 0.05}),
+        ("alone", 1, {}),
+        ("from it", 1, {}),
+    ]
+    tried = [record["scores"]["validation"]["student"]["nll"] for record in records[:2]]
+    assert "test" not in records[0]["scores"]
+    chosen = json.loads((output / "own" / "alone" / "seed-1" / "arguments.json").read_text())
+    assert chosen["student_learning_rate"] == (0.0, 0.05)[tried[1] < tried[0]]
+    folders = [output / "own" / name / "seed-1" for name in ("alone", "from-it")]
+    assert json.loads((folders[1] / "arguments.json").read_text())["model_name_or_path"] == str(folders[0])
+    assert [list(folder.rglob("*.safetensors")) != [] for folder in folders] == [True, False]
+
+    record = records[-1]["scores"]["test"]["student"]
+    logits = np.load(folders[1] / "predict_logits.npz")["student"].astype(float)[4:]
+    labels = np.array([row["label"] for row in rows])
+    squared = np.square(logits[:, 0] - labels).mean()
+    assert record["nll"] == pytest.approx(squared)
+    assert record["scaled_nll"] == record["nll"]
+
+
+def test_scores_of_classes_after_temperature_scaling():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(400, 3))
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    labels = np.array([generator.choice(3, p=row) for row in chances])
+    assert scoring.fitted_temperature(4 * logits, labels) == pytest.approx(4, rel=0.2)
+    losses = [-np.log(row[label]) for row, label in zip(chances, labels, strict=True)]
+    assert scoring.losses_of(4 * logits, labels, 4.0) == pytest.approx(losses)
+    assert scoring.score_of("own", logits, labels) == pytest.approx(100 * (logits.argmax(-1) == labels).mean())
+
+
+def test_no_test_row_shares_a_phrase_with_a_training_row():
+    rows = Dataset.from_dict({"sentence": ["a b c d e", "x a b c d", "a b c x d", "A b", "c d"]})
+    train = Dataset.from_dict({"sentence": ["z a b c d z", "a b"]})
+    assert split_rows.without_phrases_of(rows, [train], ["sentence"])["sentence"] == ["a b c x d", "c d"]
+
+
+def test_a_study_names_variants_that_exist(tmp_path, settings):
+    values = {**settings, "variants": {"a": {"model_name_or_path": "@b"}}}
+    with pytest.raises(ValueError, match="`model_name_or_path: @b` of 'a' names no variant"):
+        study.load_study(write(tmp_path / "study.yaml", values))

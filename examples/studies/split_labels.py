@@ -3,7 +3,7 @@
 `labelled.jsonl`, `unlabelled.jsonl` (the texts alone) and `validation.jsonl`, drawn at random with a seed.
 
 Example:
-    python -m examples.students.split_labels nyu-mll/glue sst2 outputs/sst2 --rows 10000 --labelled 0.1
+    python -m examples.studies.split_labels nyu-mll/glue sst2 outputs/sst2 --rows 10000 --labelled 0.1
 """
 
 import argparse

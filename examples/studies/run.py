@@ -4,7 +4,7 @@ Each adds the scores of its models to `results.jsonl`. Stop it at any time and s
 the same folder to use several processes. A run that fails is named, and the others go on.
 
 Example:
-    python -m examples.students.run examples/students/choices.yaml --output outputs/choices
+    python -m examples.studies.run examples/studies/choices.yaml --output outputs/choices
 """
 
 import argparse
@@ -17,7 +17,8 @@ from typing import Any
 from examples import run_glue_ctcd
 from examples.grid.runner import Grid
 
-from .study import ARGUMENTS, Cell, Study, load_study, record_of
+from . import scoring
+from .study import ARGUMENTS, SCORES, VALIDATION, Cell, Study, load_study, record_of
 
 
 def grid_of(study: Study, cells: Sequence[Cell], output: Path) -> Grid:
@@ -27,15 +28,24 @@ def grid_of(study: Study, cells: Sequence[Cell], output: Path) -> Grid:
         ValueError: A cell has a result that was computed with other arguments.
     """
     folders = {cell: cell.folder(output) for cell in cells}
+    #: The cells whose models others start from; those of the others are removed if the study has test files.
+    needed = {other for cell in cells for other in cell.others.values()}
 
     def compute(cell: Cell) -> dict[str, Any]:
-        arguments = folders[cell] / ARGUMENTS
-        arguments.write_text(json.dumps(cell.all_arguments(output), indent=2) + "\n")
-        run_glue_ctcd.main([str(arguments)])  # not in a new process: its imports would be a tenth of the time
-        return record_of(cell, json.loads((folders[cell] / "all_results.json").read_text()), study)
+        folder, arguments = folders[cell], cell.all_arguments(output)
+        (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n")
+        run_glue_ctcd.main([str(folder / ARGUMENTS)])  # a new process would spend a tenth of the time on imports
+        scores = None
+        if "test_file" in arguments:
+            scores = scoring.scores_of(cell.task, folder, arguments["test_file"], VALIDATION)
+            (folder / SCORES).write_text(json.dumps(scores))
+        if scores is not None and cell not in needed:
+            for weights in folder.rglob("*.safetensors"):
+                weights.unlink()
+        return record_of(cell, json.loads((folder / "all_results.json").read_text()), study, scores)
 
     keys = {cell: str(folder.relative_to(output)) for cell, folder in folders.items()}
-    grid = Grid(output, folders, keys, compute, lambda cell: f"{cell.task}, {cell.variant}, seed {cell.seed}")
+    grid = Grid(output, folders, keys, compute, lambda cell: cell.name)
     for cell in grid.done():
         cell.check_arguments(output)
     return grid
@@ -52,11 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     study = load_study(args.study)
     asked = {"variant": args.variants, "task": args.tasks, "seed": args.seeds}
-    cells = [
+    wanted = {
         cell
         for cell in study.cells()
-        if all(only is None or getattr(cell, name) in only for name, only in asked.items())
-    ]
+        if cell.tried is None and all(only is None or getattr(cell, name) in only for name, only in asked.items())
+    }
+    while more := {source for cell in wanted for source in cell.sources} - wanted:
+        wanted |= more
+    cells = [cell for cell in study.cells() if cell in wanted]
     grid = grid_of(study, cells, args.output)
     failed = grid.run()
     print(f"Scores of all finished cells: {grid.results}")

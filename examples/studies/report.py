@@ -3,7 +3,7 @@
 Without costs there is no front. With a reference, each variant is compared with it, seed by seed.
 
 Example:
-    python -m examples.students.report docs/results/choices.jsonl --costs docs/results/choices-costs.json \
+    python -m examples.studies.report docs/results/choices.jsonl --costs docs/results/choices-costs.json \
         --output docs/results/choices.md --figure docs/results/figures/choices.png
 """
 
@@ -165,8 +165,8 @@ def notes(scores: Scores, measured: Mapping[str, Any] | None) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="the results.jsonl of examples.students.run")
-    parser.add_argument("--costs", type=Path, help="what examples.students.costs wrote")
+    parser.add_argument("results", type=Path, help="the results.jsonl of examples.studies.run")
+    parser.add_argument("--costs", type=Path, help="what examples.studies.costs wrote")
     parser.add_argument("--reference", help="compare this variant with each other one, seed by seed")
     parser.add_argument("--output", type=Path, required=True, help="a Markdown file")
     parser.add_argument("--figure", type=Path, help="quality over latency and parameters (needs --costs)")

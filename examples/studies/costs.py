@@ -8,7 +8,7 @@ The rows are random tokens of one length. Three things are measured on the CPU:
 3. The peak memory of a few steps of each variant, in a separate process, without that of the imports.
 
 Example:
-    python -m examples.students.costs examples/students/choices.yaml --reference "first 3 layers" \
+    python -m examples.studies.costs examples/studies/choices.yaml --reference "first 3 layers" \
         --output docs/results/choices-costs.json
 """
 
