@@ -4,6 +4,7 @@ Change the class name of your `Trainer`, add a `student_model`, and get two mode
 """
 
 from .arguments import CoDistillationTrainingArguments, DistillationArguments
+from .generations import Generation, Generations, train_generations
 from .pair.assembly import make_pair
 from .pair.model import CoDistillationModel
 from .pair.output import CoDistillationOutput
@@ -27,6 +28,8 @@ __all__ = [
     "CoDistillationTrainingArguments",
     "DistillationArguments",
     "Estimate",
+    "Generation",
+    "Generations",
     "Mixup",
     "PairDataCollator",
     "TokenMasking",
@@ -36,4 +39,5 @@ __all__ = [
     "estimate",
     "estimate_memory",
     "make_pair",
+    "train_generations",
 ]
