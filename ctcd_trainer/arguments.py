@@ -61,7 +61,7 @@ def _known_direction(argument: str, metric: str, direction: str) -> bool:
 
 
 class ModeDefault(float):
-    """A weight that the mode filled in: it follows the mode when that is changed (`dataclasses.replace`, a search)."""
+    """A number that nobody gave: a weight follows the mode when that is changed (`dataclasses.replace`, a search)."""
 
 
 def parse_share(share: str) -> int | None:
@@ -135,6 +135,17 @@ class DistillationArguments:
     student_max_grad_norm: float | None = _argument(
         None, "Norm to which the student's gradients are clipped, 0 for no clipping. Default: `max_grad_norm`."
     )
+    warm_start_epochs: float | None = _argument(
+        None,
+        "Number of epochs for which the teacher is trained alone, before the student is made from it and both are "
+        "trained for `num_train_epochs`. Default: 0.",
+    )
+    warm_start_steps: int = _argument(
+        0, "The same as a number of optimizer steps; above 0 it overrides `warm_start_epochs`."
+    )
+    warm_start_learning_rate: float | None = _argument(
+        None, "Initial learning rate of the teacher while it is trained alone. Default: `learning_rate`."
+    )
     share: str | None = _argument(
         None,
         "Parts that the student has in common with the teacher, with the teacher's weights: `embeddings`, `layers:K` "
@@ -186,6 +197,8 @@ class DistillationArguments:
                 )
         for edge in EDGES:
             setattr(self, edge.weight_name, self._weight(edge))
+        if self.warm_start_epochs is None:
+            self.warm_start_epochs = ModeDefault(0.0)
         self._check_numbers()
         self._check_frozen()
         if self.share is not None:
@@ -196,6 +209,11 @@ class DistillationArguments:
                 f"`pretrained_cache_dir={self.pretrained_cache_dir!r}` has no effect: with `distillation_mode="
                 f"'{self.distillation_mode}'` and its weights no model learns from a frozen pre-trained teacher. "
                 "Leave it out, or set `distillation_mode='community'` or a weight `..._from_pretrained_weight`."
+            )
+        if self.warm_start_learning_rate is not None and not self.warm_start:
+            raise ValueError(
+                f"`warm_start_learning_rate={self.warm_start_learning_rate}` has no effect with `warm_start_epochs=0` "
+                "and `warm_start_steps=0`. Set one of them, or leave it out."
             )
         metric = self.student_metric_for_best_model
         if metric is not None and self.student_greater_is_better is None:
@@ -210,8 +228,8 @@ class DistillationArguments:
         """Check the range of every number, and make floats of them: a search gives a new value the old one's type."""
         ranges = {f"{learner}_hard_weight": "of 0 or more" for learner in LEARNERS}
         ranges |= {edge.weight_name: "of 0 or more" for edge in EDGES}
-        ranges |= {"temperature": "above 0", "soft_warmup_ratio": "from 0 to 1.0"}
-        optional = (f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER)
+        ranges |= {"temperature": "above 0", "soft_warmup_ratio": "from 0 to 1.0", "warm_start_epochs": "of 0 or more"}
+        optional = [f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER] + ["warm_start_learning_rate"]
         ranges |= {name: "of 0 or more" for name in optional if getattr(self, name, None) is not None}
         for name, valid in ranges.items():
             value = getattr(self, name)
@@ -220,6 +238,9 @@ class DistillationArguments:
                 raise ValueError(f"`{name}={value!r}` is not valid: it must be a finite number {valid}.")
             if isinstance(value, int):
                 setattr(self, name, float(value))
+        steps = self.warm_start_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"`warm_start_steps={steps!r}` is not valid: it must be a whole number of 0 or more.")
 
     def _check_frozen(self) -> None:
         """Refuse what would train a learner that the mode freezes, and weights that train nothing."""
@@ -250,6 +271,11 @@ class DistillationArguments:
         if weight is None or isinstance(weight, ModeDefault):
             return ModeDefault(MODES[self.distillation_mode].default_weight(edge.source, edge.learner))
         return weight
+
+    @property
+    def warm_start(self) -> bool:
+        """Tell whether the teacher is trained alone before the student is made from it."""
+        return self.warm_start_steps > 0 or self.warm_start_epochs > 0
 
     @property
     def graph(self) -> Graph:

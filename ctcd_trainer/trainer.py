@@ -4,6 +4,7 @@ Each hook hands over to a part: the pair (losses), `PairEvaluation`, `PairCheckp
 `training/optimizer.py` and `training/search.py`. No part is given the trainer.
 """
 
+import copy
 import functools
 import inspect
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import wait_for_everyone
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import (
@@ -21,10 +23,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
+    enable_full_determinism,
+    set_seed,
 )
 from transformers.hyperparameter_search import default_hp_search_backend
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerControl
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     BestRun,
@@ -54,7 +61,7 @@ from .saving.weights import check_written_with_fsdp
 from .tasks import Task, UnknownHead
 from .tasks.labels import IGNORE_INDEX
 from .tasks.two_tokenizers import PREFIX
-from .training import search
+from .training import search, warm_start
 from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, recounted
 from .training.evaluation import CoDistillationEvalLoopOutput, CoDistillationPredictionOutput, PairEvaluation
 from .training.meters import LossMeter
@@ -131,6 +138,9 @@ class CoDistillationMixin:
         self.student_processing_class = student_processing_class
         self.augmentation, self.augmented = augmentation, augmented
         self.uploads: PairUploads | None = None
+        self.checkpoints: PairCheckpoints | None = None
+        #: The costs of the warm start, as metrics; `None` before it.
+        self._warm_start_costs: dict[str, float] | None = None
         self._loss_meter = LossMeter()
         self._grad_norms: dict[str, Tensor] = {}
         self._learning_rates: dict[str, float] = {}
@@ -152,6 +162,7 @@ class CoDistillationMixin:
         if self._paired:
             self._sources.check_before_loading(given)
             self.evaluation = PairEvaluation(arguments, given.get("compute_metrics"))
+        self._sources.check_warm_start(given)
         if isinstance(given.get("model"), (str, os.PathLike)):
             given["model"] = self._sources.load_teacher(given["model"], alone=not self._paired)
         teacher, learners = given.get("model"), None
@@ -159,8 +170,13 @@ class CoDistillationMixin:
             given["data_collator"] = self._sources.data_collator(given)
             learners = None if teacher is None else self._checked_learners(teacher, given)
         frozen = learners is not None and TEACHER in self.graph.frozen and is_quantised(teacher)
+        frozen = frozen and not self._sources.warm_start
         with hidden_quantisation(teacher) if frozen else nullcontext():
             super().__init__(**given)
+        #: What Trainer has read off the teacher, and the pair replaces.
+        self._of_teacher = {
+            name: getattr(self, name, None) for name in ("model_accepts_loss_kwargs", "_loss_shifts_labels")
+        }
         if self._paired:
             check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
@@ -207,6 +223,7 @@ class CoDistillationMixin:
 
     def _install_pair(self, learners: dict[str, nn.Module]) -> None:
         """Make the pair the trainer's model, and do for the other models what Trainer did for the teacher."""
+        self._trainable = [p for p in learners[TEACHER].parameters() if p.requires_grad]  # before the pair freezes it
         self.pair = self._sources.pair_of(learners)
         if isinstance(self.task, UnknownHead):
             self.task.label_names = tuple({*Task.label_names, *self.label_names})
@@ -235,6 +252,50 @@ class CoDistillationMixin:
         for part in (self.checkpoints, self.evaluation, self.uploads):
             if part is not None:
                 part.args = self.args
+
+    @contextmanager
+    def _teacher_alone(self, args: TrainingArguments) -> Iterator[None]:
+        """Be a plain Trainer of the teacher with these arguments for a while; then make a new student and a new pair.
+
+        Before and after, nothing is left of another training.
+        """
+        pairs, teacher, scaler = self.args, self.teacher_model, self.accelerator.scaler
+        callbacks = [(callback, _state_of(callback)) for callback in self.callback_handler.callbacks]
+        scaling = None if scaler is None else scaler.state_dict()
+        del self.compute_loss, self.create_optimizer, self.prediction_step
+        vars(self).update(self._of_teacher, loss_is_scaled_for_ga=self._loss_is_scaled)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        no_edges = DistillationArguments(distillation_mode="standalone")
+        alone = CoDistillationModel({TEACHER: teacher}, self.task, no_edges)
+        self.checkpoints = PairCheckpoints(alone, args, self.processing_class_of, lambda folder, only: None)
+        self.pair, self.args = None, args
+        self.model = self.model_wrapped = self.callback_handler.model = teacher
+        self._begin_anew()
+        try:
+            yield
+        finally:
+            self.args = pairs
+            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)  # undoes autocast
+            self.callback_handler.callbacks = [callback for callback, _ in callbacks]  # resuming has replaced some
+            for callback, state in callbacks:
+                for name, value in state.items():
+                    setattr(callback, name, value)
+            self.control = TrainerControl()
+            if scaler is not None:
+                scaler.load_state_dict(scaling)
+            self._install_pair(self._sources.learners(teacher))
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Forget the model that was trained before, and set the seed as a new Trainer does."""
+        for owner in (self, self.callback_handler):
+            owner.optimizer = owner.lr_scheduler = None
+        self._signature_columns, self._train_batch_size = None, self.args.train_batch_size
+        self.current_flos = 0
+        getattr(self, "_eval_dataloaders", {}).clear()
+        self.accelerator.free_memory()
+        enable_full_determinism(self.args.seed) if self.args.full_determinism else set_seed(self.args.seed)
 
     @contextmanager
     def _as_trainer_of(self, learner: str) -> Iterator[None]:
@@ -275,10 +336,72 @@ class CoDistillationMixin:
     # ---- Training ----
 
     @for_pairs
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; see `Trainer.train`. Remains of a checkpoint that a killed training left are removed first."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, after the warm start if there is one; see `Trainer.train`.
+
+        Remains of a checkpoint that a killed training left are removed first. A second call trains on, without another
+        warm start.
+
+        Args:
+            resume_from_checkpoint: As in Trainer. True stands for the last checkpoint of the pair, or else for the
+                last state of the warm start.
+            *args: As in Trainer.
+            **kwargs: As in Trainer.
+
+        Returns:
+            Trainer's output. Its metrics have the costs of the warm start too (`warm_start_runtime` in seconds, of
+            its last run; `warm_start_steps`, `warm_start_flos`).
+
+        Raises:
+            ValueError: A hook or an argument was changed since the trainer was made, or a checkpoint is not there.
+        """
+        if self.compute_loss != self._pair_loss:
+            raise ValueError(
+                "`trainer.compute_loss` was replaced by an assignment, which would compute the loss of the pair as "
+                "that of one model. Override the method in a subclass, or pass `compute_loss_func`."
+            )
+        if self.distillation.warm_start and not self._sources.warm_start:
+            raise ValueError("A warm start was asked for after the trainer was made. Make a new trainer.")
         self.checkpoints.clean_up(Path(self.args.output_dir))
-        return super().train(*args, **kwargs)
+        if self._sources.warm_start and (resume_from_checkpoint or self._warm_start_costs is None):
+            resume_from_checkpoint = self._warm_start(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output.metrics.update(self._warm_start_costs or {})
+        return output
+
+    def _warm_start(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> str | None:
+        """Train the teacher alone, as far as that is not done; return the checkpoint of the pair to go on from."""
+        warm = warm_start.WarmStart(self.args)
+        self.checkpoints.clean_up(warm.folder)
+        checkpoint, own = warm.point(resume_from_checkpoint)
+        wait_for_everyone()  # before a process changes what the others are looking at
+        if checkpoint is not None:
+            self._warm_start_costs = warm_start.read_costs(warm.teacher)
+            return checkpoint
+        with self._teacher_alone(warm.arguments):
+            if own is not None and warm_start.is_complete(own):
+                logger.info("The teacher is taken from the warm start in %s.", own)
+                self._load_from_checkpoint(own)
+                self._warm_start_costs = warm_start.read_costs(own)
+            else:
+                logger.info(
+                    "Warm start: the teacher is trained alone for %s, at a learning rate of %g, in %s. Then the "
+                    "student is made from it.",
+                    *(warm.length, self.args.learning_rate, warm.folder),
+                )
+                saves = self.args.save_strategy != "no"
+                if own is None and self.args.should_save:
+                    warm.set_aside(anew=saves)
+                costs = warm_start.costs_of(super().train(own, *args, **kwargs), self.state)
+                if saves:
+                    with self.checkpoints.whole(warm.teacher) as written:
+                        self.save_model(str(written), _internal_call=True)
+                        if self.args.should_save:
+                            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                            warm_start.save_costs(written, costs)
+                self._warm_start_costs = costs
+        logger.info("The warm start has taken %s. Now teacher and student are trained.", self._warm_start_costs)
+        return None
 
     @for_pairs
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -287,11 +410,6 @@ class CoDistillationMixin:
         Raises:
             FloatingPointError: A loss of any model is not finite; names the model, the component and the step.
         """
-        if self.compute_loss != self._pair_loss:
-            raise ValueError(
-                "`trainer.compute_loss` was replaced by an assignment, which would compute the loss of the pair as "
-                "that of one model. Override the method in a subclass, or pass `compute_loss_func`."
-            )
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
         self.pair.fused_heads = FusedHeads()  # heads, adapters and loss functions may have changed
         self._hand_over()
@@ -331,10 +449,9 @@ class CoDistillationMixin:
                 # With a cache, a process runs it only for rows that are new to it: sharded, it would wait for others.
                 self._move_model_to_device(model, self.args.device)
 
-    @for_pairs
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train for an epoch, but not if the resumed training was at its end: Trainer would do one step more."""
-        if self.state.global_step >= self.state.max_steps:
+        if self._paired and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -686,14 +803,15 @@ class CoDistillationMixin:
             except OSError as error:
                 logger.warning("The models are saved, but not completely pushed: %s", error)
 
-    @for_pairs
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint of all learners, whole or not at all.
+        """Save a checkpoint of all learners, whole or not at all; in a warm start that of the teacher.
 
         Raises:
             FloatingPointError: A loss was not finite; the last good checkpoint stays the last one.
             OSError: The checkpoint could not be written. The earlier ones are unchanged.
         """
+        if self.checkpoints is None:
+            return super()._save_checkpoint(model, trial)
         self._loss_meter.check(self.accelerator.gather)
         run_dir = self._get_output_dir(trial)
         with self.checkpoints.checkpoint(run_dir, self.state):
@@ -711,10 +829,10 @@ class CoDistillationMixin:
             self.checkpoints.save_alone(best.learner, Path(self._get_output_dir(trial), best.folder), weights)
         return super()._determine_best_metric(metrics, trial)
 
-    @for_pairs
     def _get_output_dir(self, trial: Any) -> str:
         """Return the folder of the checkpoints; while one is written, the folder in which it is put together."""
-        return self.checkpoints.staging or super()._get_output_dir(trial)
+        staging = None if self.checkpoints is None else self.checkpoints.staging
+        return staging or super()._get_output_dir(trial)
 
     @for_pairs
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -887,6 +1005,13 @@ class CoDistillationMixin:
             return super()._hp_search_setup(trial)
         with search.setting_trial(self.distillation):
             super()._hp_search_setup(trial)
+
+
+def _state_of(callback: TrainerCallback) -> dict[str, Any]:
+    """Return what a training changes in a callback: what it exports, or all attributes of one of transformers."""
+    if type(callback).__module__.startswith("transformers."):
+        return dict(vars(callback))
+    return copy.deepcopy(callback.state()["attributes"]) if isinstance(callback, ExportableState) else {}
 
 
 def _trainer_arguments(trainer: type) -> list[inspect.Parameter]:

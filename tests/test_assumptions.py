@@ -56,11 +56,13 @@ OVERRIDDEN = {
 }
 #: Other private names of Trainer that the package reads, sets or calls, and the methods of Trainer that use them.
 USED = {
+    "_eval_dataloaders": ("get_eval_dataloader", "_get_dataloader"),
     "_loss_shifts_labels": ("__init__",),
     "_move_model_to_device": ("train",),
     "_prepare_inputs": ("training_step", "prediction_step"),
     "_signature_columns": ("_set_signature_columns_if_needed", "_remove_unused_columns"),
     "_tr_loss": ("_run_epoch", "_finalize_training"),
+    "_train_batch_size": ("train", "_update_auto_batch_size"),
 }
 #: Private names of other objects that the package uses, and the modules or classes that declare them.
 FOREIGN = {
@@ -92,6 +94,7 @@ ATTRIBUTES = {
     "callback_handler": ("_inner_training_loop",),
     "compute_loss_func": ("compute_loss",),
     "control": ("_run_epoch",),
+    "current_flos": ("store_flos",),
     "current_gradient_accumulation_steps": ("_run_epoch", "training_step"),
     "gather_function": ("evaluation_loop",),
     "hp_search_backend": ("_hp_search_setup",),

@@ -27,6 +27,7 @@ from .arguments import (
     check_roles,
     check_strategy,
     makes_student,
+    why_no_warm_start,
 )
 from .data import check_augmentation, check_dataset, check_labels, check_own_inputs
 from .fit import CheckedCollator, check_rows, explained
@@ -53,6 +54,7 @@ __all__ = [
     "check_strategy",
     "explained",
     "makes_student",
+    "why_no_warm_start",
 ]
 
 
@@ -86,6 +88,7 @@ def check_learners(
     pretrained: PreTrainedModel | None = None,
     task: Task | str | None = None,
     has_soft_loss: bool = False,
+    warm_start: bool = False,
 ) -> Task:
     """Check that the models fit together and to the mode, before any part of them is shared.
 
@@ -95,6 +98,7 @@ def check_learners(
         pretrained: The frozen pre-trained teacher.
         task: The user's task, or its name; by default it is recognised by the class of the models.
         has_soft_loss: Whether the user's function compares the outputs, so that any head is allowed.
+        warm_start: Whether the primary learner is trained before it teaches, also if it is frozen then.
 
     Returns:
         The task of all models.
@@ -110,7 +114,8 @@ def check_learners(
         check_trainable(name, learners[name], arguments.distillation_mode)
     for name in arguments.graph.frozen:
         check_frozen(name, learners[name], arguments.distillation_mode)
-    for name in {edge.source for edge in arguments.graph.edges}.difference(arguments.graph.trained):
+    trained = {*arguments.graph.trained, *([next(iter(learners))] if warm_start else [])}
+    for name in {edge.source for edge in arguments.graph.edges} - trained:
         check_source(name, models[name])
     return task
 

@@ -1,7 +1,8 @@
 """Checks of the arguments and of the strategy to distribute the work."""
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -109,6 +110,44 @@ def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> N
             f"`soft_loss_func` takes all outputs of the frozen teacher, and `pretrained_cache_dir="
             f"{arguments.pretrained_cache_dir!r}` keeps the logits alone. Leave out one of them."
         )
+
+
+def why_no_warm_start(given: Mapping[str, Any]) -> str | None:
+    """Tell why the teacher cannot be trained alone before the student is made from it; `None` if it can.
+
+    Args:
+        given: The trainer's arguments by name.
+    """
+    args, student = given.get("args"), given.get("student_model")
+    alone = "train the teacher first, without a student and with `distillation_mode='standalone'`, and give its folder"
+    if not makes_student(student):
+        kind = "None" if student is None else f"a {type(student).__name__}"
+        return (
+            f"it needs a student that is made from the trained teacher, and `student_model` is {kind}. Pass a "
+            "function: `student_model=lambda teacher: create_student(teacher, num_hidden_layers=3)`"
+        )
+    if given.get("model_init") is not None:
+        return f"`model_init` would repeat it for every new teacher. Instead, {alone} to `model_init`"
+    if any(each is not None for each in given.get("optimizers") or ()):
+        return (
+            "`optimizers` holds the parameters of a student that is replaced after it. Pass "
+            "`optimizer_cls_and_kwargs`, or let the trainer make the optimizer"
+        )
+    if given.get("student_processing_class") is not None:
+        return (
+            "`student_processing_class` is for a student with another tokenizer, and the teacher gets batches without "
+            f"the student's inputs. Instead, {alone} as `model`"
+        )
+    sharded = args.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded or args.fsdp:
+        return f"FSDP and DeepSpeed divide the teacher among processes. Instead, {alone} as `model`"
+    rows = given.get("train_dataset")
+    if rows is not None and not isinstance(rows, Sized) and not args.warm_start_steps:
+        return (
+            f"`train_dataset` has no length, so that `warm_start_epochs={args.warm_start_epochs}` is no number of "
+            "steps. Set `warm_start_steps`"
+        )
+    return None
 
 
 def check_arguments(args: TrainingArguments | None) -> None:

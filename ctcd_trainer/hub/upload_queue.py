@@ -18,13 +18,14 @@ from transformers.utils import logging
 
 from ..cards.card import MARKER
 from ..pair.bases import has_own_base, link_or_copy, name_base
+from ..training.warm_start import FOLDER as WARM_START
 
 logger = logging.get_logger(__name__)
 
 #: Beginning of the revision of a pull request.
 PULL_REQUEST = "refs/pr/"
 #: Files and folders at the top of an output folder that do not belong to the models.
-NOT_MODELS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
+NOT_MODELS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{WARM_START}*")
 _CARD = "README.md"
 #: Beginning of the names of snapshots. Pushes leave out what begins with `_`.
 _SNAPSHOT = "_push"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import number_of_arguments
 
 from ..arguments import DistillationArguments
-from ..checks import check_before_loading, check_learners, check_setup, makes_student
+from ..checks import check_before_loading, check_learners, check_setup, makes_student, why_no_warm_start
 from ..graph import STUDENT, TEACHER
 from ..losses.objective import SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
@@ -39,6 +39,7 @@ class PairSources:
         soft_loss_func: The user's function that compares outputs, or `None`.
         student_processing_class: The student's tokenizer if it is not the teacher's.
         seed: Seed of the weights that loading or making a model draws.
+        warm_start: Whether the teacher is trained alone first.
     """
 
     arguments: DistillationArguments
@@ -49,6 +50,7 @@ class PairSources:
     soft_loss_func: SoftLossFunction | None = None
     student_processing_class: PreTrainedTokenizerBase | None = None
     seed: int = 42
+    warm_start: bool = field(default=False, init=False)
     cache: PretrainedCache | None = field(default=None, init=False)
     _shared_layers: list[nn.Module] = field(default_factory=list, init=False)
 
@@ -77,6 +79,22 @@ class PairSources:
         }
         check_before_loading(self.arguments, given.get("args"), models, _datasets(given))
 
+    def check_warm_start(self, given: Mapping[str, Any]) -> None:
+        """Refuse a warm start that cannot be.
+
+        Args:
+            given: The arguments of Trainer by name.
+
+        Raises:
+            ValueError: See `why_no_warm_start`.
+        """
+        own = {"student_model": self.student, "student_processing_class": self.student_processing_class}
+        problem = why_no_warm_start({**given, **own}) if self.arguments.warm_start else None
+        if problem is not None:
+            name = "warm_start_steps" if self.arguments.warm_start_steps else "warm_start_epochs"
+            raise ValueError(f"`{name}={getattr(self.arguments, name)}`, a warm start: {problem}.")
+        self.warm_start = self.arguments.warm_start
+
     def load_teacher(self, name: str | os.PathLike, alone: bool = False) -> PreTrainedModel:
         """Load the teacher by name or path.
 
@@ -85,7 +103,8 @@ class PairSources:
             alone: Whether it is trained without a student.
         """
         set_seed(self.seed)  # the head may be new
-        return load_model(name, "model", frozen=not alone and TEACHER in self.arguments.graph.frozen)
+        trained = alone or self.warm_start or TEACHER in self.arguments.graph.trained
+        return load_model(name, "model", frozen=not trained)
 
     def data_collator(self, given: Mapping[str, Any]) -> Any:
         """Return the data collator: the user's, or one for two tokenizers if the models have them.
@@ -135,7 +154,7 @@ class PairSources:
             self.pretrained = load_model(self.pretrained, "pretrained_teacher", like=teacher, frozen=True)
         learners = {TEACHER: teacher, STUDENT: student}
         self.task = check_learners(
-            self.arguments, learners, self.pretrained, self.task, self.soft_loss_func is not None
+            self.arguments, learners, self.pretrained, self.task, self.soft_loss_func is not None, self.warm_start
         )
         share = self.arguments.share
         self._shared_layers = [] if share is None else share_modules(teacher, student, share)
@@ -251,6 +270,12 @@ def make_pair(
     )
     given = {"args": arguments if hasattr(arguments, "output_dir") else None, "processing_class": processing_class}
     sources.check_before_loading(given)
+    if sources.arguments.warm_start:
+        name = "warm_start_steps" if sources.arguments.warm_start_steps else "warm_start_epochs"
+        raise ValueError(
+            f"`{name}={getattr(sources.arguments, name)}` is for the trainer. In your own loop, train the teacher "
+            "before you make the pair, and leave the argument out."
+        )
     learners = sources.learners(teacher)
     sources.check_setup(learners, given)
     return sources.pair_of(learners).train()

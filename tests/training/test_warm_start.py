@@ -1,13 +1,99 @@
 """A student that is made from the teacher, and the warm start: the teacher is trained before."""
 
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from shutil import ignore_patterns
+
 import pytest
-from tiny import assert_same_weights, tiny_bert, tiny_trainer
+import torch
+from tiny import (
+    assert_same_weights,
+    changed,
+    collate,
+    tiny_args,
+    tiny_bert,
+    tiny_rows,
+    tiny_trainer,
+    weights_of,
+)
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ctcd_trainer import create_student, make_pair
+from ctcd_trainer.hub.upload_queue import NOT_MODELS
+from ctcd_trainer.training.warm_start import WarmStart
+
+WARM, STEPS = 5, 4
+SETTINGS = {
+    "max_steps": STEPS,
+    "train_sampling_strategy": "random",
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "eval_dataset": tiny_rows(6, seed=1),
+    "learning_rate": 1e-2,
+}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(tiny_rows())
 
 
 def cut(teacher):
     return create_student(teacher, num_hidden_layers=2)
+
+
+def teacher_of(**config):
+    return tiny_bert(3, seed=1, dropout=0.1, **config)
+
+
+def warm_trainer(folder, **options):
+    settings = SETTINGS | {"model": teacher_of(), "student_model": cut, "warm_start_steps": WARM} | options
+    return tiny_trainer(folder, **settings)
+
+
+def logs_of(state):
+    """The logs without what one call of `train` measures."""
+    timed = ("runtime", "per_second", "train_loss")
+    return [{key: value for key, value in log.items() if not key.endswith(timed)} for log in state.log_history]
+
+
+def assert_same_end(trainer, expected):
+    assert_same_weights(trainer.teacher_model, expected.teacher_model)
+    assert_same_weights(trainer.student_model, expected.student_model)
+    assert logs_of(trainer.state) == logs_of(expected.state)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    """Stops the training after a step of a phase, before its checkpoint is written; after step 0 before the first."""
+
+    def __init__(self, warm, step):
+        self.warm, self.step = warm, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if (Path(args.output_dir).name == "warm-start") == self.warm and state.global_step == self.step:
+            raise Stopped
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
+
+
+class Recorded(TrainerCallback):
+    """Writes down the steps that are made."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
 
 
 def test_a_function_makes_the_student_from_the_teacher(tmp_path):
@@ -29,3 +115,212 @@ def test_a_function_that_makes_no_student_is_refused(tmp_path):
     for function in (lambda: tiny_bert(2), lambda one, two: tiny_bert(2), lambda *, teacher: tiny_bert(2)):
         with pytest.raises(ValueError, match=r"is the function <lambda>.* takes the teacher and needs nothing else"):
             tiny_trainer(tmp_path, student_model=function)
+
+
+# ---- The warm start ----
+
+
+@pytest.mark.parametrize("mode", ["ctcd", "kd", "reversed"])
+def test_a_warm_start_gives_what_two_trainings_give(mode, tmp_path):
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "eval_steps": 1,
+        "save_steps": 1,
+    }
+    settings = SETTINGS | best
+    rows = settings.pop("eval_dataset")
+    first = Trainer(
+        teacher_of(),
+        tiny_args(tmp_path / "first", **settings | {"max_steps": WARM, "learning_rate": 2e-2}),
+        data_collator=collate,
+        train_dataset=tiny_rows(),
+        eval_dataset=rows,
+        callbacks=[EarlyStoppingCallback(2)],
+    )
+    first.train()
+    first.save_model(tmp_path / "teacher")
+    teacher = BertForSequenceClassification.from_pretrained(tmp_path / "teacher")
+    options = {"eval_dataset": rows, "distillation_mode": mode, **settings}
+    expected = tiny_trainer(
+        tmp_path / "second", model=teacher, student_model=cut(teacher), callbacks=[EarlyStoppingCallback(2)], **options
+    )
+    expected.train()
+
+    options |= {"callbacks": [EarlyStoppingCallback(2)], "warm_start_learning_rate": 2e-2}
+    trainer = warm_trainer(tmp_path / "out", **options)
+    args = dict(vars(trainer.args))
+    output = trainer.train()
+    assert vars(trainer.args) == args
+    assert_same_end(trainer, expected)
+    saved = json.loads((tmp_path / "out/warm-start/teacher/trainer_state.json").read_text())
+    assert saved["global_step"] == first.state.global_step
+    assert logs_of(trainer.state.load_from_json(tmp_path / "out/warm-start/teacher/trainer_state.json")) == logs_of(
+        first.state
+    )
+    trained = BertForSequenceClassification.from_pretrained(tmp_path / "out/warm-start/teacher")
+    assert_same_weights(trained, teacher if mode == "kd" else first.model)
+    costs = {key: value for key, value in output.metrics.items() if key.startswith("warm_start")}
+    assert costs.pop("warm_start_runtime") > 0
+    assert costs == {"warm_start_steps": first.state.global_step, "warm_start_flos": first.state.total_flos}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training with a warm start that nothing has stopped, and its metrics."""
+    trainer = warm_trainer(tmp_path_factory.mktemp("whole"))
+    return trainer, trainer.train().metrics
+
+
+@pytest.mark.parametrize(
+    ("warm", "step", "same_trainer"),
+    [(True, 3, False), (True, 3, True), (True, WARM, False), (False, 0, True), (False, 0, False), (False, 3, False)],
+)
+def test_a_training_that_was_stopped_in_any_phase_goes_on_bit_for_bit(warm, step, same_trainer, whole, tmp_path):
+    stop = StopAt(warm, step)
+    trainer = warm_trainer(tmp_path, callbacks=[stop])
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert (tmp_path / "warm-start/teacher").is_dir() is not warm
+    assert ignore_patterns(*NOT_MODELS)("", os.listdir(tmp_path)) == {*os.listdir(tmp_path)}  # for the Hub
+    if same_trainer:
+        trainer.remove_callback(stop)
+    else:
+        trainer = warm_trainer(tmp_path)
+    steps = []
+    trainer.add_callback(Recorded(steps))
+    metrics = trainer.train(resume_from_checkpoint=True).metrics
+    first = step // 2 * 2 + 1  # after the last checkpoint
+    assert steps == [*range(first, (WARM if warm else STEPS) + 1), *(range(1, STEPS + 1) if warm else ())]
+    assert_same_end(trainer, whole[0])
+    costs = ("warm_start_steps", "warm_start_flos")
+    assert [metrics[name] for name in costs] == [whole[1][name] for name in costs]
+
+
+def test_any_point_of_a_training_can_be_named(whole, tmp_path):
+    folder = Path(whole[0].args.output_dir)
+    for point in ("warm-start/checkpoint-2", "warm-start/teacher", "warm-start", "checkpoint-2"):
+        trainer = warm_trainer(tmp_path / point, save_strategy="no")
+        trainer.train(resume_from_checkpoint=str(folder / point))
+        assert_same_end(trainer, whole[0])
+        assert not (tmp_path / point / "warm-start").exists()
+
+
+def test_an_earlier_warm_start_is_not_used_unless_that_is_asked_for(tmp_path, caplog):
+    old = tmp_path / "warm-start"
+    trainer = warm_trainer(tmp_path, callbacks=[StopAt(False, 0)], learning_rate=0.1)
+    with pytest.raises(Stopped):
+        trainer.train()
+    before = (old / "teacher/model.safetensors").read_bytes()
+    trainer = warm_trainer(tmp_path, callbacks=[StopAt(True, 3)])
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert f"{old} holds an earlier warm start, which this training does not use. It was moved" in caplog.text
+    assert (tmp_path / "warm-start.old/teacher/model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in old.iterdir()) == ["checkpoint-2"]
+
+
+def test_checkpoints_of_two_trainings_are_not_confused(tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    trainer = warm_trainer(tmp_path, callbacks=[StopAt(True, 3)])
+    with pytest.raises(Stopped):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"may mean '.*checkpoint-5' or the warm start in .* Give the path of one"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer = warm_trainer(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"there is no checkpoint in '.*empty' or '.*warm-start'"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.pair is trainer.model
+
+
+def test_a_second_call_trains_on(tmp_path):
+    trainer = warm_trainer(tmp_path, save_strategy="no")
+    trainer.train()
+    assert not (tmp_path / "warm-start").exists()
+    student, steps = trainer.student_model, []
+    trainer.add_callback(Recorded(steps))
+    trainer.train()
+    assert trainer.student_model is student
+    assert steps == [1, 2, 3, 4]
+
+
+def test_the_metric_of_a_pair_has_a_stand_in_while_the_teacher_is_alone(tmp_path):
+    chosen = {"load_best_model_at_end": True, "save_steps": 2, "callbacks": [EarlyStoppingCallback(1)]}
+    for metric, expected in (
+        ("eval_student_loss", "eval_loss"),
+        ("agreement", "loss"),
+        ("dev_perplexity", "dev_loss"),
+    ):
+        trainer = warm_trainer(tmp_path / metric, metric_for_best_model=metric, **chosen)
+        alone = WarmStart(trainer.args).arguments
+        assert (alone.metric_for_best_model, alone.greater_is_better) == (expected, False)
+        assert trainer.args.metric_for_best_model == metric
+    trainer = warm_trainer(
+        tmp_path, metric_for_best_model="student_loss", student_metric_for_best_model="loss", **chosen
+    )
+    trainer.train()
+    assert (tmp_path / "best-student/model.safetensors").is_file()
+
+
+def test_a_teacher_without_a_trained_head_can_be_frozen_after_its_warm_start(tmp_path):
+    body = teacher_of().bert
+    body.save_pretrained(tmp_path / "body")
+    body.config.architectures = ["BertForSequenceClassification"]
+    body.config.save_pretrained(tmp_path / "body")
+    teacher = str(tmp_path / "body")
+    with pytest.raises(ValueError, match="newly initialized"):
+        tiny_trainer(tmp_path / "out", model=teacher, student_model=cut, distillation_mode="kd")
+    for model in (teacher, BertForSequenceClassification.from_pretrained(teacher, num_labels=3)):
+        trainer = warm_trainer(tmp_path / "out", model=model, distillation_mode="kd", save_strategy="no")
+        before = weights_of(trainer.teacher_model)
+        trainer.train()
+        assert changed(trainer.teacher_model, before) == before.keys()
+        assert not any(parameter.requires_grad for parameter in trainer.teacher_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"student_model": tiny_bert(2)}, r"`student_model` is a BertForSequenceClassification. Pass a function"),
+        ({"student_model": "name"}, r"`student_model` is a str. Pass a function: `student_model=lambda teacher:"),
+        ({"student_model": None, "distillation_mode": "standalone"}, "`student_model` is None. Pass a function"),
+        ({"model_init": lambda: tiny_bert(3)}, r"`model_init` would repeat it .* give its folder to `model_init`"),
+        (
+            {"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)},
+            r"`optimizers` holds .* `optimizer_cls_and_kwargs`",
+        ),
+        ({"student_processing_class": object()}, "`student_processing_class` is for a student with another tokenizer"),
+        ({"train_dataset": Stream()}, "`train_dataset` has no length.* `warm_start_steps`"),
+    ],
+)
+def test_a_warm_start_that_cannot_be_is_refused(options, problem, tmp_path):
+    with pytest.raises(ValueError, match=f"`warm_start_epochs=2.0`, a warm start: .*{problem}"):
+        tiny_trainer(tmp_path, **{"student_model": cut, "warm_start_epochs": 2} | options)
+
+
+def test_a_warm_start_needs_a_trainer_and_whole_models(tmp_path, monkeypatch):
+    args = tiny_args(tmp_path, warm_start_steps=2)
+    with pytest.raises(ValueError, match=r"`warm_start_steps=2` is for the trainer.* your own loop"):
+        make_pair(teacher_of(), cut, args)
+    args.warm_start_steps = 0
+    trainer = tiny_trainer(tmp_path)
+    trainer.args.warm_start_steps = 2
+    with pytest.raises(ValueError, match="after the trainer was made. Make a new trainer"):
+        trainer.train()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="a warm start: FSDP and DeepSpeed divide the teacher .* as `model`"):
+        tiny_trainer(tmp_path, student_model=cut, warm_start_steps=2)
+
+
+def test_the_arguments_of_a_warm_start_are_checked(tmp_path):
+    args = tiny_args(tmp_path)
+    assert (args.warm_start_epochs, args.warm_start_steps, args.warm_start) == (0.0, 0, False)
+    assert not replace(args, seed=1).warm_start
+    for values in ({"warm_start_epochs": -1}, {"warm_start_steps": 1.5}, {"warm_start_steps": -1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(values))}=.*` is not valid"):
+            tiny_args(tmp_path, **values)
+    with pytest.raises(ValueError, match="`warm_start_learning_rate=0.1` has no effect"):
+        tiny_args(tmp_path, warm_start_learning_rate=0.1)
+    alone = WarmStart(tiny_args(tmp_path, warm_start_epochs=1.5, hub_token="secret")).arguments
+    assert (alone.num_train_epochs, alone.max_steps, alone.hub_token) == (1.5, -1, None)
