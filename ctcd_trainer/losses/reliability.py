@@ -16,7 +16,8 @@ def trusted_weight(
     squared error of the mixture is least at `w = h s2 / b2`. Held-out labels show the sum `s2 + b2` as the source's
     error, and only an upper bound of `s2`: the least of the first three arguments. A bound trusts a poor source too
     much. So the weight is multiplied by the source's share of the way from chance to the bound: it is 0 for a source
-    that knows no more than the frequencies of the labels, and the limit for one that is as good as the bound.
+    that knows no more than the frequencies of the labels, and the limit for one that is as good as the bound. If no
+    model is far from chance, the bound says nothing: the way counts as a tenth of the chance error at least.
 
     Args:
         source_error: Mean of `Family.squared_error` of the source on held-out rows.
@@ -32,4 +33,4 @@ def trusted_weight(
         return 0.0
     bias = source_error - noise
     weight = hard_weight * noise / bias if bias > 0 and hard_weight > 0 else limit
-    return min(weight, limit) * ((chance_error - source_error) / (chance_error - noise))
+    return min(weight, limit) * ((chance_error - source_error) / max(chance_error - noise, 0.1 * chance_error))

@@ -35,6 +35,7 @@ def test_random_sources_weigh_nothing_and_the_best_weighs_the_limit():
         assert trusted_weight(best, 0.45, 0.4, 0.5) == 1.0, "the learner has all to learn"
     assert trusted_weight(0.1, 0.1, -0.1, 0.5) == 0.0, "errors that cancel: the labels have no noise"
     assert trusted_weight(0.6, 0.7, 0.6, 0.5) == 0.0, "no model is better than chance"
+    assert trusted_weight(0.49, 0.49, 0.49, 0.5) == pytest.approx(0.2), "no model is far from chance"
     assert trusted_weight(0.1, 0.1, 0.1, 0.5, hard_weight=0.0, limit=0.8) == 0.8
 
 
