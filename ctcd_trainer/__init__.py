@@ -4,6 +4,7 @@ Change the class name of your `Trainer`, add a `student_model`, and get two mode
 """
 
 from .arguments import CoDistillationTrainingArguments, DistillationArguments
+from .diagnose import Diagnosis, diagnose
 from .generations import Generation, Generations, train_generations
 from .pair.assembly import make_pair
 from .pair.model import CoDistillationModel
@@ -26,6 +27,7 @@ __all__ = [
     "CoDistillationSeq2SeqTrainingArguments",
     "CoDistillationTrainer",
     "CoDistillationTrainingArguments",
+    "Diagnosis",
     "DistillationArguments",
     "Estimate",
     "Generation",
@@ -36,6 +38,7 @@ __all__ = [
     "WordDropout",
     "__version__",
     "create_student",
+    "diagnose",
     "estimate",
     "estimate_memory",
     "make_pair",

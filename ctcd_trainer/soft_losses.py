@@ -167,8 +167,20 @@ class Family(Protocol):
             temperature: Temperature of both predictions; losses `of_logits` do not depend on it.
         """
 
+    def predicted(self, logits: Tensor) -> Tensor | None:
+        """Return the decisions: the class `(...)` of logits `(..., classes)`, or for each label `(..., labels)`.
+
+        A label is decided as present (bool) if its probability is above one half. `None` for numbers.
+        """
+
     def same(self, first: Tensor, second: Tensor) -> Tensor | None:
-        """Mark where two models with logits `(..., outputs)` predict the same (bool); `None` if that is undefined."""
+        """Mark where two models with logits `(..., outputs)` decide the same (bool); `None` if that is undefined."""
+        decisions = [self.predicted(logits) for logits in (first, second)]
+        return None if decisions[0] is None else decisions[0] == decisions[1]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probability of each class or label, or the numbers: `(..., outputs)` in fp32 (or fp64)."""
+        return _upcast(logits)
 
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the hard loss of each item `(...)`, as the models of transformers do, in fp32 (or fp64).
@@ -244,11 +256,13 @@ class Categorical(Family):
             return value / learner.shape[-1]
         return value / self._possible.expand_as(learner).sum(-1).clamp(min=1)
 
-    def same(self, first: Tensor, second: Tensor) -> Tensor:
-        """Mark where both choose the same class: bool `(...)` from logits `(..., classes)`."""
-        if self._possible is not None:
-            first, second = self._masked(first), self._masked(second)
-        return first.argmax(-1) == second.argmax(-1)
+    def predicted(self, logits: Tensor) -> Tensor:
+        """Return the most probable class; see `Family.predicted`."""
+        return (logits if self._possible is None else self._masked(logits)).argmax(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the softmax over the possible classes; see `Family.probabilities`."""
+        return F.softmax(self._masked(logits), dim=-1)
 
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the cross-entropy; see `Family.nll`."""
@@ -256,7 +270,7 @@ class Categorical(Family):
 
     def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
         """Multiply errors, with a one-hot label; see `Family.error_product`."""
-        p, q = (F.softmax(self._masked(z), dim=-1) for z in (first, second))
+        p, q = self.probabilities(first), self.probabilities(second)
         return 1.0 - self._of_label(p, labels) - self._of_label(q, labels) + vecdot(p, q)
 
     def chance_error(self, labels: Tensor) -> Tensor:
@@ -266,7 +280,7 @@ class Categorical(Family):
 
     def right(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mark the items with the right class; see `Family.right`."""
-        return self._masked(logits).argmax(-1) == labels.reshape(logits.shape[:-1])
+        return self.predicted(logits) == labels.reshape(logits.shape[:-1])
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Compare the entropy with that of equal probabilities; see `Family.confidence`."""
@@ -296,9 +310,13 @@ class Bernoulli(Family):
         value = loss.value(*log_probs).sum(-1) * temperature**2
         return value / 2 if loss.averaged else value
 
-    def same(self, first: Tensor, second: Tensor) -> Tensor:
-        """Mark the labels for which both predict the same (probability above one half): bool `(..., labels)`."""
-        return (first > 0) == (second > 0)
+    def predicted(self, logits: Tensor) -> Tensor:
+        """Mark the labels that are present; see `Family.predicted`."""
+        return logits > 0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the sigmoids; see `Family.probabilities`."""
+        return torch.sigmoid(_upcast(logits))
 
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean of the binary cross-entropies of the labels; see `Family.nll`."""
@@ -307,7 +325,7 @@ class Bernoulli(Family):
 
     def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
         """Multiply errors, twice for each label: it is present or not; see `Family.error_product`."""
-        p, q = (torch.sigmoid(_upcast(z)) - labels.reshape(z.shape) for z in (first, second))
+        p, q = (self.probabilities(z) - labels.reshape(z.shape) for z in (first, second))
         return 2.0 * (p * q).nanmean(-1)
 
     def chance_error(self, labels: Tensor) -> Tensor:
@@ -318,7 +336,7 @@ class Bernoulli(Family):
         """Mark the items with all labels right that are there; see `Family.right`."""
         labels = labels.reshape(logits.shape)
         missing = labels.isnan()
-        return ((logits > 0) == (labels > 0.5)).logical_or(missing).all(-1) & ~missing.all(-1)
+        return (self.predicted(logits) == (labels > 0.5)).logical_or(missing).all(-1) & ~missing.all(-1)
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Compare the mean entropy of the labels with that of a coin; see `Family.confidence`."""
@@ -333,7 +351,7 @@ class Point(Family):
         """Mean squared error; the KLs of normal distributions of one variance are a constant times it."""
         return (_upcast(learner) - _upcast(source)).square().mean(-1)
 
-    def same(self, first: Tensor, second: Tensor) -> None:
+    def predicted(self, logits: Tensor) -> None:
         """`None`: two real numbers are never the same, so there is no agreement to report."""
 
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
