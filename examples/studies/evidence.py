@@ -27,7 +27,7 @@ from .scoring import fitted_temperature, load_logits, load_rows, losses_of, scor
 from .study import ARGUMENTS, TEST, TUNING_SEED, VALIDATION
 
 LEARNERS = (TEACHER, STUDENT)
-RESAMPLES = 2000
+RESAMPLES = 2_000
 #: The columns of the tables: the keys of the scores with their titles and digits.
 MEASURES: Mapping[str, tuple[str, int]] = {"score": ("%", 1), "nll": ("loss", 3), "scaled_nll": ("scaled loss", 3)}
 

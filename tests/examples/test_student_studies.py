@@ -14,7 +14,7 @@ from matplotlib import image
 from script_glue import save_glue, save_model
 from transformers import AutoModelForSequenceClassification
 
-from examples.studies import costs, figure, report, run, scoring, split_labels, split_rows, study
+from examples.studies import costs, evidence, figure, report, run, scoring, split_labels, split_rows, study
 from examples.studies.pareto import Point, front
 
 FILES = Path(study.__file__).parent
@@ -395,3 +395,66 @@ def test_a_study_names_variants_that_exist(tmp_path, settings):
     values = {**settings, "variants": {"a": {"model_name_or_path": "@b"}}}
     with pytest.raises(ValueError, match="`model_name_or_path: @b` of 'a' names no variant"):
         study.load_study(write(tmp_path / "study.yaml", values))
+
+
+# ---- evidence.py ----
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study of two variants, whose logits are drawn: the second one is the better one."""
+    folder, generator = tmp_path_factory.mktemp("scored"), np.random.default_rng(0)
+    labels = generator.integers(0, 2, 600)
+    rows = [
+        {"sentence": "x", "label": int(y), "part": part}
+        for part in ("validation", "test")
+        for y in np.split(labels, 2)[0]
+    ]
+    test_file = folder / "test.jsonl"
+    test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = np.array([row["label"] for row in rows])
+    for variant, signal in (("weak", 0.5), ("strong", 2.0)):
+        for seed in (1, 2):
+            own = folder / "own" / variant / f"seed-{seed}"
+            own.mkdir(parents=True)
+            (own / "arguments.json").write_text(json.dumps({"test_file": str(test_file)}))
+            margin = signal * (2 * labels - 1) + generator.normal(size=len(labels))
+            logits = np.stack([-margin, margin], axis=-1).astype(np.float32)
+            np.savez(own / "predict_logits.npz", teacher=logits, student=logits / 2)
+            scores = scoring.scores_of("own", own, str(test_file), "validation")
+            record = {"key": f"own/{variant}/seed-{seed}", "variant": variant, "task": "own", "seed": seed}
+            with (folder / "results.jsonl").open("a") as file:
+                file.write(json.dumps({**record, "scores": scores, "train_s": 1.0}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "RESAMPLES", 100)
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+def test_differences_and_their_intervals(scored):
+    found = evidence.Evidence(scored)
+    ours, theirs = ("strong", "student"), ("weak", "student")
+    for measure, sign in (("score", 1), ("nll", -1), ("scaled_nll", -1)):
+        values = [found.values("own", variant, learner, measure) for variant, learner in (ours, theirs)]
+        expected = sign * np.mean([values[0][seed] - values[1][seed] for seed in (1, 2)])
+        mean, (low, high), seeds = evidence.difference(found, "own", ours, theirs, measure)
+        assert mean == pytest.approx(expected)
+        assert seeds == 2
+        assert 0 < low < mean < high
+    same = evidence.difference(found, "own", ours, ours, "nll")
+    assert same == (0.0, (0.0, 0.0), 2)
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+def test_tables_of_evidence(scored, capsys, tmp_path):
+    arguments = [str(scored), "--ours", "strong", "--against", "weak", "--output", str(tmp_path / "evidence.md")]
+    evidence.main(arguments)
+    table, comparison = (tmp_path / "evidence.md").read_text().split("\n\n")
+    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == ["weak", "strong"]
+    assert "student, strong" in comparison
+    with pytest.raises(SystemExit):
+        evidence.main([*arguments[:2], "middle", *arguments[3:]])
+    assert "'middle' is none of the variants" in capsys.readouterr().err
