@@ -4,12 +4,13 @@ import copy
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .graph import EDGES, LEARNERS, MODES, Edge, Graph
+from .recipes import RECIPES
 from .soft_losses import SOFT_LOSSES
 
 #: Values of the argument `share`; `LAYERS` is followed by a number.
@@ -109,6 +110,11 @@ class DistillationArguments:
     distillation_mode: str = _argument(
         "ctcd", f"Who learns from whom. {_summaries(MODES)} Sets the soft weights that are not given.", MODES
     )
+    recipe: str | None = _argument(
+        None,
+        f"Arguments that go together. {_summaries(RECIPES)} What you set yourself stays. Default: none.",
+        RECIPES,
+    )
     teacher_hard_weight: float = _argument(1.0, "Weight of the teacher's own task loss.")
     student_hard_weight: float = _argument(1.0, "Weight of the student's own task loss.")
     student_from_teacher_weight: float | None = _argument(
@@ -176,6 +182,12 @@ class DistillationArguments:
     )
 
     def __post_init__(self) -> None:
+        #: The arguments that the recipe has set.
+        self.by_recipe: set[str] = set()
+        #: What the recipe has set, what it has not, and why.
+        self.recipe_log: list[str] = []
+        if self.recipe is not None:
+            self._follow_recipe()
         self.check()
         metric = getattr(self, "metric_for_best_model", None)
         if metric is not None and self.greater_is_better is None:  # Trainer would look for "loss" at its end
@@ -183,6 +195,27 @@ class DistillationArguments:
         parent = super()
         if hasattr(parent, "__post_init__"):  # the `TrainingArguments` that this class is mixed into
             parent.__post_init__()
+
+    def _follow_recipe(self) -> None:
+        """Set what the recipe sets and the user has left at its default.
+
+        Raises:
+            ValueError: The recipe is unknown.
+        """
+        if self.recipe not in RECIPES:
+            raise ValueError(f"`recipe={self.recipe!r}` is unknown. Valid values: {', '.join(sorted(RECIPES))}.")
+        defaults = {each.name: each.default for each in fields(self)}
+        for setting in RECIPES[self.recipe].settings:
+            value, name = setting.value_for(self), setting.name
+            if value is None or name not in defaults:
+                continue
+            old = getattr(self, name)
+            if old == defaults[name] or isinstance(old, ModeDefault):
+                setattr(self, name, value)
+                self.by_recipe.add(name)
+                self.recipe_log.append(f"`{name}={value!r}`: {setting.reason}.")
+            elif old != value:
+                self.recipe_log.append(f"`{name}={old!r}` is yours and stays; the recipe has {value!r}.")
 
     def check(self) -> None:
         """Fill in the weights that the mode sets, and check all arguments of co-distillation.

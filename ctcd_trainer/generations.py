@@ -11,20 +11,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .arguments import greater_is_better as known_direction
 from .graph import LEARNERS, TEACHER
 from .saving.atomic_folders import clean_up, place_to_write, put_in_place
 from .trainer import CoDistillationTrainer
+from .training.warm_start import FOLDER as WARM_START
+from .training.warm_start import can_resume
 
 logger = logging.get_logger(__name__)
 
 #: File of a finished generation with its metrics, and file of all generations.
 RESULT, RESULTS = "generation.json", "generations.json"
 #: The parts of a generation's folder that are no part of its models.
-_NOT_KEPT = (f"{PREFIX_CHECKPOINT_DIR}-*", "best-*", "warm-start", "runs", "_partial", RESULT)
+_NOT_KEPT = (f"{PREFIX_CHECKPOINT_DIR}-*", "best-*", f"{WARM_START}*", "runs", "_partial", RESULT)
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,7 @@ def _train(
             "the best. Give the trainer held-out rows."
         )
     logger.info("Generation %d of %d learns from %s.", generation.number, generations, generation.source or "no other")
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=can_resume(folder))
     trainer.save_model(folder)
     return {key: value for key, value in trainer.evaluate().items() if isinstance(value, (int, float))}
 

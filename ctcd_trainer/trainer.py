@@ -50,11 +50,12 @@ from .checks import CheckedCollator, check_kinds, check_strategy
 from .graph import LEARNERS, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction
-from .model_structure import accepts_loss_kwargs, base_model, hidden_quantisation, is_quantised
+from .model_structure import accepts_loss_kwargs, base_model, hidden_quantisation, is_peft_model, is_quantised
 from .pair.assembly import PairSources, StudentSource
 from .pair.fused_heads import FusedHeads
 from .pair.learner_view import LearnerView
 from .pair.model import CoDistillationModel
+from .recipes import RECIPES
 from .saving.best_student import BestStudent
 from .saving.checkpoints import PairCheckpoints
 from .saving.weights import check_written_with_fsdp
@@ -69,6 +70,7 @@ from .training.optimizer import (
     check_frozen_unchanged,
     clip_each,
     create_optimizer,
+    default_learning_rates,
     learning_rates,
     loading,
     with_own_schedules,
@@ -144,6 +146,8 @@ class CoDistillationMixin:
         self._loss_meter = LossMeter()
         self._grad_norms: dict[str, Tensor] = {}
         self._learning_rates: dict[str, float] = {}
+        #: The rates that follow from the models, by argument, where the user has set none.
+        self._default_rates: dict[str, float] = {}
         #: The user's own value, of the class or set later, which holds for `compute_loss`.
         self._loss_is_scaled: bool | None = None
         self._sources = PairSources(
@@ -180,6 +184,9 @@ class CoDistillationMixin:
         if self._paired:
             check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
+            if self.distillation.recipe_log and self.is_world_process_zero():
+                log = "\n  ".join(self.distillation.recipe_log)
+                logger.warning("`recipe=%r` has set what you have not:\n  %s", self.distillation.recipe, log)
             learners = learners or self._checked_learners(self.model, given)
             # Trainer has learnt what it needs (label names, device placement, ...) from the teacher, and may have
             # wrapped it; from here on its model is the pair.
@@ -297,12 +304,19 @@ class CoDistillationMixin:
         self.accelerator.free_memory()
         enable_full_determinism(self.args.seed) if self.args.full_determinism else set_seed(self.args.seed)
 
+    @property
+    def _rated_args(self) -> TrainingArguments:
+        """The arguments with the learning rates that follow from the models."""
+        args = copy.copy(self.args) if self._default_rates else self.args
+        vars(args).update(self._default_rates)
+        return args
+
     @contextmanager
     def _as_trainer_of(self, learner: str) -> Iterator[None]:
         """Let the hooks of the class see a learner, and the arguments that hold for it, in place of the pair."""
         pairs = self.model, self.model_wrapped, self.args
         self.model = self.model_wrapped = self.pair.learners[learner]
-        self.args = learner_arguments(self.args, learner)
+        self.args = learner_arguments(self._rated_args, learner)
         try:
             yield
         finally:
@@ -360,7 +374,7 @@ class CoDistillationMixin:
                 "`trainer.compute_loss` was replaced by an assignment, which would compute the loss of the pair as "
                 "that of one model. Override the method in a subclass, or pass `compute_loss_func`."
             )
-        if self.distillation.warm_start and not self._sources.warm_start:
+        if self.distillation.warm_start and self._sources.warm_start is None:
             raise ValueError("A warm start was asked for after the trainer was made. Make a new trainer.")
         self.checkpoints.clean_up(Path(self.args.output_dir))
         if self._sources.warm_start and (resume_from_checkpoint or self._warm_start_costs is None):
@@ -376,8 +390,16 @@ class CoDistillationMixin:
         checkpoint, own = warm.point(resume_from_checkpoint)
         wait_for_everyone()  # before a process changes what the others are looking at
         if checkpoint is not None:
-            self._warm_start_costs = warm_start.read_costs(warm.teacher)
-            return checkpoint
+            own = str(Path(checkpoint).parent / warm_start.FOLDER / TEACHER)
+            if not is_peft_model(self.student_model):
+                self._warm_start_costs = warm_start.read_costs(own)
+                return checkpoint
+            # The checkpoint has the adapter of the student, and not the model that was cut from the trained teacher.
+            if not os.path.isdir(own):
+                raise ValueError(
+                    f"Resuming from {checkpoint!r} needs the teacher of its warm start, from which the base of the "
+                    f"student's adapter was cut, and there is no folder {own!r}. Move it there."
+                )
         with self._teacher_alone(warm.arguments):
             if own is not None and warm_start.is_complete(own):
                 logger.info("The teacher is taken from the warm start in %s.", own)
@@ -401,7 +423,7 @@ class CoDistillationMixin:
                             warm_start.save_costs(written, costs)
                 self._warm_start_costs = costs
         logger.info("The warm start has taken %s. Now teacher and student are trained.", self._warm_start_costs)
-        return None
+        return checkpoint
 
     @for_pairs
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -605,7 +627,10 @@ class CoDistillationMixin:
         check_frozen_unchanged(self.pair, self.distillation)
         if self.optimizer is None:
             users = self._overrides("create_optimizer")
-            self.optimizer = create_optimizer(self.pair, self.args, self._optimizer_of, users)
+            recipe = RECIPES.get(self.distillation.recipe)
+            one_rate = users or self.optimizer_cls_and_kwargs is not None or (recipe is not None and recipe.one_rate)
+            self._default_rates = {} if one_rate else default_learning_rates(self.pair, self.args)
+            self.optimizer = create_optimizer(self.pair, self._rated_args, self._optimizer_of, users)
         return self.optimizer
 
     def _optimizer_of(self, learner: str, args: TrainingArguments) -> torch.optim.Optimizer:
@@ -621,7 +646,7 @@ class CoDistillationMixin:
         """Make the schedule of the learning rates of all learners; see `with_own_schedules`."""
         if self.lr_scheduler is None:
             make = functools.partial(self._schedule_of, num_training_steps)
-            self.lr_scheduler = with_own_schedules(make(optimizer), self.args, make)
+            self.lr_scheduler = with_own_schedules(make(optimizer), self._rated_args, make)
         return self.lr_scheduler
 
     def _schedule_of(
@@ -648,7 +673,7 @@ class CoDistillationMixin:
         self.accelerator.unscale_gradients()
         self._grad_norms = clip_each(self.pair, self.args, self.model)
         # Trainer logs the learning rate of the step that is about to be made.
-        self._learning_rates = learning_rates(self.optimizer, self.args)
+        self._learning_rates = learning_rates(self.optimizer, self._rated_args)
         return torch.stack(list(self._grad_norms.values())).norm()
 
     @for_pairs
@@ -942,13 +967,14 @@ class CoDistillationMixin:
             learners=dict(self.pair.learners),
             task=self.task,
             distillation=self.distillation,
-            args=self.args,
+            args=self._rated_args,
             state=self.state,
             repositories=repositories,
             processing_classes={learner: self.processing_class_of(learner) for learner in self.pair.learners},
             train_dataset=self.train_dataset,
             own_soft_loss=self.pair.objective.soft_loss_func is not None,
             sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            warm_start=self._warm_start_costs or {},
         )
 
     # ---- Hyperparameter search ----

@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainer, Trainer
 PACKAGE = Path(__file__).parent.parent / "ctcd_trainer"
 #: Folders and top files, lowest first. Those of one floor do not import each other.
 FLOORS = (
-    {"version", "graph", "model_structure"},
+    {"version", "graph", "model_structure", "recipes"},
     {"soft_losses"},
     {"arguments"},
     {"tasks"},

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sized
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +24,7 @@ from .results import Results
 
 #: The only training arguments that a card shows, beside `_SHOWN_OF_LEARNERS` of each learner (`student_hard_weight`).
 _SHOWN = (
+    *("recipe", "warm_start_epochs", "warm_start_steps", "warm_start_learning_rate"),
     *("distillation_mode", "soft_loss", "temperature", "soft_warmup_ratio", "share", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor", "optim", "bf16", "fp16", "seed"),
@@ -50,6 +51,7 @@ class CardFacts:
         train_dataset: The training data.
         own_soft_loss: Whether a function of the user compares the predictions.
         sharded: Whether each process has only a part of each model.
+        warm_start: The costs of the time when the teacher was trained alone, as metrics of the training.
     """
 
     learners: Mapping[str, nn.Module]
@@ -62,6 +64,7 @@ class CardFacts:
     train_dataset: Any = None
     own_soft_loss: bool = False
     sharded: bool = False
+    warm_start: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def results(self) -> Results:
@@ -85,6 +88,9 @@ class CardFacts:
         if isinstance(self.train_dataset, Sized):
             text += f" of the training data, which have {len(self.train_dataset):,} rows"
         text += f". The learning rate was {args.learning_rate:g} and the seed {args.seed}."
+        if "warm_start_steps" in self.warm_start:
+            steps = self.warm_start["warm_start_steps"]
+            text += f" Before, the {self.primary} was trained alone for {steps:,} steps, and the student made from it."
         seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
         if not seconds:
             return text

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import number_of_arguments
+from transformers.utils import logging
 
 from ..arguments import DistillationArguments
 from ..checks import check_before_loading, check_learners, check_setup, makes_student, why_no_warm_start
@@ -19,6 +20,8 @@ from ..tasks.two_tokenizers import PairDataCollator
 from .loading import load_model
 from .model import CoDistillationModel
 from .shared_layers import SharedRun, share_modules
+
+logger = logging.get_logger(__name__)
 
 #: Types that `from_pretrained` takes.
 NAME_OR_PATH = (str, os.PathLike)
@@ -39,7 +42,8 @@ class PairSources:
         soft_loss_func: The user's function that compares outputs, or `None`.
         student_processing_class: The student's tokenizer if it is not the teacher's.
         seed: Seed of the weights that loading or making a model draws.
-        warm_start: Whether the teacher is trained alone first.
+        warm_start: Whether the teacher is trained alone first; `None` if nobody asks for that, False also if a recipe
+            does and it cannot be.
     """
 
     arguments: DistillationArguments
@@ -50,7 +54,7 @@ class PairSources:
     soft_loss_func: SoftLossFunction | None = None
     student_processing_class: PreTrainedTokenizerBase | None = None
     seed: int = 42
-    warm_start: bool = field(default=False, init=False)
+    warm_start: bool | None = field(default=None, init=False)
     cache: PretrainedCache | None = field(default=None, init=False)
     _shared_layers: list[nn.Module] = field(default_factory=list, init=False)
 
@@ -80,7 +84,7 @@ class PairSources:
         check_before_loading(self.arguments, given.get("args"), models, _datasets(given))
 
     def check_warm_start(self, given: Mapping[str, Any]) -> None:
-        """Refuse a warm start that cannot be.
+        """Refuse a warm start that cannot be, or leave it out if a recipe asks for it.
 
         Args:
             given: The arguments of Trainer by name.
@@ -88,12 +92,16 @@ class PairSources:
         Raises:
             ValueError: See `why_no_warm_start`.
         """
+        if not self.arguments.warm_start:
+            return
         own = {"student_model": self.student, "student_processing_class": self.student_processing_class}
-        problem = why_no_warm_start({**given, **own}) if self.arguments.warm_start else None
-        if problem is not None:
-            name = "warm_start_steps" if self.arguments.warm_start_steps else "warm_start_epochs"
+        problem = why_no_warm_start({**given, **own})
+        self.warm_start = problem is None
+        name = "warm_start_steps" if self.arguments.warm_start_steps else "warm_start_epochs"
+        if problem is not None and name not in self.arguments.by_recipe:
             raise ValueError(f"`{name}={getattr(self.arguments, name)}`, a warm start: {problem}.")
-        self.warm_start = self.arguments.warm_start
+        if problem is not None:
+            logger.warning("The warm start of `recipe=%r` is left out: %s.", self.arguments.recipe, problem)
 
     def load_teacher(self, name: str | os.PathLike, alone: bool = False) -> PreTrainedModel:
         """Load the teacher by name or path.
@@ -154,7 +162,12 @@ class PairSources:
             self.pretrained = load_model(self.pretrained, "pretrained_teacher", like=teacher, frozen=True)
         learners = {TEACHER: teacher, STUDENT: student}
         self.task = check_learners(
-            self.arguments, learners, self.pretrained, self.task, self.soft_loss_func is not None, self.warm_start
+            self.arguments,
+            learners,
+            self.pretrained,
+            self.task,
+            self.soft_loss_func is not None,
+            bool(self.warm_start),
         )
         share = self.arguments.share
         self._shared_layers = [] if share is None else share_modules(teacher, student, share)
@@ -270,7 +283,7 @@ def make_pair(
     )
     given = {"args": arguments if hasattr(arguments, "output_dir") else None, "processing_class": processing_class}
     sources.check_before_loading(given)
-    if sources.arguments.warm_start:
+    if sources.arguments.warm_start and not sources.arguments.by_recipe & {"warm_start_epochs", "warm_start_steps"}:
         name = "warm_start_steps" if sources.arguments.warm_start_steps else "warm_start_epochs"
         raise ValueError(
             f"`{name}={getattr(sources.arguments, name)}` is for the trainer. In your own loop, train the teacher "

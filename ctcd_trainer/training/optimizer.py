@@ -12,11 +12,52 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..arguments import DistillationArguments, learner_arguments
 from ..checks import check_joinable
+from ..model_structure import base_model, depth_attributes, is_peft_model
 from ..pair.model import CoDistillationModel
 from .sharding import clip_grad_norm
+
+logger = logging.get_logger(__name__)
+
+
+#: The rate of a student that is cut from the teacher, over the teacher's rate, is the ratio of the teacher's layers to
+#: the student's to the power of `RATE_EXPONENT`, and at most `MOST_RATE_FACTOR`.
+RATE_EXPONENT, MOST_RATE_FACTOR = 0.0, 4.0
+
+
+def default_student_learning_rate(learning_rate: float, teacher: nn.Module, student: nn.Module) -> float:
+    """Return the learning rate of a student if the user has set none.
+
+    A student that has kept some layers of the teacher, by `create_student`, has more to learn again than the teacher.
+    Any other student, and adapters, get the rate of the teacher.
+
+    Args:
+        learning_rate: The teacher's rate.
+        teacher: The teacher.
+        student: The student.
+    """
+    if getattr(student, "cut_layers", None) is None or is_peft_model(student):
+        return learning_rate
+    configs = [base_model(model).config for model in (teacher, student)]
+    layers = [sum(getattr(config, name) for name in depth_attributes(config)) for config in configs]
+    return learning_rate * min(MOST_RATE_FACTOR, (layers[0] / layers[1]) ** RATE_EXPONENT)
+
+
+def default_learning_rates(pair: CoDistillationModel, args: TrainingArguments) -> dict[str, float]:
+    """Return the rates that follow from the models and differ from `learning_rate`, by argument; log them."""
+    rates = {}
+    for name in [name for name in pair.trained if name != pair.primary]:
+        rate = default_student_learning_rate(args.learning_rate, pair.learners[pair.primary], pair.learners[name])
+        if rate != args.learning_rate and getattr(args, f"{name}_learning_rate", None) is None:
+            rates[f"{name}_learning_rate"] = rate
+            logger.warning_once(
+                f"`{name}_learning_rate={rate:g}`, {rate / args.learning_rate:g} times `learning_rate`: the {name} "
+                f"has {len(pair.learners[name].cut_layers)} layers of the {pair.primary}. Set it to use another rate."
+            )
+    return rates
 
 
 def create_optimizer(

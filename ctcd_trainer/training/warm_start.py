@@ -125,6 +125,12 @@ class WarmStart:
             self.folder.mkdir(parents=True)
 
 
+def can_resume(output_dir: str | os.PathLike) -> bool:
+    """Tell whether a training has left anything in its output folder from which it can go on."""
+    folders = [Path(output_dir), Path(output_dir, FOLDER)]
+    return Path(folders[1], TEACHER).is_dir() or any(f.is_dir() and get_last_checkpoint(str(f)) for f in folders)
+
+
 def is_complete(checkpoint: str) -> bool:
     """Tell whether a checkpoint of a warm start is that of its end."""
     return Path(checkpoint).name == TEACHER

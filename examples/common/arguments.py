@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctcd_trainer import CoDistillationTrainingArguments
+from ctcd_trainer.training.warm_start import can_resume
 
 #: The logger of all example scripts, whichever of them is run.
 logger = logging.getLogger("examples")
@@ -209,6 +210,11 @@ class ModelArguments:
         return {**sizes, "layers": self._layers, "init": self.student_init}
 
     @property
+    def cut_by_trainer(self) -> bool:
+        """True if the trainer cuts the student from the teacher; after adapters are added it could not."""
+        return self.cuts is not None and self.lora_r is None and self.student_init != "shared"
+
+    @property
     def _layers(self) -> str | list[int]:
         listed = re.fullmatch(r"\d+(,\d+)*", self.student_layers)
         return [int(index) for index in self.student_layers.split(",")] if listed else self.student_layers
@@ -240,6 +246,13 @@ class ModelArguments:
             raise ValueError(
                 f"`--distillation_mode {mode}` needs a student: give {options}. To train one model alone, give "
                 "`--distillation_mode standalone`."
+            )
+        if training_args.warm_start and not self.cut_by_trainer and not training_args.by_recipe:
+            raise ValueError(
+                f"`--warm_start_epochs {training_args.warm_start_epochs:g} --warm_start_steps "
+                f"{training_args.warm_start_steps}`: the student is cut from the teacher after that was trained. Give "
+                "`--student_num_hidden_layers`, without `--lora_r` and `--student_init shared`. Or train the teacher "
+                "first, with `--distillation_mode standalone` and without a student, and name its folder."
             )
         if training_args.graph.uses_pretrained and pretrained is None:
             raise ValueError(f"`--distillation_mode {mode}` needs `--pretrained_teacher_name_or_path`.")
@@ -334,6 +347,7 @@ class LanguageModelArguments(ModelArguments):
         """Raise `ValueError` where models and mode contradict each other."""
         super().check_mode(training_args)
         random = {"teacher": self.model_name_or_path is None, "student": self.student_from_scratch}
+        random["teacher"] &= not (training_args.warm_start and self.cut_by_trainer)
         for learner, option in {"teacher": "model_name_or_path", "student": "student_model_name_or_path"}.items():
             if learner in training_args.graph.frozen and random[learner]:
                 raise ValueError(
@@ -390,8 +404,10 @@ def start(*groups: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     return model_args, *others, training_args, checkpoint_to_resume(training_args)
 
 
-def checkpoint_to_resume(training_args: CoDistillationTrainingArguments) -> str | None:
+def checkpoint_to_resume(training_args: CoDistillationTrainingArguments) -> str | bool | None:
     """Folder of the checkpoint that `--resume_from_checkpoint` names; `true` stands for the last one.
+
+    With a warm start, `true` is left to the trainer.
 
     Raises:
         ValueError: There is no such checkpoint.
@@ -402,6 +418,8 @@ def checkpoint_to_resume(training_args: CoDistillationTrainingArguments) -> str 
         if last is not None and training_args.do_train:
             logger.warning("Training from the start; to go on from %s, give `--resume_from_checkpoint true`.", last)
         return None
+    if str(wanted).lower() == "true" and training_args.warm_start and can_resume(folder):
+        return True
     checkpoint = last if str(wanted).lower() == "true" else wanted
     if checkpoint is None or not os.path.isdir(checkpoint):
         raise ValueError(

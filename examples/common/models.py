@@ -1,8 +1,10 @@
 """The models and tokenizers of the example scripts: loading, cutting, adapters, and the length of their inputs."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -147,8 +149,8 @@ def load_models(
     model_args: ModelArguments,
     training_args: CoDistillationTrainingArguments,
     load: Callable[[str, bool], PreTrainedModel],
-) -> dict[str, PreTrainedModel]:
-    """The models by the name of their argument of `CoDistillationTrainer`.
+) -> dict[str, Any]:
+    """The models by the name of their argument of `CoDistillationTrainer`; a function for a student that is cut.
 
     Args:
         model_args: The arguments.
@@ -156,20 +158,41 @@ def load_models(
         load: Makes a model, given the name of the argument that names it and whether it is frozen.
     """
     graph = training_args.graph
-    frozen = {"model": "teacher" in graph.frozen, "student_model": "student" in graph.frozen}
+    warm = training_args.warm_start and model_args.cut_by_trainer
+    frozen = {"model": "teacher" in graph.frozen and not warm, "student_model": "student" in graph.frozen}
     models = {argument: load(option, frozen.get(argument, True)) for argument, option in model_args.sources.items()}
-    if model_args.cuts is not None:
-        if model_args.student_init == "random":
-            set_seed(training_args.seed)
-        models["student_model"] = create_student(models["model"], **model_args.cuts)
-    if "student_model" in models:
-        for argument in ("model", "student_model"):
-            logger.info("%s: %s", argument, estimate(models[argument]))
-    for argument, rank in (("model", model_args.lora_r), ("student_model", model_args.student_lora_r)):
-        if rank is not None:
-            set_seed(training_args.seed)
-            models[argument] = with_adapters(models[argument], rank, model_args.lora_target_modules)
+    finish = partial(finish_student, model_args, training_args.seed)
+    if model_args.cut_by_trainer:
+        models["student_model"] = finish
+    elif model_args.has_student:
+        models["student_model"] = finish(models["model"], models.get("student_model"))
+    if model_args.lora_r is not None:
+        set_seed(training_args.seed)
+        models["model"] = with_adapters(models["model"], model_args.lora_r, model_args.lora_target_modules)
     return models
+
+
+def finish_student(
+    model_args: ModelArguments, seed: int, teacher: PreTrainedModel, student: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """The student as it is trained: cut from the teacher if there is none, and with its adapters.
+
+    Args:
+        model_args: The arguments.
+        seed: Seed of new weights.
+        teacher: The teacher, without adapters.
+        student: The student, if it is not cut from the teacher.
+    """
+    if student is None:
+        if model_args.student_init == "random":
+            set_seed(seed)
+        student = create_student(teacher, **model_args.cuts)
+    for argument, model in (("model", teacher), ("student_model", student)):
+        logger.info("%s: %s", argument, estimate(model))
+    if model_args.student_lora_r is None:
+        return student
+    set_seed(seed)
+    return with_adapters(student, model_args.student_lora_r, model_args.lora_target_modules)
 
 
 def with_adapters(model: PreTrainedModel, rank: int, target_modules: str | None) -> PreTrainedModel:
@@ -192,12 +215,12 @@ def with_adapters(model: PreTrainedModel, rank: int, target_modules: str | None)
 # ---- The length of inputs ----
 
 
-def limits_of_length(
-    tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
-) -> Iterator[tuple[int, str]]:
+def limits_of_length(tokenizer: PreTrainedTokenizerBase, models: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     """Return the largest numbers of tokens of the tokenizer and the models, with the names of these."""
     yield tokenizer.model_max_length, "the tokenizer"
     for argument, model in models.items():
+        if not isinstance(model, nn.Module):  # a student that will be cut from the teacher
+            continue
         limit = most_positions(model)
         if limit is None:  # positions without a table (rotary ones)
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -206,7 +229,7 @@ def limits_of_length(
 
 
 def allowed_length(
-    option: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
+    option: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase, models: Mapping[str, Any]
 ) -> int:
     """The wanted number of tokens, or with a warning the smaller number that tokenizer and models take.
 

@@ -16,8 +16,8 @@ from .arguments import DataArguments
 from .tables import padded
 
 
-def train(trainer: CoDistillationTrainer, checkpoint: str | None) -> None:
-    """Train, save both models and write `train_results.json` and `trainer_state.json`."""
+def train(trainer: CoDistillationTrainer, checkpoint: str | bool | None) -> dict[str, float]:
+    """Train, save both models, write `train_results.json` and `trainer_state.json`, and return the metrics."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if isinstance(trainer.train_dataset, Sized):
         metrics["train_samples"] = len(trainer.train_dataset)
@@ -25,6 +25,7 @@ def train(trainer: CoDistillationTrainer, checkpoint: str | None) -> None:
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+    return metrics
 
 
 def evaluate(
@@ -53,13 +54,19 @@ def evaluate(
     return combined
 
 
-def finish(trainer: CoDistillationTrainer, metrics: Mapping[str, float], card: Mapping[str, Any]) -> None:
+def finish(
+    trainer: CoDistillationTrainer,
+    metrics: Mapping[str, float],
+    card: Mapping[str, Any],
+    training: Mapping[str, float] | None = None,
+) -> None:
     """Write the model cards or push both models (`--push_to_hub`), and print the models side by side.
 
     Args:
         trainer: The trainer.
         metrics: The metrics of `evaluate`; may be empty.
         card: Task and data for the model cards: arguments of `Trainer.create_model_card`.
+        training: The metrics of `train`.
     """
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
@@ -67,11 +74,17 @@ def finish(trainer: CoDistillationTrainer, metrics: Mapping[str, float], card: M
         trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
         print(f"\n{table(trainer, metrics)}")
+        costs = training or {}
+        if "warm_start_steps" in costs:
+            print(
+                f"\nThe teacher alone: {costs['warm_start_steps']} steps in {costs['warm_start_runtime']:.1f} s. Then "
+                f"both: {trainer.state.global_step} steps in {costs['train_runtime']:.1f} s."
+            )
 
 
 def run(
     trainer: CoDistillationTrainer,
-    checkpoint: str | None,
+    checkpoint: str | bool | None,
     card: Mapping[str, Any],
     predict: Callable[[], None] | None = None,
     **evaluation: Any,
@@ -85,12 +98,11 @@ def run(
         predict: Writes the predictions of the test set.
         **evaluation: Further arguments of `evaluate`.
     """
-    if trainer.args.do_train:
-        train(trainer, checkpoint)
+    training = train(trainer, checkpoint) if trainer.args.do_train else None
     metrics = evaluate(trainer, **evaluation) if trainer.args.do_eval else {}
     if trainer.args.do_predict and predict is not None:
         predict()
-    finish(trainer, metrics, card)
+    finish(trainer, metrics, card, training)
 
 
 @contextmanager

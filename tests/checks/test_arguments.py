@@ -34,6 +34,7 @@ def test_it_is_a_training_arguments_with_the_documented_defaults():
         del own[field.name]
     assert own == {
         "distillation_mode": "ctcd",
+        "recipe": None,
         "teacher_hard_weight": 1.0,
         "student_hard_weight": 1.0,
         **dict.fromkeys(EDGE_WEIGHTS),

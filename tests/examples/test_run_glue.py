@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -709,3 +710,44 @@ def test_real_data(script, teacher):
     assert results(out)["eval_samples"] == 277
     labels = json.loads((out / "student" / "config.json").read_text())["label2id"]
     assert labels == {"entailment": 0, "not_entailment": 1}
+
+
+# ---- The warm start, and recipes ----
+
+
+def test_the_best_recipe_cuts_the_student_from_the_trained_teacher_and_goes_on_after_a_stop(
+    script, tmp_path, teacher, capsys, caplog
+):
+    options = {"model_name_or_path": teacher, "student_num_hidden_layers": 2, **save_files(tmp_path, ["no", "yes"])}
+    options |= {"save_strategy": "steps", "save_steps": 2, "recipe": "best", "distillation_mode": "kd"}
+    out = script("--do_train", "--do_eval", **options)
+    whole = load_file(out / "student/model.safetensors")
+    assert "`recipe='best'` has set what you have not:\n  `warm_start_steps=2`" in caplog.text
+    assert "The teacher alone: 2 steps in" in capsys.readouterr().out
+    assert results(out, "all")["warm_start_steps"] == results(out, "train")["warm_start_steps"] == 2
+    card = (out / "student/README.md").read_text()
+    assert "Before, the teacher was trained alone for 2 steps, and the student made from it." in card
+    trained = load_file(out / "warm-start/teacher/model.safetensors")
+    frozen = load_file(out / "model.safetensors")
+    assert all(torch.equal(trained[name], frozen[name]) for name in trained)
+
+    shutil.rmtree(out / "checkpoint-2")  # as if it had been stopped before
+    written = (out / "warm-start/teacher/model.safetensors").stat().st_mtime_ns
+    script("--do_train", **options, resume_from_checkpoint="true")
+    assert (out / "warm-start/teacher/model.safetensors").stat().st_mtime_ns == written
+    again = load_file(out / "student/model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"student_num_hidden_layers": None, "student_model_name_or_path": "x"},
+        {"lora_r": 2},
+        {"student_init": "shared", "lora_r": 2, "student_lora_r": 2},
+    ],
+)
+def test_a_warm_start_needs_a_student_that_is_cut_afterwards(script, options):
+    options = {"model_name_or_path": "x", "student_num_hidden_layers": 1, "task_name": "rte", **options}
+    with pytest.raises(ValueError, match=r"`--warm_start_epochs 2 .*is cut from the teacher after that was trained"):
+        script("--do_train", warm_start_epochs=2, **options)

@@ -175,6 +175,15 @@ def test_from_scratch_the_students_config_is_the_teachers_but_for_what_is_given(
     assert {"eval_perplexity", "eval_student_perplexity"} <= set(results(out))
 
 
+def test_a_student_is_cut_from_a_teacher_on_its_way(run, tmp_path, bert):
+    options = {"model_type": "gpt2", "tokenizer_name": bert, "config_overrides": "n_layer=3,n_embd=16,n_head=2"}
+    options |= {"student_num_hidden_layers": 2, "warm_start_steps": 3, **save_files(tmp_path)}
+    out = run(run_clm_ctcd, "--do_train", "--do_eval", **options, distillation_mode="kd", save_strategy="steps")
+    assert config_of(out / "student")["n_layer"] == 2
+    assert results(out, "all")["warm_start_steps"] == 3
+    assert {"eval_perplexity", "eval_student_perplexity"} <= results(out).keys()
+
+
 def test_a_pretrained_teacher_with_a_student_of_another_architecture_from_scratch(run, tmp_path, bert):
     options = {"model_name_or_path": bert, "student_model_type": "distilbert"}
     overrides = "n_layers=1,dim=8,n_heads=2,hidden_dim=16,max_position_embeddings=32"

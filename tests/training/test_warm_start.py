@@ -22,6 +22,7 @@ from transformers import BertForSequenceClassification, EarlyStoppingCallback, T
 
 from ctcd_trainer import create_student, make_pair
 from ctcd_trainer.hub.upload_queue import NOT_MODELS
+from ctcd_trainer.training import optimizer
 from ctcd_trainer.training.warm_start import WarmStart
 
 WARM, STEPS = 5, 4
@@ -324,3 +325,57 @@ def test_the_arguments_of_a_warm_start_are_checked(tmp_path):
         tiny_args(tmp_path, warm_start_learning_rate=0.1)
     alone = WarmStart(tiny_args(tmp_path, warm_start_epochs=1.5, hub_token="secret")).arguments
     assert (alone.num_train_epochs, alone.max_steps, alone.hub_token) == (1.5, -1, None)
+
+
+def test_a_student_with_adapters_goes_on_on_the_base_that_was_cut_from_the_trained_teacher(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted(teacher):
+        return peft.get_peft_model(cut(teacher), peft.LoraConfig(r=2, target_modules=["query"]))
+
+    options = {"student_model": adapted, "save_strategy": "no", "eval_strategy": "no"}
+    expected = warm_trainer(tmp_path / "whole", **options)
+    expected.train()
+    trainer = warm_trainer(tmp_path, **options | {"save_strategy": "steps", "callbacks": [StopAt(False, 3)]})
+    with pytest.raises(Stopped):
+        trainer.train()
+    trainer = warm_trainer(tmp_path, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(trainer.student_model, expected.student_model)
+    (tmp_path / "warm-start").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="from which the base of the student's adapter was cut, and there is no"):
+        warm_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+# ---- The student's rate, and recipes ----
+
+
+def rates_of(trainer):
+    trainer.create_optimizer_and_scheduler(4)
+    return {group["learner"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+
+
+def test_the_rate_of_a_cut_student_follows_from_its_layers(tmp_path, monkeypatch, caplog):
+    assert rates_of(warm_trainer(tmp_path)) == {"teacher": 1e-2, "student": 1e-2}
+    monkeypatch.setattr(optimizer, "RATE_EXPONENT", 2.0)
+    trainer = warm_trainer(tmp_path)
+    args = dict(vars(trainer.args))
+    assert rates_of(trainer) == {"teacher": 1e-2, "student": pytest.approx(2.25e-2)}
+    assert (
+        "`student_learning_rate=0.0225`, 2.25 times `learning_rate`: the student has 2 layers of the t" in caplog.text
+    )
+    assert vars(trainer.args) == args
+    trainer = warm_trainer(tmp_path, max_steps=1, save_strategy="no", warm_start_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["student_learning_rate"] == pytest.approx(2.25e-2)
+    one = create_student(teacher_of(num_hidden_layers=8), 1)
+    assert (
+        rates_of(tiny_trainer(tmp_path, model=teacher_of(num_hidden_layers=8), student_model=one))["student"] == 4e-2
+    )
+    for options in (
+        {"student_learning_rate": 1e-2},
+        {"student_model": tiny_bert(2), "warm_start_steps": 0},
+        {"recipe": "paper", "warm_start_steps": 0},
+        {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2})},
+    ):
+        assert rates_of(warm_trainer(tmp_path, **options)) == {"teacher": 1e-2, "student": 1e-2}
