@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 
-from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer import CoDistillationTrainer, create_student
 
 #: Rows of a global batch.
 BATCH = 8
@@ -152,11 +152,16 @@ def adapters() -> dict[str, Any]:
     return classification() | models
 
 
+def warm_start() -> dict[str, Any]:
+    """The teacher is trained alone, then the student is cut from it."""
+    return classification() | {"student_model": partial(create_student, num_hidden_layers=2), "warm_start_steps": 3}
+
+
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         *(classification, missing_targets, masked_lm, unused, causal_lm, community_lm),
-        *(uneven, filled_up, community, one_way, adapters),
+        *(uneven, filled_up, community, one_way, adapters, warm_start),
     )
 }
 

@@ -20,7 +20,7 @@ from tiny import (
 )
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
-from ctcd_trainer import create_student, make_pair
+from ctcd_trainer import CoDistillationTrainer, create_student, make_pair
 from ctcd_trainer.hub.upload_queue import NOT_MODELS
 from ctcd_trainer.training import optimizer
 from ctcd_trainer.training.warm_start import WarmStart
@@ -121,8 +121,15 @@ def test_a_function_that_makes_no_student_is_refused(tmp_path):
 # ---- The warm start ----
 
 
-@pytest.mark.parametrize("mode", ["ctcd", "kd", "reversed"])
-def test_a_warm_start_gives_what_two_trainings_give(mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [
+        ("ctcd", {"bf16": True, "gradient_accumulation_steps": 2}),
+        ("kd", {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 1.0}),
+        ("reversed", {}),
+    ],
+)
+def test_a_warm_start_gives_what_two_trainings_give(mode, more, tmp_path):
     best = {
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
@@ -130,7 +137,7 @@ def test_a_warm_start_gives_what_two_trainings_give(mode, tmp_path):
         "eval_steps": 1,
         "save_steps": 1,
     }
-    settings = SETTINGS | best
+    settings = SETTINGS | best | more
     rows = settings.pop("eval_dataset")
     first = Trainer(
         teacher_of(),
@@ -379,3 +386,27 @@ def test_the_rate_of_a_cut_student_follows_from_its_layers(tmp_path, monkeypatch
         {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2})},
     ):
         assert rates_of(warm_trainer(tmp_path, **options)) == {"teacher": 1e-2, "student": 1e-2}
+
+
+def test_a_batch_size_is_found_in_each_phase(tmp_path):
+    class Small(CoDistillationTrainer):
+        def training_step(self, model, inputs, *args):
+            if len(inputs["labels"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args)
+
+    args = tiny_args(tmp_path, auto_find_batch_size=True, warm_start_steps=2, max_steps=3)
+    trainer = Small(teacher_of(), args, collate, tiny_rows(), student_model=cut)
+    assert trainer.train().metrics["warm_start_steps"] == 2
+    assert (trainer._train_batch_size, trainer.state.global_step) == (2, 3)
+
+
+def test_layers_are_shared_with_the_trained_teacher(tmp_path):
+    trainer = warm_trainer(
+        tmp_path, share="layers:1", student_model=lambda teacher: create_student(teacher, 2, layers="first")
+    )
+    trainer.train()
+    models = trainer.teacher_model.bert, trainer.student_model.bert
+    assert models[0].embeddings is models[1].embeddings
+    assert models[0].encoder.layer[0] is models[1].encoder.layer[0]
+    tiny_trainer(tmp_path / "again", model=str(tmp_path / "warm-start/teacher"), student_model=cut)
