@@ -40,6 +40,7 @@ from transformers import (
 
 from ctcd_trainer import CoDistillationTrainer, Mixup, PairDataCollator, TokenMasking, WordDropout
 from examples.common.arguments import DataArguments, LabelledModelArguments, check_file, logger, option, start
+from examples.common.generations import make_or_train
 from examples.common.models import (
     allowed_length,
     load_config,
@@ -211,11 +212,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = partial(
         load_labelled_model,
         auto_class=AutoModelForSequenceClassification,
-        model_args=model_args,
         labels=labels,
         seed=training_args.seed,
     )
-    models = load_models(model_args, training_args, load)
+    models = load_models(model_args, training_args, partial(load, model_args=model_args))
     max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     pad = data_args.pad_to_max_length
     if pad and training_args.train_sampling_strategy == "group_by_length":
@@ -235,9 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
     else:
         collator = PairDataCollator.of(tokenizer, student_tokenizer, pad_to_multiple_of=multiple)
-    trainer = CoDistillationTrainer(
+    make_trainer = lambda models, args: CoDistillationTrainer(  # noqa: E731
         **models,
-        args=training_args,
+        args=args,
         data_collator=collator,
         train_dataset=next(iter(examples["train"].values())) if training_args.do_train else None,
         eval_dataset=next(iter(examples["validation"].values())) if training_args.do_eval else None,
@@ -247,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         augmented=data_args.augmented,
         compute_metrics=metrics_for(labels, task),
     )
+    trainer = make_or_train(make_trainer, models, load, model_args, training_args)
     parts = {"_mm" if name == "mnli-mm" else "": rows for name, rows in examples.get("validation", {}).items()}
     run(
         trainer,

@@ -34,6 +34,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from ctcd_trainer import CoDistillationTrainer
 from examples.common.arguments import DataArguments, LabelledModelArguments, logger, option, start
+from examples.common.generations import make_or_train
 from examples.common.models import allowed_length, load_config, load_fast_tokenizer, load_labelled_model, load_models
 from examples.common.run import card_of, in_order, padding_multiple, run
 from examples.data.loading import load_raw_data, selected_rows, tokenize
@@ -135,19 +136,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = partial(
         load_labelled_model,
         auto_class=AutoModelForTokenClassification,
-        model_args=model_args,
         labels=labels,
         seed=training_args.seed,
     )
-    models = load_models(model_args, training_args, load)
+    models = load_models(model_args, training_args, partial(load, model_args=model_args))
     max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     pad, label_all = data_args.pad_to_max_length, data_args.label_all_tokens
     preprocess = WordTokenizer(tokenizer, labels, text_column, label_column, max_length, pad, label_all)
     tokens = tokenize(selected, preprocess, data_args, training_args)
     inputs = {split: rows.remove_columns(FIRST_TOKENS) for split, rows in tokens.items()}
-    trainer = CoDistillationTrainer(
+    make_trainer = lambda models, args: CoDistillationTrainer(  # noqa: E731
         **models,
-        args=training_args,
+        args=args,
         data_collator=DataCollatorForTokenClassification(
             tokenizer, pad_to_multiple_of=padding_multiple(training_args)
         ),
@@ -157,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compute_metrics=metrics_for(labels, data_args.return_entity_level_metrics),
         preprocess_logits_for_metrics=predicted_labels,
     )
+    trainer = make_or_train(make_trainer, models, load, model_args, training_args)
     run(
         trainer,
         checkpoint,

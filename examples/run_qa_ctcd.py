@@ -40,6 +40,7 @@ from transformers.trainer_utils import speed_metrics
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
 from examples.common.arguments import DataArguments, ModelArguments, option, start
+from examples.common.generations import make_or_train
 from examples.common.models import allowed_length, load_fast_tokenizer, load_model, load_models
 from examples.common.run import card_of, in_order, padding_multiple, run
 from examples.data.loading import load_files, load_raw_data, selected_rows, tokenize
@@ -251,10 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, training_args, checkpoint = start(ModelArguments, QaDataArguments, argv=argv)
     selected = load_data(model_args, data_args, training_args)
     tokenizer = load_fast_tokenizer(model_args, "where a token is in the text")
-    load = partial(
-        load_model, auto_class=AutoModelForQuestionAnswering, model_args=model_args, seed=training_args.seed
-    )
-    models = load_models(model_args, training_args, load)
+    load = partial(load_model, auto_class=AutoModelForQuestionAnswering, seed=training_args.seed)
+    models = load_models(model_args, training_args, partial(load, model_args=model_args))
     max_length = allowed_length("max_seq_length", data_args.max_seq_length, tokenizer, models)
     pad = data_args.pad_to_max_length
     preprocess = WindowTokenizer(tokenizer, max_length, data_args.doc_stride, pad)
@@ -277,9 +276,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     padding = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=padding_multiple(training_args))
     collator = default_data_collator if pad else padding
-    trainer = QuestionAnsweringTrainer(
+    make_trainer = lambda models, args: QuestionAnsweringTrainer(  # noqa: E731
         **models,
-        args=training_args,
+        args=args,
         data_collator=collator,
         train_dataset=inputs.get("train"),
         eval_dataset=inputs.get("validation"),
@@ -287,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compute_metrics=compute_metrics,
         eval_finder=finders.get("validation"),
     )
+    trainer = make_or_train(make_trainer, models, load, model_args, training_args)
 
     def predict() -> None:
         metrics = trainer.predict(inputs["test"], finders["test"])

@@ -153,6 +153,11 @@ class ModelArguments:
     pretrained_teacher_name_or_path: str | None = option(
         None, "A frozen model that was trained on this task, from which both models learn (`community`)."
     )
+    generations: int = option(
+        1,
+        "Train this number of pairs, each from the frozen best teacher before it as well, and keep the best models on "
+        "the validation data.",
+    )
     config_name: str | None = option(None, "The teacher's config, if it is in another place.")
     tokenizer_name: str | None = option(None, "The tokenizer, if it is not the teacher's.")
     cache_dir: str | None = option(None, "Folder that keeps downloads from the Hub.")
@@ -177,6 +182,13 @@ class ModelArguments:
             raise ValueError(
                 f"`--student_{unused[0]} {self._of_student(unused[0])}` is for a student that is cut from the "
                 "teacher: give its `--student_num_hidden_layers` as well, or leave it out."
+            )
+        if self.generations < 1:
+            raise ValueError(f"`--generations {self.generations}` is not valid: give 1 or more.")
+        if self.generations > 1 and None not in (self.lora_r, self.student_lora_r):
+            raise ValueError(
+                f"`--generations {self.generations}` trains new models, and `--lora_r {self.lora_r}` adapters of "
+                "given ones: leave one of them out."
             )
         self._check_adapters()
 

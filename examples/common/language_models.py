@@ -21,6 +21,7 @@ from examples.data import text
 from examples.data.loading import load_raw_data
 
 from .arguments import LanguageModelArguments, start
+from .generations import make_or_train
 from .models import allowed_length, load_config, load_model, load_models, load_tokenizer
 from .run import card_of, run
 
@@ -53,13 +54,13 @@ def run_language_models(
     preprocess, collator = prepare(tokenizer, data_args, training_args)
     raw = load_raw_data(model_args, data_args, streaming=data_args.streaming)
     splits = text.select_splits(raw, data_args, training_args)
-    load = partial(load_or_make, auto_class, model_args, tokenizer, training_args.seed)
-    models = load_models(model_args, training_args, load)
+    load = partial(load_or_make, auto_class, tokenizer, training_args.seed)
+    models = load_models(model_args, training_args, partial(load, model_args=model_args))
     length = allowed_length(length_option, getattr(data_args, length_option), tokenizer, models)
     examples = text.tokenize(splits, preprocess(length=length), data_args, training_args)
-    trainer = CoDistillationTrainer(
+    make_trainer = lambda models, args: CoDistillationTrainer(  # noqa: E731
         **models,
-        args=training_args,
+        args=args,
         data_collator=collator,
         train_dataset=examples.get("train"),
         eval_dataset=examples.get("validation"),
@@ -67,16 +68,17 @@ def run_language_models(
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=text.best_tokens,
     )
+    trainer = make_or_train(make_trainer, models, load, model_args, training_args)
     run(trainer, checkpoint, card_of(data_args, task), more_metrics=text.perplexities)
 
 
 def load_or_make(
     auto_class: type,
-    model_args: LanguageModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     option: str,
     frozen: bool,
+    model_args: LanguageModelArguments,
 ) -> PreTrainedModel:
     """A model, loaded or from scratch, with embeddings for every token of the tokenizer; see `load_model`."""
     dtype = model_args.dtype

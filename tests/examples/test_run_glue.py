@@ -483,6 +483,23 @@ def test_community_mode_learns_from_a_third_model(script, tmp_path, teacher):
         script("--do_train", pretrained_teacher_name_or_path=frozen, **options, **files)
 
 
+def test_generations_learn_from_the_best_teacher_before_them(script, tmp_path, teacher, capsys):
+    options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "generations": 2, "learning_rate": 0.01}
+    out = script("--do_train", "--do_eval", output_dir=tmp_path / "out", **options, **save_files(tmp_path, ["a", "b"]))
+    found = json.loads((out / "best" / "generations.json").read_text())
+    assert len(found["metrics"]) == 2
+    trained = [torch.load(out / f"generation-{n}" / "training_args.bin", weights_only=False) for n in (1, 2)]
+    assert [args.student_from_pretrained_weight for args in trained] == [0.0, 1.0]
+    for part, key in (("", "eval_loss"), ("student", "eval_student_loss")):
+        best = min((1, 2), key=lambda number: found["metrics"][number - 1][key])
+        actual = load_file(out / part / "model.safetensors")
+        expected = load_file(out / f"generation-{best}" / part / "model.safetensors")
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert results(out)[key] == pytest.approx(found["metrics"][best - 1][key], rel=1e-5)
+    table = capsys.readouterr().out.split("loss of each generation")[1]
+    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["generation", "1", "2"]
+
+
 def test_limits_of_samples_and_length(script, tmp_path, teacher, caplog):
     files = save_files(tmp_path, ["no", "yes"])
     options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "max_seq_length": 99, **files}

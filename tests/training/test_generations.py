@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import tiny_bert, tiny_rows
+from tiny import tiny_bert, tiny_rows
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, Generation, train_generations
