@@ -3,6 +3,7 @@
 Change the class name of your `Trainer`, add a `student_model`, and get two models that taught each other.
 """
 
+from .aligning import align_student
 from .arguments import CoDistillationTrainingArguments, DistillationArguments
 from .diagnose import Diagnosis, diagnose
 from .generations import Generation, Generations, train_generations
@@ -37,6 +38,7 @@ __all__ = [
     "TokenMasking",
     "WordDropout",
     "__version__",
+    "align_student",
     "create_student",
     "diagnose",
     "estimate",

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .graph import EDGES, LEARNERS, MODES, Edge, Graph
+from .feature_losses import FEATURE_LOSSES, parse_layers
+from .graph import EDGES, LEARNERS, MODES, PRETRAINED, STUDENT, TEACHER, Edge, FeatureEdge, Graph
 from .recipes import RECIPES
 from .soft_losses import SOFT_LOSSES
 
@@ -134,6 +135,20 @@ class DistillationArguments:
     )
     soft_loss: str = _argument("kl", f"How predictions are compared. {_summaries(SOFT_LOSSES)}", SOFT_LOSSES)
     soft_warmup_ratio: float = _argument(0.0, "Share of the steps over which the soft weights rise linearly from 0.")
+    student_feature_weight: float = _argument(
+        0.0, "Weight of the loss that pulls the layers of the student towards those of the teacher."
+    )
+    feature_loss: str = _argument("hidden", f"How layers are compared. {_summaries(FEATURE_LOSSES)}", FEATURE_LOSSES)
+    feature_layers: str | None = _argument(
+        None,
+        "The layers that are compared, the student's before the teacher's, from 0: `0:1,1:3,2:5`. Default: for hidden "
+        "states, each layer of the student with the end of the span that it replaces; otherwise the last layers.",
+    )
+    feature_source: str = _argument(
+        TEACHER,
+        "The model whose layers the student learns from: the `teacher`, or the frozen `pretrained` teacher.",
+        (TEACHER, PRETRAINED),
+    )
     student_learning_rate: float | None = _argument(
         None, "Initial learning rate of the student. Default: `learning_rate`."
     )
@@ -223,7 +238,8 @@ class DistillationArguments:
         Raises:
             ValueError: See the class.
         """
-        for name, table in (("distillation_mode", MODES), ("soft_loss", SOFT_LOSSES)):
+        tables = {"distillation_mode": MODES, "soft_loss": SOFT_LOSSES, "feature_loss": FEATURE_LOSSES}
+        for name, table in (tables | {"feature_source": (TEACHER, PRETRAINED)}).items():
             if getattr(self, name) not in table:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is unknown. Valid values: {', '.join(sorted(table))}."
@@ -236,6 +252,7 @@ class DistillationArguments:
         self._check_frozen()
         if self.share is not None:
             parse_share(self.share)
+        self._check_features()
         # Each of these has an effect only together with another one.
         if self.pretrained_cache_dir is not None and not self.graph.uses_pretrained:
             raise ValueError(
@@ -257,11 +274,37 @@ class DistillationArguments:
                 "`student_metric_for_best_model` (None). Set both, or leave it out."
             )
 
+    def _check_features(self) -> None:
+        """Refuse arguments of the feature loss that have no effect, or contradict others."""
+        if self.feature_layers is not None:
+            parse_layers(self.feature_layers)
+        defaults = {"feature_loss": "hidden", "feature_layers": None, "feature_source": TEACHER}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if changed and not self.graph.features:
+            raise ValueError(
+                f"`{changed[0]}={getattr(self, changed[0])!r}` has no effect with `student_feature_weight="
+                f"{self.student_feature_weight}`. Set that weight above 0 (1.0 suits every model), or leave it out."
+            )
+        if not self.graph.features:
+            return
+        weight = f"`student_feature_weight={self.student_feature_weight}`"
+        if self.share not in (None, EMBEDDINGS):
+            raise ValueError(
+                f"{weight} and `share={self.share!r}`: the student has layers of the teacher, which are the same "
+                f"already. Leave one of them out, or set `share={EMBEDDINGS!r}`."
+            )
+        if self.feature_source == PRETRAINED and self.pretrained_cache_dir is not None:
+            raise ValueError(
+                f"`feature_source={PRETRAINED!r}` takes the layers of the frozen teacher, and `pretrained_cache_dir="
+                f"{self.pretrained_cache_dir!r}` keeps its predictions alone. Leave one of them out."
+            )
+
     def _check_numbers(self) -> None:
         """Check the range of every number, and make floats of them: a search gives a new value the old one's type."""
         ranges = {f"{learner}_hard_weight": "of 0 or more" for learner in LEARNERS}
         ranges |= {edge.weight_name: "of 0 or more" for edge in EDGES}
         ranges |= {"temperature": "above 0", "soft_warmup_ratio": "from 0 to 1.0", "warm_start_epochs": "of 0 or more"}
+        ranges["student_feature_weight"] = "of 0 or more"
         optional = [f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER] + ["warm_start_learning_rate"]
         ranges |= {name: "of 0 or more" for name in optional if getattr(self, name, None) is not None}
         for name, valid in ranges.items():
@@ -279,6 +322,7 @@ class DistillationArguments:
         """Refuse what would train a learner that the mode freezes, and weights that train nothing."""
         trained = MODES[self.distillation_mode].trained
         weights = [(f"{learner}_hard_weight", learner, 1.0) for learner in LEARNERS]
+        weights.append(("student_feature_weight", STUDENT, 0.0))
         for name, learner, default in [*weights, *((edge.weight_name, edge.learner, 0.0) for edge in EDGES)]:
             if getattr(self, name) not in (default, 0.0) and learner not in trained:
                 raise ValueError(
@@ -288,8 +332,8 @@ class DistillationArguments:
         if not self.graph.trained:
             raise ValueError(
                 f"Nothing would be trained: all weights of the models that `distillation_mode="
-                f"'{self.distillation_mode}'` trains ({', '.join(trained)}) are 0. Set at least one hard or soft "
-                "weight above 0."
+                f"'{self.distillation_mode}'` trains ({', '.join(trained)}) are 0. Set at least one hard, soft "
+                "or feature weight above 0."
             )
         if self.share is not None and self.graph.frozen:
             raise ValueError(
@@ -318,7 +362,9 @@ class DistillationArguments:
             name: getattr(self, f"{name}_hard_weight") if name in mode.trained else 0.0 for name in LEARNERS
         }
         edges = (Edge(edge.source, edge.learner, float(self._weight(edge))) for edge in EDGES)
-        return Graph(hard_weights, tuple(edge for edge in edges if edge.weight > 0))
+        feature = FeatureEdge(self.feature_source, STUDENT, float(self.student_feature_weight))
+        features = (feature,) if feature.weight > 0 and STUDENT in mode.trained else ()
+        return Graph(hard_weights, tuple(edge for edge in edges if edge.weight > 0), features)
 
     def soft_weight_factor(self, step: int, max_steps: int) -> float:
         """Factor of the soft weights during warm-up.

@@ -40,6 +40,20 @@ class Edge:
         return f"{self.learner}_from_{self.source}_weight"
 
 
+class FeatureEdge(Edge):
+    """A loss that pulls layers of `learner` towards the detached layers of `source`."""
+
+    @property
+    def loss_name(self) -> str:
+        """Name under which the loss is logged, e.g. `student_feature_loss`."""
+        return f"{self.learner}_feature_loss"
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the training argument that sets the weight, e.g. `student_feature_weight`."""
+        return f"{self.learner}_feature_weight"
+
+
 #: All edges between a pair of models and a frozen teacher; each has a training argument.
 EDGES = (
     Edge(TEACHER, STUDENT),
@@ -85,15 +99,17 @@ class Graph:
     Attributes:
         hard_weights: Weight of each learner's task loss; 0 for a learner that the mode freezes.
         edges: The soft losses, only those with a weight other than 0.
+        features: The feature losses, only those with a weight other than 0.
     """
 
     hard_weights: Mapping[str, float]
     edges: tuple[Edge, ...] = field(default=())
+    features: tuple[FeatureEdge, ...] = field(default=())
 
     @property
     def trained(self) -> tuple[str, ...]:
         """The learners that some loss trains, in the order of `hard_weights`."""
-        reached = {edge.learner for edge in self.edges}
+        reached = {edge.learner for edge in (*self.edges, *self.features)}
         return tuple(name for name, weight in self.hard_weights.items() if weight > 0 or name in reached)
 
     @property
@@ -104,4 +120,9 @@ class Graph:
     @property
     def uses_pretrained(self) -> bool:
         """Tell whether a learner learns from the frozen pre-trained teacher."""
-        return any(edge.source == PRETRAINED for edge in self.edges)
+        return any(edge.source == PRETRAINED for edge in (*self.edges, *self.features))
+
+    @property
+    def features_alone(self) -> bool:
+        """Tell whether nothing is learnt from labels or predictions, so that neither is needed."""
+        return not self.edges and not any(self.hard_weights.values())

@@ -4,6 +4,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -11,6 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 #: Attributes of a config that count the layers of each stack: the encoder's (or the only stack's), the decoder's.
 _DEPTHS = (("num_hidden_layers", "num_decoder_layers"), ("encoder_layers", "decoder_layers"))
+#: Names of the projections to queries, keys and values in an attention, where each is a module of its own.
+_PROJECTIONS = (
+    *(("query", "key", "value"), ("query_proj", "key_proj", "value_proj"), ("q_proj", "k_proj", "v_proj")),
+    *(("q_lin", "k_lin", "v_lin"), ("q", "k", "v")),
+)
+#: Names of one projection to all three: one after the other, or for each head.
+_JOINT, _BY_HEAD = ("c_attn", "Wqkv"), "query_key_value"
 
 
 # ---- Wrappers and modes ----
@@ -217,3 +225,57 @@ def layer_stacks(model: PreTrainedModel) -> list[str]:
             "and cutting needs exactly one for each. Build the student from a smaller config instead."
         )
     return stacks
+
+
+def layers_of(model: PreTrainedModel) -> list[list[tuple[str, int]]]:
+    """Return the layers of each stack, the encoder's first: the name of the module, and the number of its call from 0.
+
+    Raises:
+        ValueError: See `layer_stacks`.
+    """
+    stacks = layer_stacks(model)
+    if stacks:
+        return [[(f"{stack}.{index}", 0) for index in range(len(model.get_submodule(stack)))] for stack in stacks]
+    group = next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return [[(f"{group}.0", index) for index in range(model.config.num_hidden_layers)]]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The modules of an attention that compute its queries, keys and values.
+
+    Attributes:
+        names: The names of the modules in the layer, one for each or one for all.
+        causal: Whether a position attends to earlier positions only.
+    """
+
+    names: tuple[str, ...]
+    causal: bool
+
+    def split(self, outputs: list[Tensor], heads: int) -> list[Tensor]:
+        """Return queries, keys and values `(rows, positions, width)` from the outputs of the modules."""
+        if len(outputs) == 3:
+            return outputs
+        if self.names[0].rpartition(".")[2] != _BY_HEAD:
+            return list(outputs[0].chunk(3, -1))
+        return [part.flatten(-2) for part in outputs[0].unflatten(-1, (heads, 3, -1)).unbind(-2)]
+
+
+def attention_projections(layer: nn.Module) -> Projections | None:
+    """Find the projections of the self-attention of a layer, which comes before one to an encoder; `None` if unknown.
+
+    One projection to all three is taken only where the three are equally wide.
+    """
+    for name, module in layer.named_modules():
+        for names in (*_PROJECTIONS, *((joint,) for joint in (*_JOINT, _BY_HEAD))):
+            parts = [getattr(module, part, None) for part in names]
+            if all(isinstance(part, nn.Module) for part in parts) and (len(parts) == 3 or _is_threefold(parts[0])):
+                causal = getattr(module, "is_causal", names == (_BY_HEAD,))
+                return Projections(tuple(f"{name}.{part}".lstrip(".") for part in names), causal)
+    return None
+
+
+def _is_threefold(module: nn.Module) -> bool:
+    """Tell whether a linear layer has three outputs for each input."""
+    weight = getattr(getattr(module, "base_layer", module), "weight", None)
+    return weight is not None and 3 * min(weight.shape) == max(weight.shape)

@@ -46,10 +46,10 @@ from transformers.utils import logging
 from .arguments import DistillationArguments, learner_arguments
 from .cards.card import CardOptions, save_model_cards, write_model_cards
 from .cards.facts import CardFacts
-from .checks import CheckedCollator, check_kinds, check_strategy
+from .checks import CheckedCollator, check_features_strategy, check_kinds, check_projections, check_strategy
 from .graph import LEARNERS, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
-from .losses.objective import Progress, SoftLossFunction
+from .losses.objective import Progress, SoftLossFunction, rows_in
 from .model_structure import accepts_loss_kwargs, base_model, hidden_quantisation, is_peft_model, is_quantised
 from .pair.assembly import PairSources, StudentSource
 from .pair.fused_heads import FusedHeads
@@ -183,6 +183,7 @@ class CoDistillationMixin:
         }
         if self._paired:
             check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args)
+            check_features_strategy(self.accelerator, self.args)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
             if self.distillation.recipe_log and self.is_world_process_zero():
                 log = "\n  ".join(self.distillation.recipe_log)
@@ -237,6 +238,8 @@ class CoDistillationMixin:
         for name, model in self.pair.models.items():
             if name != self.pair.primary and self.place_model_on_device and not is_quantised(model):
                 self._move_model_to_device(model, self.args.device)
+        for links in self.pair.feature_links.values():
+            self._move_model_to_device(links, self.args.device)
         self.checkpoints = PairCheckpoints(self.pair, self.args, self.processing_class_of, self._save_cards)
         self._hand_over()
         self.model = self.model_wrapped = self.callback_handler.model = self.pair
@@ -510,14 +513,21 @@ class CoDistillationMixin:
         """Count the scored items of the accumulated batch on all processes.
 
         Returns:
-            The number; for tasks of whole rows `(2,)` with the number of labelled rows and of compared rows.
+            The number; for tasks of whole rows `(2,)` with the number of labelled rows and of compared rows; for other
+            tasks with a feature loss `(3,)`, the third of which is the number of rows. Without labels, which a feature
+            loss alone does not need, no item is scored.
         """
-        counted = [{"labels": self.task.counted(batch)} for batch in batch_samples]
+        labelled = not self.graph.features_alone or all(map(self.pair.objective.is_labelled, batch_samples))
+        rows = [{"labels": torch.zeros(rows_in(batch), dtype=torch.long)} for batch in batch_samples]
+        nothing = [{"labels": row["labels"] + IGNORE_INDEX} for row in rows]
+        counted = [{"labels": self.task.counted(batch)} for batch in batch_samples] if labelled else nothing
         number = super()._get_num_items_in_batch(counted, device)
-        if number is None or not self.task.per_row:
+        if number is None or not (self.task.per_row or self.pair.feature_links):
             return number
-        rows = [{"labels": self.task.distilled(batch).long()} for batch in batch_samples]
-        return torch.stack([number, super()._get_num_items_in_batch(rows, device)])
+        if self.task.per_row and labelled:
+            rows = [{"labels": self.task.distilled(batch).long()} for batch in batch_samples]
+        rows = super()._get_num_items_in_batch(rows, device)
+        return torch.stack([number, rows] if self.task.per_row else [number, number, rows])
 
     def _pair_loss(
         self,
@@ -631,6 +641,8 @@ class CoDistillationMixin:
             one_rate = users or self.optimizer_cls_and_kwargs is not None or (recipe is not None and recipe.one_rate)
             self._default_rates = {} if one_rate else default_learning_rates(self.pair, self.args)
             self.optimizer = create_optimizer(self.pair, self._rated_args, self._optimizer_of, users)
+        for learner, links in self.pair.feature_links.items():
+            check_projections(learner, list(links.projections.parameters()), self.optimizer)
         return self.optimizer
 
     def _optimizer_of(self, learner: str, args: TrainingArguments) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "ctcd_trainer"
 #: Folders and top files, lowest first. Those of one floor do not import each other.
 FLOORS = (
     {"version", "graph", "model_structure", "recipes"},
-    {"soft_losses"},
+    {"soft_losses", "feature_losses"},
     {"arguments"},
     {"tasks"},
     {"task", "losses"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"training", "saving", "cards"},
     {"hub"},
     {"push", "trainer"},
-    {"diagnose", "generations", "seq2seq"},
+    {"aligning", "diagnose", "generations", "seq2seq"},
     {"__init__"},
 )
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -69,6 +69,7 @@ FOREIGN = {
     "_attn_implementation": "transformers.PreTrainedConfig",
     "_cdata": "torch.UntypedStorage",
     "_experts_implementation": "transformers.PreTrainedConfig",
+    "_get_feature_vector_attention_mask": "transformers.Wav2Vec2PreTrainedModel",
     "_hf_peft_config_loaded": "transformers.PreTrainedModel",
     "_is_hf_initialized": "transformers.core_model_loading",
     "_keys_to_ignore_on_save": "transformers.PreTrainedModel",

@@ -30,6 +30,7 @@ from .arguments import (
     why_no_warm_start,
 )
 from .data import check_augmentation, check_dataset, check_labels, check_own_inputs
+from .features import check_features, check_features_strategy, check_projections
 from .fit import CheckedCollator, check_rows, explained
 from .models import (
     argument_of,
@@ -46,9 +47,11 @@ __all__ = [
     "CheckedCollator",
     "argument_of",
     "check_before_loading",
+    "check_features_strategy",
     "check_joinable",
     "check_kinds",
     "check_learners",
+    "check_projections",
     "check_prompts",
     "check_setup",
     "check_strategy",
@@ -159,6 +162,7 @@ def check_setup(
     teacher = learners[primary]
     two_tokenizers = student_processing_class is not None
     check_augmentation(augmentation, augmented, task, teacher, arguments, two_tokenizers)
+    check_features(arguments, args, two_tokenizers)
     for name in others:
         if two_tokenizers:
             check_own_inputs(name, learners[name], task, datasets, arguments.share)
@@ -171,7 +175,7 @@ def check_setup(
     trained = {name: learners[name] for name in arguments.graph.trained}
     check_optimizer(optimizer, optimizer_cls_and_kwargs, trained, args)
     shown = [primary] if two_tokenizers else learners
-    learning = sorted({edge.learner for edge in arguments.graph.edges})
+    learning = sorted({edge.learner for edge in (*arguments.graph.edges, *arguments.graph.features)})
     default_collator = data_collator is default_data_collator or (data_collator is None and processing_class is None)
     taught = [name for name, weight in arguments.graph.hard_weights.items() if weight > 0]
     for argument, dataset in datasets.items():

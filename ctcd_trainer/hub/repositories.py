@@ -16,7 +16,10 @@ from .upload_queue import PULL_REQUEST, Repository, Upload, UploadQueue, without
 logger = logging.get_logger(__name__)
 
 #: Files of a checkpoint that only resuming needs.
-TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "global_step*")
+TRAINING_STATE = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "global_step*"),
+    "feature_projections_of_*",
+)
 #: Weights of an earlier push that the new push does not have are deleted: `from_pretrained` would prefer one old file
 #: to several new ones, and an old adapter to a new model.
 _WEIGHTS = ("model*.safetensors*", "adapter_*")

@@ -76,8 +76,9 @@ class Objective:
         Args:
             outputs: Outputs of all models by name, frozen sources included.
             batch: The batch.
-            num_items_in_batch: Items in the accumulated batch: a number, or `(2,)` with the number of labelled rows
-                and of compared rows. `None` takes the mean over this batch.
+            num_items_in_batch: Items in the accumulated batch: a number, or `(2,)` with the number of labelled items
+                and of compared items, or `(3,)` with the number of rows as well. `None` takes the mean over this
+                batch.
 
         Returns:
             The weighted sum, and each term without its weight by the name under which it is logged, all 0-dimensional.
@@ -90,8 +91,9 @@ class Objective:
             return None, {}
         terms = {f"{learner}_hard_loss": value for learner, value in hard.items()}
         weights = list(trained.values())
-        share = _share(self.task.distilled(batch), num_items_in_batch, -1)
-        for edge in self._edges():
+        edges = self._edges()
+        share = _share(self.task.distilled(batch), num_items_in_batch, 1) if edges else 0.0
+        for edge in edges:
             terms[edge.loss_name] = self._soft_loss(edge, outputs, batch) * share
             weights.append(edge.weight)
         return sum(weight * value for weight, value in zip(weights, terms.values(), strict=True)), terms
@@ -144,8 +146,28 @@ class Objective:
         if num_items_in_batch is None:
             scale = 1.0 / max(len(labels), 1)
         else:
-            scale = 1.0 / torch.as_tensor(num_items_in_batch, device=loss.device).reshape(-1)[-1].clamp(min=1)
+            scale = 1.0 / _items(num_items_in_batch, 0).to(loss.device).clamp(min=1)
         return loss * scale, {name: value * scale for name, value in terms.items()}
+
+    def share_of_rows(self, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
+        """Return the share of a micro-batch in the rows of the accumulated batch.
+
+        Args:
+            batch: The batch.
+            num_items_in_batch: As in `__call__`.
+
+        Raises:
+            ValueError: The number of rows is not in it.
+        """
+        if num_items_in_batch is None:
+            return 1.0
+        items = torch.as_tensor(num_items_in_batch).reshape(-1)
+        if len(items) < 3 and not self.task.per_row:
+            raise ValueError(
+                f"`num_items_in_batch={num_items_in_batch}` has no number of rows, by which the feature loss is "
+                "divided. Pass a tensor of three numbers: of labelled items, of compared items, and of rows."
+            )
+        return rows_in(batch) / _items(items, 2).clamp(min=1)
 
     def _edges(self) -> list[Edge]:
         """The edges with their weights at this step."""
@@ -160,14 +182,25 @@ class Objective:
         return self.task.soft_loss(*named, batch, self.arguments.soft_loss, self.arguments.temperature)
 
 
+def rows_in(batch: Mapping[str, Any]) -> int:
+    """Count the rows of a batch."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _items(num_items_in_batch: Tensor | int, which: int) -> Tensor:
+    """Select the number of labelled items (0), of compared items (1) or of rows (2); the last one for missing ones."""
+    items = torch.as_tensor(num_items_in_batch).reshape(-1)
+    return items[min(which, len(items) - 1)]
+
+
 def _share(counted: Tensor, num_items_in_batch: Tensor | int | None, which: int) -> Tensor:
     """Share of this micro-batch in the accumulated batch.
 
     Args:
         counted: The items that count in this micro-batch, bool.
         num_items_in_batch: The number of items of the whole batch; see `Objective.__call__`.
-        which: Index of the number: 0 for labelled items, -1 for compared items.
+        which: Index of the number; see `_items`.
     """
     if num_items_in_batch is None:
         return counted.sum().clamp(max=1)
-    return counted.sum() / torch.as_tensor(num_items_in_batch).reshape(-1)[which].clamp(min=1)
+    return counted.sum() / _items(num_items_in_batch, which).clamp(min=1)

@@ -6,8 +6,8 @@ training loop can train them.
 
 import inspect
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..tasks import Task
 from ..tasks.labels import IGNORE_INDEX
 from ..tasks.two_tokenizers import inputs_of_learner
 from .bases import AdapterBases
+from .feature_links import FeatureLinks
 from .fused_heads import FusedHeads
 from .learner_view import recorded_calls
 from .output import CoDistillationOutput
@@ -126,6 +127,9 @@ class CoDistillationModel(PreTrainedModel):
         #: The inputs that each class of models names.
         self._accepted = {type(base_model(m)): forward_parameters(m) for m in self.models.values()}
         self.known_inputs = frozenset().union(*self._accepted.values())
+        links = {edge.learner: FeatureLinks(edge, self.models, arguments) for edge in arguments.graph.features}
+        #: The feature loss of each learner that has one.
+        self.feature_links: Mapping[str, FeatureLinks] = nn.ModuleDict(links) if links else {}
         self.train(self.training)
         self._made = True
 
@@ -162,6 +166,24 @@ class CoDistillationModel(PreTrainedModel):
         others = {id(parameter) for name in before for parameter in self.learners[name].parameters()}
         named = self.learners[learner].named_parameters()
         return {name: parameter for name, parameter in named if id(parameter) not in others}
+
+    def optimised_parameters(self, learner: str) -> list[nn.Parameter]:
+        """Return the parameters that are trained as a learner's: its own, and the projections of its feature loss."""
+        own = list(self.own_parameters(learner).values())
+        return own + (list(self.feature_links[learner].parameters()) if learner in self.feature_links else [])
+
+    @contextmanager
+    def with_projections(self, learner: str) -> Iterator[None]:
+        """Let a learner have the projections of its feature loss as a part, for code that makes its optimizer."""
+        if learner not in self.feature_links:
+            yield
+            return
+        model = self.learners[learner]
+        model.feature_projections = self.feature_links[learner].projections
+        try:
+            yield
+        finally:
+            del model.feature_projections
 
     def folder_of(self, learner: str, root: str) -> str:
         """Return the folder of a learner in an output folder: the root for the primary, its name for the others."""
@@ -271,7 +293,8 @@ class CoDistillationModel(PreTrainedModel):
             learner: Name of a learner. Only this learner runs, and its own output is returned, with its hard loss as
                 the `loss`.
             num_items_in_batch: Scored items in the whole accumulated batch, by which every term is divided: a number,
-                or `(2,)` with the number of labelled rows and of compared rows. `None` takes the mean over this batch.
+                or `(2,)` with the number of labelled rows and of compared rows, or `(3,)` with the number of all
+                rows as well, which feature losses need. `None` takes the mean over this batch.
             return_logits: Whether the models return their logits. By default they do, except language models in
                 training mode where the losses can be computed without them (`fused_lm_head`).
             **batch: Tensors `(rows, ...)`, with labels. Without labels there is no loss.
@@ -300,9 +323,38 @@ class CoDistillationModel(PreTrainedModel):
             return output
         if return_logits is None:
             return_logits = not (self.training and torch.is_grad_enabled())
-        if labelled and not return_logits and self._is_fused(batch):
-            scored = ScoredPositions(self.task.targets(batch))
+        fused = labelled and not return_logits and self._is_fused(batch)
+        if not self.feature_links or not (labelled or self.training):
+            return self._run_and_compare(batch, labelled, num_items_in_batch, fused)
+        with ExitStack() as recordings:
+            for links in self.feature_links.values():
+                recordings.enter_context(links.recording())
+            output = self._run_and_compare(batch, labelled, num_items_in_batch, fused)
+            if output.loss is None:
+                return output
+            with _without_autocast(self.device.type):
+                share = self.objective.share_of_rows(batch, num_items_in_batch)
+                for links in self.feature_links.values():
+                    value = links.loss(self._parts_for(links, batch)) * share
+                    output.losses[links.edge.loss_name] = value
+                    output.loss = output.loss + links.edge.weight * value
+        return output
+
+    def _parts_for(self, links: FeatureLinks, batch: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the parts of a batch of the two models of a feature loss, by name."""
+        labels = self.task.label_names
+        return {name: inputs_of_learner(name, batch, labels, self.known_inputs) for name in links.taps}
+
+    def _run_and_compare(
+        self, batch: Mapping[str, Any], labelled: bool, num_items_in_batch: Tensor | int | None, fused: bool
+    ) -> CoDistillationOutput:
+        """Run all models, and compute the hard and soft losses, without logits if `fused`; see `forward`."""
+        if fused:
+            targets, alone = self.task.targets(batch), self.objective.arguments.graph.features_alone
+            scored = ScoredPositions(torch.full_like(targets, IGNORE_INDEX) if alone else targets)
             heads = self._run_all(batch, head_at=scored) | self._run_sources(batch, scored)
+            if alone:
+                return CoDistillationOutput(loss=targets.new_zeros((), dtype=torch.float32), losses={})
             loss, losses = self.objective.fused(heads, scored.labels, num_items_in_batch)
             return CoDistillationOutput(loss=loss, losses=losses)
         outputs = self._run_all(batch, labelled, num_items_in_batch=num_items_in_batch)

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import wait_for_everyone
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,10 +20,12 @@ from ..checks import check_prompts
 from ..model_structure import is_peft_model, is_quantised
 from ..pair.model import CoDistillationModel
 from .atomic_folders import clean_up, place_to_write, put_in_place, remove
-from .weights import converted_weights
+from .weights import converted_weights, saved_shapes
 
 #: With `enable_jit_checkpoint`, Trainer puts this file into the folder of a checkpoint before it writes the others.
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
+#: The projections of the feature loss of a learner, in a checkpoint only.
+PROJECTIONS = "feature_projections_of_{}.safetensors"
 #: `torch.save` raises a plain RuntimeError with one of these texts if it cannot write.
 _TORCH_CANNOT_WRITE = ("inline_container", "iostream error", "PytorchStreamWriter")
 
@@ -77,6 +80,8 @@ class PairCheckpoints:
                 state.best_model_checkpoint = best
             if self.args.should_save:
                 state.save_to_json(str(written / TRAINER_STATE_NAME))
+                for learner, projections in self._projections.items():
+                    save_file(projections.state_dict(), str(written / PROJECTIONS.format(learner)), {"format": "pt"})
 
     @contextmanager
     def whole(self, final: Path) -> Iterator[Path]:
@@ -126,6 +131,11 @@ class PairCheckpoints:
         processing_class = self.processing_class_of(learner)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
+
+    @property
+    def _projections(self) -> dict[str, nn.Module]:
+        """The projections of the feature loss of each learner that has some."""
+        return {name: links.projections for name, links in self.pair.feature_links.items() if len(links.projections)}
 
     # ---- Removing ----
 
@@ -179,12 +189,24 @@ class PairCheckpoints:
                     f"The checkpoint {checkpoint!r} has no {name}: there is no folder {folder!r}. A trainer of one "
                     "model has written it. Resume from a checkpoint of both, or pass it as `model` to a new training."
                 )
+        features = {name: Path(checkpoint, PROJECTIONS.format(name)) for name in self._projections}
+        for learner, path in features.items():
+            here = {name: tuple(value.shape) for name, value in self._projections[learner].state_dict().items()}
+            saved = saved_shapes(path.parent, path.name)
+            if saved != here:
+                raise ValueError(
+                    f"The checkpoint {checkpoint!r} has the projections {saved} in {path.name!r}, and the feature "
+                    f"loss of the {learner} has {here}. Resume with the arguments of that training (`feature_loss`, "
+                    "`feature_layers`), or start a new training from the models in the checkpoint."
+                )
         check_prompts(self.pair.learners, f"Resuming from {checkpoint!r}")
         learners = self.pair.learners
         adapted = {name: model for name, model in learners.items() if is_peft_model(model)}
         # Quantised weights are not trained, so they are still those that the model was loaded with.
         plain = {name: model for name, model in learners.items() if name not in adapted and not is_quantised(model)}
         converted = {name: converted_weights(model, Path(folders[name]), name) for name, model in plain.items()}
+        for learner, path in features.items():
+            self._projections[learner].load_state_dict(load_file(path))
         for name, model in plain.items():
             if converted[name] is None:
                 load_plain(folders[name], model)

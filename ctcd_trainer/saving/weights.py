@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def saved_shapes(folder: Path, files: str = "model*.safetensors") -> dict[str, tuple[int, ...]]:
     """Read the shape of each tensor in a folder of `save_pretrained`, by name, from one file or several."""
     shapes = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob(files)):
         with safe_open(path, "pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes

@@ -58,7 +58,7 @@ def create_student(
     Returns:
         An ordinary model of the teacher's class, in the teacher's dtype and on its device. If it has the teacher's
         weights, its attribute `cut_layers` has the indices of the teacher's layers (of the first stack) that it
-        keeps; the attribute is not saved.
+        keeps, and `cut_depth` the number of the teacher's; the attributes are not saved.
 
     Raises:
         ValueError: A size is out of range or does not divide, the teacher has no such layers, the model cannot be cut
@@ -92,7 +92,8 @@ def create_student(
     with whole_parameters(teacher):
         student = _cut(teacher, kept, shared=init == "shared")
     student = narrow(student, widths, calibration) if widths else student
-    student.cut_layers = next(iter(kept.values()))
+    stack, student.cut_layers = next(iter(kept.items()))
+    student.cut_depth = getattr(teacher.config, stack)
     return student
 
 

@@ -64,7 +64,8 @@ def recounted(
     A batch keeps its weight: its losses become means over the items that are scored now. With `Mixup` the count stays:
     each label is drawn from two rows, so a batch with unlabelled rows has as many labels as before on average.
 
-    The number is that of the scored items in the accumulated batch, or `(2,)` with the number of compared rows.
+    The number is that of the scored items in the accumulated batch, or a tensor with the
+    number of compared items and of rows as well.
     """
     same = all(before.get(name) is after.get(name) for name in task.label_names)
     if number is None or same or getattr(augmentation, "mixes_rows", False):
@@ -72,7 +73,12 @@ def recounted(
     old, new = (task.counted(batch).ne(IGNORE_INDEX).sum() for batch in (before, after))
     ratio = new / old.clamp(min=1)
     number = torch.as_tensor(number, device=ratio.device)
-    return number * (ratio if number.ndim == 0 else torch.stack([ratio, torch.ones_like(ratio)]))
+    if number.ndim == 0:
+        return number * ratio
+    rest = torch.ones_like(number[1:])
+    if not task.per_row:  # the scored items are the compared ones
+        rest[0] = ratio
+    return number * torch.cat([ratio[None], rest])
 
 
 @dataclass

@@ -68,7 +68,7 @@ class LossMeter:
         names = [name for name, step in zip(self._names, bad_steps, strict=True) if step == first]
         broken = [name.removesuffix("_hard_loss") for name in names if name.endswith("_hard_loss")]
         if not broken:  # only a soft loss: its source is frozen and has no hard loss
-            broken = [name.removesuffix("_loss").split("_from_")[1] for name in names]
+            broken = [name.removesuffix("_loss").removesuffix("_feature").split("_from_")[-1] for name in names]
         raise FloatingPointError(
             f"The loss of the {' and '.join(dict.fromkeys(broken))} became NaN or infinite at step {int(first)} "
             f"({', '.join(names)}). No checkpoint was written since. Lower the learning rate of that model, check its "

@@ -84,11 +84,12 @@ def create_optimizer(
     for learner in pair.trained:
         if users:
             _check_followed(args, learner, create)
-        optimizer = create(learner, learner_arguments(args, learner))
+        with pair.with_projections(learner):
+            optimizer = create(learner, learner_arguments(args, learner))
         if users and len(pair.trained) > 1:
             check_joinable(optimizer)
         rate = None if users else getattr(args, f"{learner}_learning_rate", None)
-        ids = {id(parameter) for parameter in pair.own_parameters(learner).values()}
+        ids = {id(parameter) for parameter in pair.optimised_parameters(learner)}
         for group in optimizer.param_groups:
             group["learner"] = learner
             group["params"] = [parameter for parameter in group["params"] if id(parameter) in ids]
@@ -220,7 +221,7 @@ def clip_each(pair: CoDistillationModel, args: TrainingArguments, model: nn.Modu
     wrapper = model if isinstance(model, FullyShardedDataParallel) else None
     return {
         name: clip_grad_norm(
-            list(pair.own_parameters(name).values()),
+            pair.optimised_parameters(name),
             learner_arguments(args, name).max_grad_norm or float("inf"),
             wrapper,
         )

@@ -107,6 +107,19 @@ def causal_lm() -> dict[str, Any]:
     }
 
 
+def features() -> dict[str, Any]:
+    """Hidden states through projections, over two accumulated batches of token labels."""
+    models = ("model", 3, 16), ("student_model", 2, 8)
+    return {
+        **{
+            name: tiny_model("bert", "token-classification", layers, seed=layers, hidden_size=width)
+            for name, layers, width in models
+        },
+        **{"train_dataset": rows_of(tiny_batch("token-classification", 48)), "gradient_accumulation_steps": 2},
+        **{"student_feature_weight": 0.8, "student_learning_rate": 5e-3},
+    }
+
+
 def uneven() -> dict[str, Any]:
     """A last batch of fewer rows, of which the last process has fewer than the others."""
     return classification() | {
@@ -161,7 +174,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         *(classification, missing_targets, masked_lm, unused, causal_lm, community_lm),
-        *(uneven, filled_up, community, one_way, adapters, warm_start),
+        *(uneven, filled_up, community, one_way, adapters, warm_start, features),
     )
 }
 
