@@ -89,6 +89,7 @@ def align_student(
             max_steps=max_steps,
             num_train_epochs=num_train_epochs,
             learning_rate=learning_rate,
+            student_learning_rate=learning_rate,
             per_device_train_batch_size=per_device_train_batch_size,
             seed=seed,
             **{"report_to": "none", "logging_steps": 50, "logging_first_step": True, **saving, **arguments},

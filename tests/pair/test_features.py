@@ -330,6 +330,14 @@ def test_it_learns_from_a_frozen_pretrained_teacher(tmp_path):
     trainer.train()
 
 
+def test_features_begin_after_a_warm_start(tmp_path):
+    options = {"warm_start_steps": 2, "max_steps": 3, "student_feature_weight": 1.0, "logging_steps": 1}
+    trainer = tiny_trainer(tmp_path, student_model=lambda teacher: create_student(teacher, 2), **options)
+    trainer.train()
+    assert [NAME in log for log in trainer.state.log_history] == [True, True, True, False]
+    assert trainer.pair.feature_links["student"].links == [(0, 0, 1), (0, 1, 2)]
+
+
 def test_checkpointing_and_autocast_and_compilation_give_the_same(tmp_path):
     def losses(**options):
         trainer = tiny_trainer(tmp_path, student_feature_weight=1.0, logging_steps=1, max_steps=3, **options)
