@@ -32,11 +32,9 @@ SETTINGS = {
     "logging_steps": 1,
     "save_strategy": "steps",
     "save_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "eval_dataset": tiny_rows(6, seed=1),
     "learning_rate": 1e-2,
 }
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny_rows(6, seed=1)}
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -137,7 +135,7 @@ def test_a_warm_start_gives_what_two_trainings_give(mode, more, tmp_path):
         "eval_steps": 1,
         "save_steps": 1,
     }
-    settings = SETTINGS | best | more
+    settings = SETTINGS | EVALUATED | best | more
     rows = settings.pop("eval_dataset")
     first = Trainer(
         teacher_of(),
@@ -254,7 +252,7 @@ def test_a_second_call_trains_on(tmp_path):
 
 
 def test_the_metric_of_a_pair_has_a_stand_in_while_the_teacher_is_alone(tmp_path):
-    chosen = {"load_best_model_at_end": True, "save_steps": 2, "callbacks": [EarlyStoppingCallback(1)]}
+    chosen = {"load_best_model_at_end": True, "callbacks": [EarlyStoppingCallback(1)], **EVALUATED}
     for metric, expected in (
         ("eval_student_loss", "eval_loss"),
         ("agreement", "loss"),
@@ -340,7 +338,7 @@ def test_a_student_with_adapters_goes_on_on_the_base_that_was_cut_from_the_train
     def adapted(teacher):
         return peft.get_peft_model(cut(teacher), peft.LoraConfig(r=2, target_modules=["query"]))
 
-    options = {"student_model": adapted, "save_strategy": "no", "eval_strategy": "no"}
+    options = {"student_model": adapted, "save_strategy": "no"}
     expected = warm_trainer(tmp_path / "whole", **options)
     expected.train()
     trainer = warm_trainer(tmp_path, **options | {"save_strategy": "steps", "callbacks": [StopAt(False, 3)]})
@@ -402,11 +400,9 @@ def test_a_batch_size_is_found_in_each_phase(tmp_path):
 
 
 def test_layers_are_shared_with_the_trained_teacher(tmp_path):
-    trainer = warm_trainer(
-        tmp_path, share="layers:1", student_model=lambda teacher: create_student(teacher, 2, layers="first")
-    )
+    options = {"share": "layers:1", "student_model": lambda teacher: create_student(teacher, 2, layers="first")}
+    trainer = warm_trainer(tmp_path, save_strategy="no", max_steps=1, warm_start_steps=1, **options)
     trainer.train()
     models = trainer.teacher_model.bert, trainer.student_model.bert
     assert models[0].embeddings is models[1].embeddings
     assert models[0].encoder.layer[0] is models[1].encoder.layer[0]
-    tiny_trainer(tmp_path / "again", model=str(tmp_path / "warm-start/teacher"), student_model=cut)
