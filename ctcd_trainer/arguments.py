@@ -225,11 +225,12 @@ class DistillationArguments:
             if value is None or name not in defaults:
                 continue
             old = getattr(self, name)
-            if old == defaults[name] or isinstance(old, ModeDefault):
+            # The same value may come from `dataclasses.replace` of arguments with this recipe.
+            if old in (defaults[name], value) or isinstance(old, ModeDefault):
                 setattr(self, name, value)
                 self.by_recipe.add(name)
                 self.recipe_log.append(f"`{name}={value!r}`: {setting.reason}.")
-            elif old != value:
+            else:
                 self.recipe_log.append(f"`{name}={old!r}` is yours and stays; the recipe has {value!r}.")
 
     def check(self) -> None:

@@ -51,8 +51,8 @@ def _epochs(args: Any) -> float | None:
 
 def _steps(args: Any) -> int | None:
     """As many steps as the training of both, if that is counted in steps and no number of epochs is given."""
-    steps = getattr(args, "max_steps", 0)
-    return steps if steps > 0 and not args.warm_start_epochs else None
+    steps, given = getattr(args, "max_steps", 0), type(args.warm_start_epochs) in (int, float)  # no filled-in 0
+    return steps if steps > 0 and not given else None
 
 
 def _evaluations(args: Any) -> str | None:

@@ -33,6 +33,7 @@ def test_what_the_user_sets_stays(tmp_path):
     assert (args.warm_start_epochs, args.warm_start_steps) == (0.0, 9)
     args = parsed(tmp_path, "--recipe", "best", "--warm_start_epochs", "2", "--max_steps", "7")
     assert (args.warm_start_epochs, args.warm_start_steps) == (2.0, 0)
+    assert not parsed(tmp_path, "--recipe", "best", "--warm_start_epochs", "0", "--max_steps", "7").warm_start
     args = parsed(tmp_path, "--recipe", "paper", "--distillation_mode", "kd")
     assert args.distillation_mode == "kd"
 
@@ -57,7 +58,9 @@ def test_a_recipe_is_known_and_may_be_replaced(tmp_path):
     with pytest.raises(ValueError, match="`recipe='worst'` is unknown. Valid values: best, paper"):
         tiny_args(tmp_path, recipe="worst")
     assert DistillationArguments(recipe="best").by_recipe == set()
-    assert replace(tiny_args(tmp_path), recipe="best").warm_start_steps == 5
+    args = replace(replace(tiny_args(tmp_path), recipe="best"), seed=1)
+    assert (args.warm_start_steps, args.by_recipe) == (5, {"warm_start_steps"})
+    assert not replace(args, warm_start_epochs=0.0, warm_start_steps=0).warm_start
 
 
 def test_the_trainer_tells_what_the_recipe_has_set(tmp_path, caplog):
