@@ -4,11 +4,13 @@ import copy
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import TrainingArguments
 
+from .edges import AUTO, GATES, SCHEDULES, check_setting, read_edges, setting_of
 from .feature_losses import FEATURE_LOSSES, parse_layers
 from .graph import EDGES, LEARNERS, MODES, PRETRAINED, STUDENT, TEACHER, Edge, FeatureEdge, Graph
 from .recipes import RECIPES
@@ -96,6 +98,25 @@ def _summaries(table: Mapping[str, Any]) -> str:
     return " ".join(f"`{name}`: {entry.summary}." for name, entry in table.items())
 
 
+def _weight(learner: str, source: str) -> Any:
+    return _argument(
+        None,
+        f"Weight of the loss that trains the {learner} on the {source}; `auto` sets it from held-out rows at each "
+        "evaluation. Default: set by the mode.",
+    )
+
+
+def _schedule(learner: str, source: str) -> Any:
+    forms = " ".join(f"`{schedule.form}`: {schedule.summary}." for schedule in SCHEDULES.values())
+    text = f"Factor of `{learner}_from_{source}_weight` over the steps. {forms} Default: `soft_warmup_ratio`."
+    return _argument(None, text.replace("%", "%%"))
+
+
+def _gate(learner: str, source: str) -> Any:
+    text = f"Factor of each item in the loss that trains the {learner} on the {source}. {_summaries(GATES)}"
+    return _argument(None, text, GATES)
+
+
 @dataclass
 class DistillationArguments:
     """The arguments of co-distillation alone, to be mixed into any `TrainingArguments` class.
@@ -118,23 +139,32 @@ class DistillationArguments:
     )
     teacher_hard_weight: float = _argument(1.0, "Weight of the teacher's own task loss.")
     student_hard_weight: float = _argument(1.0, "Weight of the student's own task loss.")
-    student_from_teacher_weight: float | None = _argument(
-        None, "Weight of the loss that trains the student on the teacher. Default: set by the mode."
-    )
-    teacher_from_student_weight: float | None = _argument(
-        None, "Weight of the loss that trains the teacher on the student. Default: set by the mode."
-    )
-    student_from_pretrained_weight: float | None = _argument(
-        None, "Weight of the loss that trains the student on the frozen pre-trained teacher. Default: set by the mode."
-    )
-    teacher_from_pretrained_weight: float | None = _argument(
-        None, "Weight of the loss that trains the teacher on the frozen pre-trained teacher. Default: set by the mode."
+    student_from_teacher_weight: float | str | None = _weight("student", "teacher")
+    teacher_from_student_weight: float | str | None = _weight("teacher", "student")
+    student_from_pretrained_weight: float | str | None = _weight("student", "pretrained")
+    teacher_from_pretrained_weight: float | str | None = _weight("teacher", "pretrained")
+    student_from_teacher_schedule: str | None = _schedule("student", "teacher")
+    teacher_from_student_schedule: str | None = _schedule("teacher", "student")
+    student_from_pretrained_schedule: str | None = _schedule("student", "pretrained")
+    teacher_from_pretrained_schedule: str | None = _schedule("teacher", "pretrained")
+    student_from_teacher_gate: str | None = _gate("student", "teacher")
+    teacher_from_student_gate: str | None = _gate("teacher", "student")
+    student_from_pretrained_gate: str | None = _gate("student", "pretrained")
+    teacher_from_pretrained_gate: str | None = _gate("teacher", "pretrained")
+    edges: dict | str | None = _argument(  # noqa: RUF009
+        None,
+        "All settings of edges, a dict or JSON: weight, schedule, gate, rows (all, labelled, unlabelled), temperature "
+        'and soft_loss, as {"student->teacher": {"weight": "auto", "rows": "all", "temperature": 2.0}}.',
     )
     temperature: float = _argument(
         1.0, "Temperature of the soft losses, which are multiplied by its square to keep their scale."
     )
     soft_loss: str = _argument("kl", f"How predictions are compared. {_summaries(SOFT_LOSSES)}", SOFT_LOSSES)
-    soft_warmup_ratio: float = _argument(0.0, "Share of the steps over which the soft weights rise linearly from 0.")
+    soft_warmup_ratio: float = _argument(
+        0.0,
+        "Share of the steps over which the soft weights rise linearly from 0: the schedule `rise` of all edges "
+        "without another schedule.",
+    )
     student_feature_weight: float = _argument(
         0.0, "Weight of the loss that pulls the layers of the student towards those of the teacher."
     )
@@ -245,12 +275,15 @@ class DistillationArguments:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is unknown. Valid values: {', '.join(sorted(table))}."
                 )
+        self.edges = read_edges(self.edges) or None
         for edge in EDGES:
             setattr(self, edge.weight_name, self._weight(edge))
         if self.warm_start_epochs is None:
             self.warm_start_epochs = ModeDefault(0.0)
         self._check_numbers()
         self._check_frozen()
+        for edge in EDGES:
+            self._check_edge(edge)
         if self.share is not None:
             parse_share(self.share)
         self._check_features()
@@ -303,7 +336,7 @@ class DistillationArguments:
     def _check_numbers(self) -> None:
         """Check the range of every number, and make floats of them: a search gives a new value the old one's type."""
         ranges = {f"{learner}_hard_weight": "of 0 or more" for learner in LEARNERS}
-        ranges |= {edge.weight_name: "of 0 or more" for edge in EDGES}
+        ranges |= {edge.weight_name: "of 0 or more" for edge in EDGES if getattr(self, edge.weight_name) != AUTO}
         ranges |= {"temperature": "above 0", "soft_warmup_ratio": "from 0 to 1.0", "warm_start_epochs": "of 0 or more"}
         ranges["student_feature_weight"] = "of 0 or more"
         optional = [f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER] + ["warm_start_learning_rate"]
@@ -312,7 +345,8 @@ class DistillationArguments:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (name == "temperature" and not value) or (valid[:4] == "from" and value > 1):
-                raise ValueError(f"`{name}={value!r}` is not valid: it must be a finite number {valid}.")
+                auto = f", or {AUTO!r}" if "_from_" in name else ""
+                raise ValueError(f"`{name}={value!r}` is not valid: it must be a finite number {valid}{auto}.")
             if isinstance(value, int):
                 setattr(self, name, float(value))
         steps = self.warm_start_steps
@@ -343,12 +377,47 @@ class DistillationArguments:
                 "mode, or leave it out."
             )
 
-    def _weight(self, edge: Edge) -> float:
+    def _check_edge(self, edge: Edge) -> None:
+        """Refuse settings of an edge that are not valid, or have no effect."""
+        for setting in ("schedule", "gate"):
+            name = f"{edge.name}_{setting}"
+            if getattr(self, name) is not None:
+                check_setting(setting, getattr(self, name), name)
+        given = self.settings_of(edge).keys() - {"weight"}
+        weight = getattr(self, edge.weight_name)
+        if given and not weight:
+            own = [f"{edge.name}_{setting}" for setting in ("schedule", "gate")]
+            named = next((name for name in own if getattr(self, name) is not None), f"edges[{edge.arrow!r}]")
+            learning = ", ".join(edge.arrow for edge in self.graph.edges) or "none"
+            raise ValueError(
+                f"`{named}` has no effect: `{edge.weight_name}` is {weight:g} with `distillation_mode="
+                f"'{self.distillation_mode}'`. Set the weight, or leave the setting out. With a weight: {learning}."
+            )
+        hard = f"{edge.learner}_hard_weight"
+        if weight == AUTO and not getattr(self, hard):
+            raise ValueError(
+                f"`{edge.weight_name}='{AUTO}'` is a multiple of `{hard}`, which is 0. Set one of them to a number "
+                "above 0."
+            )
+
+    def _weight(self, edge: Edge) -> float | str:
         """Weight of an edge: the one that was given, or the one of the mode."""
         weight = getattr(self, edge.weight_name)
-        if weight is None or isinstance(weight, ModeDefault):
+        if isinstance(weight, str) and weight != AUTO:  # from the command line
+            with suppress(ValueError):
+                weight = float(weight)
+        weight = setting_of(edge, "weight", self.edges or {}, None if isinstance(weight, ModeDefault) else weight)
+        if weight is None:
             return ModeDefault(MODES[self.distillation_mode].default_weight(edge.source, edge.learner))
         return weight
+
+    def settings_of(self, edge: Edge) -> dict[str, Any]:
+        """Return the settings of an edge that were given, its weight only if it is in the argument `edges`."""
+        edges = self.edges or {}
+        own = dict(edges.get(edge.arrow, {}))
+        for setting in ("schedule", "gate"):
+            own[setting] = setting_of(edge, setting, edges, getattr(self, f"{edge.name}_{setting}"))
+        return {name: value for name, value in own.items() if value is not None}
 
     @property
     def warm_start(self) -> bool:
@@ -362,23 +431,21 @@ class DistillationArguments:
         hard_weights = {
             name: getattr(self, f"{name}_hard_weight") if name in mode.trained else 0.0 for name in LEARNERS
         }
-        edges = (Edge(edge.source, edge.learner, float(self._weight(edge))) for edge in EDGES)
+        edges = []
+        for edge in EDGES:
+            weight, learner = self._weight(edge), edge.learner
+            # On rows without a label nothing would correct what a weaker source says.
+            below = edge.source in LEARNERS[1:] and learner == LEARNERS[0]
+            settings = {
+                "schedule": f"rise:{self.soft_warmup_ratio!r}" if self.soft_warmup_ratio else "constant",
+                "rows": "labelled" if below and hard_weights[learner] > 0 else "all",
+                **self.settings_of(edge),
+                "weight": hard_weights[learner] if weight == AUTO else float(weight),
+            }
+            edges.append(replace(edge, auto=weight == AUTO, **settings))
         feature = FeatureEdge(self.feature_source, STUDENT, float(self.student_feature_weight))
         features = (feature,) if feature.weight > 0 and STUDENT in mode.trained else ()
         return Graph(hard_weights, tuple(edge for edge in edges if edge.weight > 0), features)
-
-    def soft_weight_factor(self, step: int, max_steps: int) -> float:
-        """Factor of the soft weights during warm-up.
-
-        Args:
-            step: Number of optimizer steps that are complete.
-            max_steps: Number of optimizer steps of the whole training.
-
-        Returns:
-            `step` over the number of warm-up steps, at most 1.0; 1.0 without warm-up.
-        """
-        warmup_steps = math.ceil(self.soft_warmup_ratio * max_steps)
-        return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def learner_arguments(args: TrainingArguments, learner: str) -> TrainingArguments:

@@ -22,22 +22,49 @@ class Edge:
     Attributes:
         source: Name of the model whose predictions are the target.
         learner: Name of the model that this edge trains.
-        weight: Weight of the soft loss in the total loss.
+        weight: Weight of the soft loss in the total loss; of an `auto` edge, the hard weight of the learner.
+        auto: Whether `weight` is multiplied by what held-out rows say of the source (`training/held_out.py`).
+        schedule: The factor of the weight over the steps, a text that `find_schedule` reads.
+        gate: The factor of each compared item, a key of `GATES`.
+        rows: The rows on which the edge holds, one of `ROWS`.
+        temperature: Temperature of both predictions; `None` for that of all edges.
+        soft_loss: A key of `SOFT_LOSSES`; `None` for that of all edges.
     """
 
     source: str
     learner: str
     weight: float = 1.0
+    auto: bool = False
+    schedule: str = "constant"
+    gate: str = "none"
+    rows: str = "all"
+    temperature: float | None = None
+    soft_loss: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the edge in arguments and logs, e.g. `student_from_teacher`."""
+        return f"{self.learner}_from_{self.source}"
+
+    @property
+    def arrow(self) -> str:
+        """Name of the edge in the argument `edges`, e.g. `teacher->student`."""
+        return f"{self.source}->{self.learner}"
 
     @property
     def loss_name(self) -> str:
         """Name under which the loss of this edge is logged, e.g. `student_from_teacher_loss`."""
-        return f"{self.learner}_from_{self.source}_loss"
+        return f"{self.name}_loss"
+
+    @property
+    def gate_name(self) -> str:
+        """Name under which the mean of the gate is logged, e.g. `student_from_teacher_gate`."""
+        return f"{self.name}_gate"
 
     @property
     def weight_name(self) -> str:
         """Name of the training argument that sets the weight, e.g. `student_from_teacher_weight`."""
-        return f"{self.learner}_from_{self.source}_weight"
+        return f"{self.name}_weight"
 
 
 class FeatureEdge(Edge):

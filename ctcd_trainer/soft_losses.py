@@ -191,12 +191,18 @@ class Family(Protocol):
                 none. The result is the mean over the values that are there, and NaN for an item without a label.
         """
 
-    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        """Multiply the errors of two models, `(p - y) . (q - y)`: their scalar product for each item, `(...)`.
+    def errors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Subtract the label from the prediction, a probability or a number: `(..., outputs)`, NaN without a label.
 
-        Errors are those of the probabilities of all outcomes (a label that may be present has two), or of the numbers.
-        Labels are as for `nll`.
+        Several labels or numbers are scaled such that the scalar product of the errors of two models is the mean over
+        the values that are there; a label that may be present has two outcomes. Labels are as for `nll`.
         """
+        errors = self.probabilities(logits) - labels.reshape(logits.shape)
+        return errors.nan_to_num(nan=0.0) / (~errors.isnan()).sum(-1, keepdim=True).sqrt()
+
+    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        """Multiply the errors of two models, `(p - y) . (q - y)`: their scalar product for each item, `(...)`."""
+        return vecdot(self.errors(first, labels), self.errors(second, labels))
 
     def squared_error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the Brier score of each item `(...)`, from 0 to 2, or the squared error of numbers.
@@ -204,7 +210,8 @@ class Family(Protocol):
         The Brier score is the sum over the outcomes of the squared differences of probability and label. Several
         labels, or numbers, are averaged. Labels are as for `nll`.
         """
-        return self.error_product(logits, logits, labels)
+        errors = self.errors(logits, labels)
+        return vecdot(errors, errors)
 
     def chance_error(self, labels: Tensor) -> Tensor:
         """Compute the mean squared error of the frequencies of the labels, or of their means, as the prediction.
@@ -268,10 +275,12 @@ class Categorical(Family):
         """Compute the cross-entropy; see `Family.nll`."""
         return -self._of_label(F.log_softmax(self._masked(logits), dim=-1), labels)
 
-    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        """Multiply errors, with a one-hot label; see `Family.error_product`."""
-        p, q = self.probabilities(first), self.probabilities(second)
-        return 1.0 - self._of_label(p, labels) - self._of_label(q, labels) + vecdot(p, q)
+    def errors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Subtract the one-hot label from the probabilities; see `Family.errors`."""
+        probs = self.probabilities(logits)
+        labels = labels.reshape(*logits.shape[:-1], 1)
+        ones = torch.ones_like(labels, dtype=probs.dtype).masked_fill(labels < 0, torch.nan)
+        return probs.scatter_add(-1, labels.clamp(min=0), -ones)
 
     def chance_error(self, labels: Tensor) -> Tensor:
         """Compute the Brier score of the frequencies of the classes; see `Family.chance_error`."""
@@ -323,10 +332,9 @@ class Bernoulli(Family):
         labels = labels.reshape(logits.shape).to(_upcast(logits).dtype)
         return F.binary_cross_entropy_with_logits(_upcast(logits), labels, reduction="none").nanmean(-1)
 
-    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        """Multiply errors, twice for each label: it is present or not; see `Family.error_product`."""
-        p, q = (self.probabilities(z) - labels.reshape(z.shape) for z in (first, second))
-        return 2.0 * (p * q).nanmean(-1)
+    def errors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Subtract each label from its probability; see `Family.errors`."""
+        return math.sqrt(2.0) * super().errors(logits, labels)
 
     def chance_error(self, labels: Tensor) -> Tensor:
         """Compute the Brier score of the frequencies of each label; see `Family.chance_error`."""
@@ -357,11 +365,6 @@ class Point(Family):
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the squared error, the loss of numbers; see `Family.nll`."""
         return self.squared_error(logits, labels)
-
-    def error_product(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        """Multiply the errors of each number; see `Family.error_product`."""
-        p, q = (_upcast(z) - labels.reshape(z.shape) for z in (first, second))
-        return (p * q).nanmean(-1)
 
     def right(self, logits: Tensor, labels: Tensor) -> None:
         """`None`: a number is never exactly right."""

@@ -46,7 +46,15 @@ from transformers.utils import logging
 from .arguments import DistillationArguments, learner_arguments
 from .cards.card import CardOptions, save_model_cards, write_model_cards
 from .cards.facts import CardFacts
-from .checks import CheckedCollator, check_features_strategy, check_kinds, check_projections, check_strategy
+from .checks import (
+    CheckedCollator,
+    check_evaluated,
+    check_features_strategy,
+    check_kinds,
+    check_projections,
+    check_strategy,
+)
+from .edges import held_out_edges
 from .graph import LEARNERS, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction, rows_in
@@ -65,7 +73,8 @@ from .tasks.two_tokenizers import PREFIX
 from .training import search, warm_start
 from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, recounted
 from .training.evaluation import CoDistillationEvalLoopOutput, CoDistillationPredictionOutput, PairEvaluation
-from .training.meters import LossMeter
+from .training.held_out import HeldOutErrors, HeldOutWeights
+from .training.meters import LossMeter, warn_of_closed_gates
 from .training.optimizer import (
     check_frozen_unchanged,
     clip_each,
@@ -165,6 +174,7 @@ class CoDistillationMixin:
         self._paired = self._sources.given or not plain
         if self._paired:
             self._sources.check_before_loading(given)
+            check_evaluated(self.graph, arguments)
             self.evaluation = PairEvaluation(arguments, given.get("compute_metrics"))
         self._sources.check_warm_start(given)
         if isinstance(given.get("model"), (str, os.PathLike)):
@@ -259,6 +269,9 @@ class CoDistillationMixin:
         self.loss_is_scaled_for_ga = None
         self.pair.objective.compute_loss_func = self.compute_loss_func
         self.pair.objective.label_smoother = self.label_smoother
+        held_out = HeldOutWeights.among(self.callback_handler.callbacks)
+        if held_out is not None:
+            self.pair.objective.held_out = held_out
         for part in (self.checkpoints, self.evaluation, self.uploads):
             if part is not None:
                 part.args = self.args
@@ -435,6 +448,9 @@ class CoDistillationMixin:
         Raises:
             FloatingPointError: A loss of any model is not finite; names the model, the component and the step.
         """
+        check_evaluated(self.graph, self.args)
+        if held_out_edges(self.graph) and HeldOutWeights.among(self.callback_handler.callbacks) is None:
+            self.add_callback(HeldOutWeights())
         self._loss_meter = LossMeter()  # `auto_find_batch_size` runs this several times
         self.pair.fused_heads = FusedHeads()  # heads, adapters and loss functions may have changed
         self._hand_over()
@@ -513,21 +529,22 @@ class CoDistillationMixin:
         """Count the scored items of the accumulated batch on all processes.
 
         Returns:
-            The number; for tasks of whole rows `(2,)` with the number of labelled rows and of compared rows; for other
-            tasks with a feature loss `(3,)`, the third of which is the number of rows. Without labels, which a feature
-            loss alone does not need, no item is scored.
+            The number; for tasks of whole rows, or with a feature loss, `(3,)` with the numbers of labels, of labelled
+            items and of rows. Without labels, which a feature loss alone does not need, no item is scored.
         """
+        count = super()._get_num_items_in_batch
         labelled = not self.graph.features_alone or all(map(self.pair.objective.is_labelled, batch_samples))
         rows = [{"labels": torch.zeros(rows_in(batch), dtype=torch.long)} for batch in batch_samples]
         nothing = [{"labels": row["labels"] + IGNORE_INDEX} for row in rows]
         counted = [{"labels": self.task.counted(batch)} for batch in batch_samples] if labelled else nothing
-        number = super()._get_num_items_in_batch(counted, device)
+        number = items = count(counted, device)
         if number is None or not (self.task.per_row or self.pair.feature_links):
             return number
         if self.task.per_row and labelled:
+            marks = map(self.task.labelled, batch_samples)
+            items = count([{"labels": torch.where(mark, 0, IGNORE_INDEX)} for mark in marks], device)
             rows = [{"labels": self.task.distilled(batch).long()} for batch in batch_samples]
-        rows = super()._get_num_items_in_batch(rows, device)
-        return torch.stack([number, rows] if self.task.per_row else [number, number, rows])
+        return torch.stack([number, items, count(rows, device)])
 
     def _pair_loss(
         self,
@@ -709,11 +726,31 @@ class CoDistillationMixin:
         if "loss" in logs and start_time is not None:
             self._loss_meter.check(self.accelerator.gather)
             logs |= self._loss_meter.drain(self.accelerator.gather)
+            warn_of_closed_gates(self.graph, logs)
+            logs |= self.pair.objective.changing_weights()
             logs |= {f"{name}_grad_norm": float(norm) for name, norm in self._grad_norms.items()}
             logs |= self._learning_rates
         super().log(logs, start_time)
 
     # ---- Evaluation ----
+
+    @for_pairs
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate during the training; see `Trainer`. The weights that follow from held-out rows are renewed.
+
+        Raises:
+            ValueError: There are such weights, and the evaluation has no labels.
+        """
+        if not held_out_edges(self.graph):
+            return super()._evaluate(*args, **kwargs)
+        errors = self.evaluation.errors = HeldOutErrors()  # of all evaluation sets
+        try:
+            metrics = super()._evaluate(*args, **kwargs)
+        finally:
+            self.evaluation.errors = None
+        self._hand_over()
+        self.log(self.pair.objective.held_out.renew(errors, self.graph, self.state.global_step))
+        return metrics
 
     @for_pairs
     def evaluation_loop(
@@ -772,7 +809,12 @@ class CoDistillationMixin:
             # The loss of nothing on any process is NaN, which Trainer does not count (`logging_nan_inf_filter`).
             items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).reshape(-1)[0]
             losses = {name: loss.where(items.to(loss.device) > 0, torch.nan) for name, loss in losses.items()}
-        self.evaluation.add(self.pair, views, losses, inputs, self.gather_function)
+        sources = {}
+        wanted = {edge.source for edge in held_out_edges(self.graph)} if self.evaluation.errors is not None else ()
+        if not self.pair.sources.keys().isdisjoint(wanted):
+            with self.accelerator.autocast():
+                sources = self.pair.run_sources(inputs)
+        self.evaluation.add(self.pair, views, losses, inputs, self.gather_function, sources)
         return losses[self.pair.primary], *(None if prediction_loss_only else value for value in (logits, labels))
 
     def _primary_prediction_step(

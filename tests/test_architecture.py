@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "ctcd_trainer"
 FLOORS = (
     {"version", "graph", "model_structure", "recipes"},
     {"soft_losses", "feature_losses"},
+    {"edges"},
     {"arguments"},
     {"tasks"},
     {"task", "losses"},

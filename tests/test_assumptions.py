@@ -33,6 +33,7 @@ LIBRARIES = ("accelerate", "huggingface_hub", "peft", "safetensors", "torch", "t
 OVERRIDDEN = {
     "_clip_grad_norm": (("model",), ("_run_epoch",)),
     "_determine_best_metric": (("metrics", "trial"), ("_maybe_log_save_evaluate",)),
+    "_evaluate": (("trial", "ignore_keys_for_eval"), ("_inner_training_loop", "_maybe_log_save_evaluate")),
     "_finalize_training": (("trial", "num_train_samples", "start_time"), ("_inner_training_loop",)),
     "_finish_current_push": ((), ("_finalize_training",)),
     "_get_dataloader": (("dataset", "description"), ("get_train_dataloader", "get_eval_dataloader")),

@@ -220,7 +220,10 @@ class _Card:
         for edge in graph.edges:
             if edge.learner == learner:
                 source = "a frozen pre-trained model" if edge.source == PRETRAINED else f"the {edge.source}"
-                sources.append(f"the predictions of {source} (weight {edge.weight:g})")
+                own = ["weight from held-out rows" if edge.auto else f"weight {edge.weight:g}"]
+                own += [f"schedule {edge.schedule}"] * (edge.schedule != "constant")
+                own += [f"gate {edge.gate}"] * (edge.gate != "none")
+                sources.append(f"the predictions of {source} ({', '.join(own)})")
         return sources
 
     def metadata(self) -> ModelCardData:

@@ -28,7 +28,8 @@ _SHOWN = (
     *("distillation_mode", "soft_loss", "temperature", "soft_warmup_ratio", "share", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor", "optim", "bf16", "fp16", "seed"),
-    *("eval_strategy", "load_best_model_at_end", *(edge.weight_name for edge in EDGES)),
+    *("eval_strategy", "load_best_model_at_end", "edges"),
+    *(f"{edge.name}_{setting}" for edge in EDGES for setting in ("weight", "schedule", "gate")),
 )
 _SHOWN_OF_LEARNERS = ("hard_weight", "learning_rate", "weight_decay", "max_grad_norm")
 _PACKAGES = ("ctcd_trainer", "transformers", "peft", "torch", "accelerate", "datasets", "tokenizers")

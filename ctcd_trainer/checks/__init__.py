@@ -21,6 +21,8 @@ from ..graph import PRETRAINED
 from ..tasks.base import Task
 from .arguments import (
     check_arguments,
+    check_edges,
+    check_evaluated,
     check_joinable,
     check_kinds,
     check_optimizer,
@@ -29,7 +31,7 @@ from .arguments import (
     makes_student,
     why_no_warm_start,
 )
-from .data import check_augmentation, check_dataset, check_labels, check_own_inputs
+from .data import check_augmentation, check_dataset, check_held_out, check_labels, check_own_inputs
 from .features import check_features, check_features_strategy, check_projections
 from .fit import CheckedCollator, check_rows, explained
 from .models import (
@@ -47,6 +49,7 @@ __all__ = [
     "CheckedCollator",
     "argument_of",
     "check_before_loading",
+    "check_evaluated",
     "check_features_strategy",
     "check_joinable",
     "check_kinds",
@@ -113,6 +116,7 @@ def check_learners(
         check_adapters(argument_of(name), model)
     models = dict(learners) if pretrained is None else {**learners, PRETRAINED: pretrained}
     task = check_models(models, task, has_soft_loss, may_share=arguments.share is not None)
+    check_edges(task, arguments, has_soft_loss)
     for name in arguments.graph.trained:
         check_trainable(name, learners[name], arguments.distillation_mode)
     for name in arguments.graph.frozen:
@@ -137,6 +141,7 @@ def check_setup(
     optimizer: Optimizer | None = None,
     optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
     data_collator: Any = None,
+    has_soft_loss: bool = False,
 ) -> None:
     """Check the models together with the other arguments of the trainer.
 
@@ -154,6 +159,7 @@ def check_setup(
         optimizer: The first of the trainer's `optimizers`.
         optimizer_cls_and_kwargs: The trainer's argument.
         data_collator: The data collator of the trainer.
+        has_soft_loss: Whether the user's function compares the outputs, those of all rows.
 
     Raises:
         ValueError: The training is refused.
@@ -175,11 +181,13 @@ def check_setup(
     trained = {name: learners[name] for name in arguments.graph.trained}
     check_optimizer(optimizer, optimizer_cls_and_kwargs, trained, args)
     shown = [primary] if two_tokenizers else learners
-    learning = sorted({edge.learner for edge in (*arguments.graph.edges, *arguments.graph.features)})
+    everywhere = [edge for edge in arguments.graph.edges if edge.rows != "labelled" or has_soft_loss]
+    learning = sorted({edge.learner for edge in (*everywhere, *arguments.graph.features)})
     default_collator = data_collator is default_data_collator or (data_collator is None and processing_class is None)
     taught = [name for name, weight in arguments.graph.hard_weights.items() if weight > 0]
     for argument, dataset in datasets.items():
         check_labels(task, dataset, argument, learning, taught, default_collator)
         check_rows(task, dataset, argument, {argument_of(name): learners[name] for name in shown}, data_collator)
+    check_held_out(task, datasets, arguments)
     if args is not None and args.load_best_model_at_end:
         check_prompts(learners, "`load_best_model_at_end=True`")

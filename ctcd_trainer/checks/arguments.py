@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..arguments import EMBEDDINGS, PER_LEARNER, DistillationArguments, greater_is_better
-from ..graph import EDGES, LEARNERS, PRETRAINED
+from ..edges import GATES, OPEN, held_out_edges
+from ..graph import EDGES, LEARNERS, PRETRAINED, Graph
 from ..model_structure import is_peft_model
+from ..tasks import Task, UnknownHead
 
 #: Sizes in a `ParallelismConfig` of groups of processes that get the same rows, or parts of them.
 _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
@@ -182,6 +184,37 @@ def check_arguments(args: TrainingArguments | None) -> None:
             f"({config['optimizer'].get('type')!r}), which has one setting for all parameters. Leave out one of them: "
             "without `optimizer` in the config Trainer makes it."
         )
+
+
+def check_evaluated(graph: Graph, args: TrainingArguments | None) -> None:
+    """Refuse weights that follow from held-out rows where nothing is evaluated."""
+    edges = held_out_edges(graph)
+    if edges and (args is None or args.eval_strategy == "no"):
+        edge, what = edges[0], f"schedule={edges[0].schedule!r}"
+        given = f"`{edge.weight_name}='auto'`" if edge.auto else f"`{edge.name}_{what}`"
+        raise ValueError(
+            f"{given} follows from evaluations during the training, and `eval_strategy='no'`. Set `eval_strategy` to "
+            "'steps' or 'epoch' and pass an `eval_dataset` with labels, or give the edge a number and no burn-in."
+        )
+
+
+def check_edges(task: Task, arguments: DistillationArguments, has_soft_loss: bool) -> None:
+    """Refuse settings of edges that have no meaning for a task, or no effect beside the user's own soft loss."""
+    held_out = held_out_edges(arguments.graph)
+    for edge in arguments.graph.edges:
+        given = {"rows", "temperature", "soft_loss"} & (arguments.edges or {}).get(edge.arrow, {}).keys()
+        gated, problem = edge.gate != OPEN, None
+        if has_soft_loss and (given or gated):
+            name = min(given | ({"gate"} if gated else set()))
+            problem = f"`{name}` has no effect on a `soft_loss_func`, which compares the predictions in its own way"
+        elif gated and task.predicts_numbers and not GATES[edge.gate].of_numbers:
+            problem = f"the gate {edge.gate!r} needs classes, and the models predict numbers"
+        elif edge.rows == "unlabelled" and not task.per_row:
+            problem = "`rows='unlabelled'` is for tasks of whole rows, and these models score tokens"
+        elif isinstance(task, UnknownHead) and (gated or edge in held_out):
+            problem = "of an unknown head it is not known which prediction is right"
+        if problem is not None:
+            raise ValueError(f"The settings of {edge.name} are not valid: {problem}. Leave the setting out.")
 
 
 def check_strategy(

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..arguments import EMBEDDINGS, DistillationArguments
+from ..edges import GATES, held_out_edges
 from ..graph import LEARNERS
 from ..model_structure import base_model, forward_parameters, main_input_of
 from ..tasks.base import Task
@@ -68,6 +69,17 @@ def check_labels(
             raise ValueError(f"`{name}`: {error}") from error
 
 
+def check_held_out(task: Task, datasets: Mapping[str, Any], arguments: DistillationArguments) -> None:
+    """Refuse weights that follow from held-out labels where no evaluation row has a label."""
+    names = [edge.weight_name for edge in held_out_edges(arguments.graph)]
+    known = [_labels_of(part, task) for _, part in parts(datasets.get("eval_dataset"), "eval_dataset")]
+    if names and all(labels is not None and task.unlabelled_rows(labels).all() for labels in known):
+        raise ValueError(
+            f"No row of `eval_dataset` has a label, and the weights {names} follow from held-out labels. Give rows "
+            "their labels, or set these weights to numbers, without the schedule 'burn-in'."
+        )
+
+
 def _check_unlabelled(
     labels: Sequence[Any], unlabelled: Sequence[int], argument: str, learning: Collection[str] | None
 ) -> None:
@@ -76,8 +88,8 @@ def _check_unlabelled(
     if learning is not None and not learning:
         raise ValueError(
             f"Row {unlabelled[0]} and {len(unlabelled) - 1} more have no label ({label!r}), and no model learns from "
-            "another one in this mode. Drop these rows, or choose a mode with soft losses "
-            "(`distillation_mode='ctcd'`)."
+            "another one in this mode, or on labelled rows alone. Drop these rows, choose a mode with soft losses "
+            "(`distillation_mode='ctcd'`), or set `edges={'student->teacher': {'rows': 'all'}}`."
         )
     logger.warning(
         "%d of %d rows of `%s` have no label (%r): only the soft losses use them%s.",
@@ -147,6 +159,12 @@ def check_augmentation(
             "or a function that changes these."
         )
     if getattr(augmentation, "mixes_rows", False):
+        gated = [edge for edge in arguments.graph.edges if GATES[edge.gate].needs_labels]
+        if gated:
+            raise ValueError(
+                f"`{name}` and the gate {gated[0].gate!r} of {gated[0].name}: the label of a mixed row is that of one "
+                "of two rows, so that no prediction is right or wrong. Leave out one of them."
+            )
         _check_mixing(name, views, task, arguments.pretrained_cache_dir)
 
 

@@ -11,16 +11,19 @@ The backward pass only scales these gradients. Every matrix product is computed 
 """
 
 import functools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.linalg import vecdot
 from torch.nn import functional as F
 
+from ..edges import GATES, OPEN
 from ..graph import Edge
 from ..soft_losses import Prediction, SoftLoss, find_soft_loss
 from ..tasks.labels import IGNORE_INDEX
@@ -56,6 +59,13 @@ class LinearHead:
         return outputs if self.softcap is None else self.softcap * torch.tanh(outputs / self.softcap)
 
 
+class _Kind(NamedTuple):
+    """What edges compare: logits, or log-probabilities at a temperature."""
+
+    of_logits: bool
+    temperature: float
+
+
 @dataclass(frozen=True)
 class _Losses:
     """The losses to compute; the fields are arguments of `linear_losses`."""
@@ -66,6 +76,20 @@ class _Losses:
     soft_loss: SoftLoss
     temperature: float
     chunk_size: int | None
+
+    @functools.cached_property
+    def compared(self) -> list[tuple[Edge, SoftLoss, _Kind]]:
+        """The edges with what they compare."""
+        losses = [self.soft_loss if edge.soft_loss is None else find_soft_loss(edge.soft_loss) for edge in self.edges]
+        return [
+            (edge, loss, _Kind(loss.of_logits, 1.0 if loss.of_logits else edge.temperature or self.temperature))
+            for edge, loss in zip(self.edges, losses, strict=True)
+        ]
+
+    @functools.cached_property
+    def gated(self) -> list[Edge]:
+        """The edges with a gate."""
+        return [edge for edge in self.edges if edge.gate != OPEN]
 
 
 def linear_losses(
@@ -88,17 +112,19 @@ def linear_losses(
         labels: Token ids `(positions,)`, without ignored ones.
         hard_weights: Weight of the cross-entropy of each learner that has one.
         edges: The soft losses. Their sources are detached.
-        soft_loss: A key of `SOFT_LOSSES`.
-        temperature: Temperature of the soft losses; `mse` does not depend on it.
+        soft_loss: A key of `SOFT_LOSSES`, for edges that have none of their own.
+        temperature: Temperature of the soft losses that have none of their own; `mse` does not depend on it.
         chunk_size: Positions in a chunk; by default it depends on vocabulary and device.
 
     Returns:
-        The weighted sum of the losses, 0-dimensional, and the unweighted losses, detached, by their names in the log.
+        The weighted sum of the losses, 0-dimensional, and the unweighted losses and the sums of the gates, detached,
+        by their names in the log.
     """
     losses = _Losses(labels, dict(hard_weights), tuple(edges), find_soft_loss(soft_loss), temperature, chunk_size)
     tensors = [tensor for head in heads.values() for tensor in (head.hidden, head.weight, head.bias)]
     total, values = _LinearLosses.apply(losses, dict(heads), *tensors)
     names = [f"{learner}_hard_loss" for learner in hard_weights] + [edge.loss_name for edge in losses.edges]
+    names += [edge.gate_name for edge in losses.gated]
     return total, dict(zip(names, values.unbind(), strict=True))
 
 
@@ -209,7 +235,8 @@ class _LinearLosses(torch.autograd.Function):
         ctx.save_for_backward(*tensors)  # torch then raises an error if one was changed in place
         ctx.mark_non_differentiable(values)
         weights = [*losses.hard_weights.values(), *(edge.weight for edge in losses.edges)]
-        total = (values * torch.tensor(weights, dtype=exact).to(device, non_blocking=True)).sum()
+        terms = values[: len(weights)]  # without the gates
+        total = (terms * torch.tensor(weights, dtype=exact).to(device, non_blocking=True)).sum()
         return total, values
 
     @staticmethod
@@ -226,7 +253,7 @@ class _LinearLosses(torch.autograd.Function):
 
 
 def _run(losses: _Losses, parts: Mapping[str, _Part], exact: torch.dtype) -> Tensor:
-    """Go through the positions in chunks; return the sums of the losses `(losses,)`."""
+    """Go through the positions in chunks; return the sums of the losses and of the gates `(losses,)`."""
     device, count = losses.labels.device, len(losses.labels)
     largest = max(part.vocabulary for part in parts.values()) * exact.itemsize
     limit = _CPU_CHUNK_BYTES if device.type == "cpu" else _CUDA_CHUNK_BYTES
@@ -235,7 +262,8 @@ def _run(losses: _Losses, parts: Mapping[str, _Part], exact: torch.dtype) -> Ten
     block = min(block, size)
     buffers = {name: torch.empty(size, p.vocabulary, dtype=exact, device=device) for name, p in parts.items()}
     scratch = _Scratch(block, exact, device)
-    values = torch.zeros(len(losses.hard_weights) + len(losses.edges), dtype=exact, device=device)
+    count_values = len(losses.hard_weights) + len(losses.edges) + len(losses.gated)
+    values = torch.zeros(count_values, dtype=exact, device=device)
     for part in parts.values():
         if count == 0 and part.grad_weight is not None:
             part.grad_weight.zero_()
@@ -282,55 +310,90 @@ class _Scratch:
 def _differentiate(
     losses: _Losses, parts: Mapping[str, _Part], outputs: Mapping[str, Tensor], labels: Tensor, scratch: _Scratch
 ) -> Tensor:
-    """Compute the sums `(losses,)` of the losses of some positions.
+    """Compute the sums `(losses,)` of the losses and of the gates of some positions.
 
     The outputs of the linear layers `(rows, vocabulary)` of trained learners are overwritten with the gradients of the
     weighted sum of the losses.
     """
     shared = min(part.vocabulary for part in parts.values())
-    loss = losses.soft_loss
-    temperature = 1.0 if loss.of_logits else losses.temperature
-    outcomes = shared if loss.averaged else 1
     tanh = {name: _to_logits(parts[name].head, z, scratch) for name, z in outputs.items()}
+    seen = {name for edge in losses.gated for name in (edge.learner, edge.source)}
     hard = {
-        name: torch.log_softmax(outputs[name], -1, out=scratch.like(outputs[name])) for name in losses.hard_weights
+        name: torch.log_softmax(outputs[name], -1, out=scratch.like(outputs[name]))
+        for name in dict.fromkeys([*losses.hard_weights, *sorted(seen)])
     }
+    scores = {name: _Scores(hard[name], labels, scratch) for name in seen}
     soft = _predictions(losses, outputs, hard, shared, scratch)
 
     values = [-hard[name].gather(1, labels.unsqueeze(1)).sum() for name in losses.hard_weights]
-    # A learner's soft losses have the gradient `factor * soft probabilities + sum of factor * term`.
-    probs_factors: dict[str, float] = dict.fromkeys(parts, 0.0)
-    terms: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in parts}
-    for edge in losses.edges:
-        weight = edge.weight * temperature / outcomes
-        value, term, factor, probs_factor = loss.closed_form(soft[edge.learner], soft[edge.source], scratch.like)
-        values.append(value.sum() / outcomes * temperature**2)
-        terms[edge.learner].append((factor * weight, term))
-        probs_factors[edge.learner] += probs_factor * weight
+    gates = []
+    # A learner's soft losses have the gradient `factor * soft probabilities + sum of factor * term`; a gate multiplies
+    # each row of it.
+    probs_factors: dict[str, dict[_Kind, float]] = {name: defaultdict(float) for name in parts}
+    terms: dict[str, list[tuple[float, Tensor, Tensor | None]]] = {name: [] for name in parts}
+    for edge, loss, kind in losses.compared:
+        outcomes = shared if loss.averaged else 1
+        weight = edge.weight * kind.temperature / outcomes
+        learner = soft[edge.learner, kind]
+        value, term, factor, probs_factor = loss.closed_form(learner, soft[edge.source, kind], scratch.like)
+        gate = None
+        if edge.gate != OPEN:
+            gate = GATES[edge.gate].value(scores[edge.learner], scores[edge.source]).to(value.dtype).unsqueeze(1)
+            gates.append(gate.sum())
+            value = value * gate.squeeze(1)
+        values.append(value.sum() / outcomes * kind.temperature**2)
+        terms[edge.learner].append((factor * weight, term, gate))
+        if gate is None:
+            probs_factors[edge.learner][kind] += probs_factor * weight
+        elif probs_factor:
+            terms[edge.learner].append((probs_factor * weight, learner.probs, gate))
 
     for name, part in parts.items():
         if not part.trained:
             continue
-        grad, log_probs, prediction = outputs[name], hard.get(name), soft.get(name)
-        hard_weight, soft_weight = losses.hard_weights.get(name, 0.0), probs_factors[name]
-        if hard_weight and prediction is not None and prediction.outcomes is log_probs:
-            torch.mul(prediction.probs, hard_weight + soft_weight, out=grad)
-            soft_weight = 0.0
+        grad, log_probs, factors = outputs[name], hard.get(name), probs_factors[name]
+        hard_weight, plain = losses.hard_weights.get(name, 0.0), _Kind(False, 1.0)
+        if hard_weight and (name, plain) in soft and soft[name, plain].outcomes is log_probs:
+            torch.mul(soft[name, plain].probs, hard_weight + factors.pop(plain, 0.0), out=grad)
         elif hard_weight:
             torch.mul(log_probs.exp_(), hard_weight, out=grad)
         else:
             grad.zero_()
-        if soft_weight:
-            grad[:, :shared].add_(prediction.probs, alpha=soft_weight)
-        for factor, term in terms[name]:
-            grad[:, :shared].add_(term, alpha=factor)
+        for kind, factor in factors.items():
+            if factor:
+                grad[:, :shared].add_(soft[name, kind].probs, alpha=factor)
+        for factor, term, gate in terms[name]:
+            if gate is None:
+                grad[:, :shared].add_(term, alpha=factor)
+            else:
+                grad[:, :shared].addcmul_(term, gate, value=factor)
         if hard_weight:  # the one-hot part of the labels
             grad.scatter_add_(1, labels.unsqueeze(1), grad.new_full((len(labels), 1), -hard_weight))
         if tanh[name] is not None:
             grad.mul_(tanh[name].square_().neg_().add_(1.0))
         if part.head.scale != 1.0:
             grad.mul_(part.head.scale)
-    return torch.stack(values)
+    return torch.stack([*values, *gates])
+
+
+class _Scores:
+    """The predictions of one model at some positions, as gates see them; see `edges.Scores`."""
+
+    def __init__(self, log_probs: Tensor, labels: Tensor, scratch: _Scratch) -> None:
+        self._log_probs, self._labels, self._scratch = log_probs, labels, scratch
+
+    @functools.cached_property
+    def nll(self) -> Tensor:
+        return -self._log_probs.gather(1, self._labels.unsqueeze(1)).squeeze(1)
+
+    @functools.cached_property
+    def right(self) -> Tensor:
+        return self._log_probs.argmax(-1) == self._labels
+
+    @functools.cached_property
+    def confidence(self) -> Tensor:
+        probs = torch.exp(self._log_probs, out=self._scratch.like(self._log_probs))
+        return 1.0 + vecdot(probs, self._log_probs) / math.log(self._log_probs.shape[1])
 
 
 def _to_logits(head: LinearHead, outputs: Tensor, scratch: _Scratch) -> Tensor | None:
@@ -346,19 +409,19 @@ def _to_logits(head: LinearHead, outputs: Tensor, scratch: _Scratch) -> Tensor |
 
 def _predictions(
     losses: _Losses, logits: Mapping[str, Tensor], hard: Mapping[str, Tensor], shared: int, scratch: _Scratch
-) -> dict[str, Prediction]:
+) -> dict[tuple[str, _Kind], Prediction]:
     """Predict over the shared ids, by name of the model; log-probabilities of the hard loss are used where equal."""
     predictions = {}
-    for name in sorted({name for edge in losses.edges for name in (edge.learner, edge.source)}):
+    for name, kind in sorted({(name, k) for edge, _, k in losses.compared for name in (edge.learner, edge.source)}):
         z = logits[name][:, :shared]
-        if losses.soft_loss.of_logits:
-            predictions[name] = Prediction(z)
+        if kind.of_logits:
+            predictions[name, kind] = Prediction(z)
             continue
-        if losses.temperature == 1.0 and name in hard and z.shape == logits[name].shape:
+        if kind.temperature == 1.0 and name in hard and z.shape == logits[name].shape:
             log_probs = hard[name]
         else:
-            if losses.temperature != 1.0:
-                z = torch.div(z, losses.temperature, out=scratch.like(z))
+            if kind.temperature != 1.0:
+                z = torch.div(z, kind.temperature, out=scratch.like(z))
             log_probs = torch.log_softmax(z, -1, out=scratch.like(z))
-        predictions[name] = Prediction(log_probs, torch.exp(log_probs, out=scratch.like(log_probs)))
+        predictions[name, kind] = Prediction(log_probs, torch.exp(log_probs, out=scratch.like(log_probs)))
     return predictions

@@ -1,18 +1,22 @@
 """The objective of a co-training: one hard loss per learner, one soft loss per edge, and their weighted sum."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_detach
+from transformers.utils import logging
 
 from ..arguments import DistillationArguments
+from ..edges import GATES, OPEN, BurnIn, Scores, find_schedule
 from ..graph import Edge
 from ..tasks import Task
 from ..tasks.labels import IGNORE_INDEX
 from .fused_linear import LinearHead, linear_losses
+
+logger = logging.get_logger(__name__)
 
 #: The user's own soft loss. Arguments: the outputs of the model that teaches (detached), the outputs of the model that
 #: learns, and the batch. Returns the mean over the batch, 0-dimensional.
@@ -25,13 +29,26 @@ class Progress:
 
     Attributes:
         step: Optimizer steps that are complete.
-        max_steps: Optimizer steps of the whole training; 0 if unknown, which means no warm-up.
+        max_steps: Optimizer steps of the whole training; 0 if unknown: schedules have no effect then.
         epoch: Epochs that are complete, with a fraction.
     """
 
     step: int = 0
     max_steps: int = 0
     epoch: float = 0.0
+
+
+@dataclass(eq=False)
+class HeldOut:
+    """What the last evaluations say about the sources. The trainer sets it; in a loop of your own you may.
+
+    Attributes:
+        weights: The weight of each `auto` edge by its name (`teacher_from_student`), which is 0 without an entry.
+        opened: The names of the edges whose burn-in is over.
+    """
+
+    weights: dict[str, float] = field(default_factory=dict)
+    opened: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -49,7 +66,8 @@ class Objective:
             follows; takes the name of the learner, its inputs and `num_items_in_batch`.
         compute_loss_func: The user's function that replaces the hard loss of each model, as Trainer takes it.
         label_smoother: Trainer's label smoother, or `None`.
-        progress: How far the training is, for the warm-up of the soft weights.
+        progress: How far the training is, for the schedules of the edges.
+        held_out: The weights of `auto` edges, and the edges whose burn-in is over.
     """
 
     task: Task
@@ -59,6 +77,7 @@ class Objective:
     compute_loss_func: Callable[..., Tensor] | None = None
     label_smoother: Callable[..., Tensor] | None = None
     progress: Progress = field(default_factory=Progress)
+    held_out: HeldOut = field(default_factory=HeldOut)
 
     def is_labelled(self, batch: Mapping[str, Any]) -> bool:
         """Tell whether a batch has labels."""
@@ -76,13 +95,13 @@ class Objective:
         Args:
             outputs: Outputs of all models by name, frozen sources included.
             batch: The batch.
-            num_items_in_batch: Items in the accumulated batch: a number, or `(2,)` with the number of labelled items
-                and of compared items, or `(3,)` with the number of rows as well. `None` takes the mean over this
-                batch.
+            num_items_in_batch: Items in the accumulated batch: a number; or the numbers of labels, of labelled items
+                and of rows, `(3,)` (a row may have several labels, or several labelled items); or, for tasks of whole
+                rows, `(2,)` without the first. `None` takes the mean over this batch.
 
         Returns:
-            The weighted sum, and each term without its weight by the name under which it is logged, all 0-dimensional.
-            `None` and no terms if a model has computed no loss.
+            The weighted sum, and each term without its weight by the name under which it is logged, and the mean of
+            each gate likewise, all 0-dimensional. `None` and no terms if a model has computed no loss.
         """
         graph = self.arguments.graph
         trained = {learner: weight for learner, weight in graph.hard_weights.items() if weight > 0}
@@ -91,12 +110,12 @@ class Objective:
             return None, {}
         terms = {f"{learner}_hard_loss": value for learner, value in hard.items()}
         weights = list(trained.values())
-        edges = self._edges()
-        share = _share(self.task.distilled(batch), num_items_in_batch, 1) if edges else 0.0
-        for edge in edges:
-            terms[edge.loss_name] = self._soft_loss(edge, outputs, batch) * share
+        gates, scores = {}, _ByName(lambda name: self._scores(outputs[name], batch))
+        for edge in self.edges():
+            terms[edge.loss_name], gate = self._soft_loss(edge, outputs, batch, scores, num_items_in_batch)
             weights.append(edge.weight)
-        return sum(weight * value for weight, value in zip(weights, terms.values(), strict=True)), terms
+            gates |= {} if gate is None else {edge.gate_name: gate}
+        return sum(weight * value for weight, value in zip(weights, terms.values(), strict=True)), terms | gates
 
     def hard_loss(
         self, outputs: Any, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -141,7 +160,7 @@ class Objective:
         """
         hard_weights = {learner: weight for learner, weight in self.arguments.graph.hard_weights.items() if weight > 0}
         loss, terms = linear_losses(
-            heads, labels, hard_weights, self._edges(), self.arguments.soft_loss, self.arguments.temperature
+            heads, labels, hard_weights, self.edges(), self.arguments.soft_loss, self.arguments.temperature
         )
         if num_items_in_batch is None:
             scale = 1.0 / max(len(labels), 1)
@@ -165,21 +184,103 @@ class Objective:
         if len(items) < 3 and not self.task.per_row:
             raise ValueError(
                 f"`num_items_in_batch={num_items_in_batch}` has no number of rows, by which the feature loss is "
-                "divided. Pass a tensor of three numbers: of labelled items, of compared items, and of rows."
+                "divided. Pass a tensor of three numbers: of labels, of labelled items, and of rows."
             )
         return rows_in(batch) / _items(items, 2).clamp(min=1)
 
-    def _edges(self) -> list[Edge]:
-        """The edges with their weights at this step."""
-        warmup = self.arguments.soft_weight_factor(self.progress.step, self.progress.max_steps)
-        return [Edge(edge.source, edge.learner, edge.weight * warmup) for edge in self.arguments.graph.edges]
+    def edges(self) -> list[Edge]:
+        """Return the edges with their weights at this step."""
+        step, steps = self.progress.step, self.progress.max_steps
+        edges = []
+        for edge in self.arguments.graph.edges:
+            schedule = find_schedule(edge.schedule)
+            if schedule.timed and not steps and torch.is_grad_enabled():
+                logger.warning_once(
+                    f"The schedule {edge.schedule!r} of {edge.name} has no effect: the length of the training is not "
+                    "known. In a loop of your own, set `pair.objective.progress = Progress(step, max_steps)`."
+                )
+            weight = edge.weight * schedule.factor(step, steps)
+            if edge.auto and edge.name not in self.held_out.weights:
+                logger.warning_once(
+                    f"`{edge.weight_name}='auto'` is 0 until the first evaluation of the training. Set "
+                    "`eval_on_start=True` to know it from the first step; in a loop of your own, set "
+                    f"`pair.objective.held_out.weights[{edge.name!r}]`."
+                )
+            if edge.auto:
+                weight = self.held_out.weights.get(edge.name, 0.0) * schedule.factor(step, steps)
+            if isinstance(schedule, BurnIn) and edge.name not in self.held_out.opened:
+                weight = 0.0
+            edges.append(replace(edge, weight=weight))
+        return edges
 
-    def _soft_loss(self, edge: Edge, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Tensor:
+    def changing_weights(self) -> dict[str, float]:
+        """Return the weights at this step that are not the same at every step, by the names of their arguments."""
+        changing = [edge.auto or edge.schedule != "constant" for edge in self.arguments.graph.edges]
+        return {edge.weight_name: edge.weight for edge, changes in zip(self.edges(), changing, strict=True) if changes}
+
+    def _scores(self, outputs: Any, batch: Mapping[str, Any]) -> Scores:
+        """Return the predictions of a model as gates see them."""
+        logits = self.task.compared(self.task.named(outputs), batch)
+        return Scores(self.task.family(batch), logits, self.task.labels(batch))
+
+    def _soft_loss(
+        self,
+        edge: Edge,
+        outputs: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        scores: Mapping[str, Scores],
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the soft loss of an edge, and the mean of its gate if it has one."""
         learner, source = outputs[edge.learner], outputs[edge.source]
+        compared = self.task.distilled(batch)
+        share = _share(compared, num_items_in_batch, 2 if self.task.per_row else 0)
         if self.soft_loss_func is not None:
-            return self.soft_loss_func(nested_detach(source), learner, batch)
-        named = (self.task.named(outputs) for outputs in (learner, source))
-        return self.task.soft_loss(*named, batch, self.arguments.soft_loss, self.arguments.temperature)
+            loss = self.soft_loss_func(nested_detach(source), learner, batch)
+            return loss * share, None
+        factors = None
+        if edge.rows != "all" and self.task.per_row:
+            labelled = self.task.labelled(batch)
+            holds = labelled if edge.rows == "labelled" else ~labelled
+            total = holds.sum() if num_items_in_batch is None else _number_of_rows(num_items_in_batch, edge.rows)
+            share = compared.sum() / total.clamp(min=1)
+            factors = holds.float()
+        if edge.gate != OPEN:
+            gate = GATES[edge.gate].value(scores[edge.learner], scores[edge.source]).nan_to_num(0.0)
+            factors = gate if factors is None else gate * factors
+        named = (self.task.named(each) for each in (learner, source))
+        name, temperature = edge.soft_loss or self.arguments.soft_loss, edge.temperature or self.arguments.temperature
+        loss = self.task.soft_loss(*named, batch, name, temperature, factors) * share
+        return loss, None if edge.gate == OPEN else self.task.mean_compared(factors, batch) * share
+
+
+class _ByName(dict):
+    """Makes the value of a name when it is asked for first."""
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = self._make(name)
+        return self[name]
+
+
+def _number_of_rows(num_items_in_batch: Tensor | int, rows: str) -> Tensor:
+    """Return how many rows of the accumulated batch are labelled, or unlabelled; see `Objective.__call__`.
+
+    Raises:
+        ValueError: That is not known.
+    """
+    numbers = torch.as_tensor(num_items_in_batch).reshape(-1)
+    if rows == "labelled":
+        return numbers[-2:][0]
+    if len(numbers) == 1:
+        raise ValueError(
+            f"`num_items_in_batch={num_items_in_batch}` is one number, and an edge holds on unlabelled rows. Pass the "
+            "numbers of labelled rows and of all rows, `torch.tensor([labelled, rows])`, or leave it out."
+        )
+    return numbers[-1] - numbers[-2]
 
 
 def rows_in(batch: Mapping[str, Any]) -> int:
@@ -188,7 +289,7 @@ def rows_in(batch: Mapping[str, Any]) -> int:
 
 
 def _items(num_items_in_batch: Tensor | int, which: int) -> Tensor:
-    """Select the number of labelled items (0), of compared items (1) or of rows (2); the last one for missing ones."""
+    """Select the number of labels (0), of labelled items (1) or of rows (2); the last one for missing ones."""
     items = torch.as_tensor(num_items_in_batch).reshape(-1)
     return items[min(which, len(items) - 1)]
 

@@ -206,6 +206,7 @@ class PairSources:
             optimizer=(given.get("optimizers") or (None,))[0],
             optimizer_cls_and_kwargs=given.get("optimizer_cls_and_kwargs"),
             data_collator=given.get("data_collator"),
+            has_soft_loss=self.soft_loss_func is not None,
         )
         if self.arguments.pretrained_cache_dir is not None:
             precision = "no" if args is None else args.mixed_precision

@@ -293,8 +293,7 @@ class CoDistillationModel(PreTrainedModel):
             learner: Name of a learner. Only this learner runs, and its own output is returned, with its hard loss as
                 the `loss`.
             num_items_in_batch: Scored items in the whole accumulated batch, by which every term is divided: a number,
-                or `(2,)` with the number of labelled rows and of compared rows, or `(3,)` with the number of all
-                rows as well, which feature losses need. `None` takes the mean over this batch.
+                or those of labels and rows; see `Objective.__call__`. `None` takes the mean over this batch.
             return_logits: Whether the models return their logits. By default they do, except language models in
                 training mode where the losses can be computed without them (`fused_lm_head`).
             **batch: Tensors `(rows, ...)`, with labels. Without labels there is no loss.
@@ -352,7 +351,7 @@ class CoDistillationModel(PreTrainedModel):
         if fused:
             targets, alone = self.task.targets(batch), self.objective.arguments.graph.features_alone
             scored = ScoredPositions(torch.full_like(targets, IGNORE_INDEX) if alone else targets)
-            heads = self._run_all(batch, head_at=scored) | self._run_sources(batch, scored)
+            heads = self._run_all(batch, head_at=scored) | self.run_sources(batch, scored)
             if alone:
                 return CoDistillationOutput(loss=targets.new_zeros((), dtype=torch.float32), losses={})
             loss, losses = self.objective.fused(heads, scored.labels, num_items_in_batch)
@@ -360,7 +359,7 @@ class CoDistillationModel(PreTrainedModel):
         outputs = self._run_all(batch, labelled, num_items_in_batch=num_items_in_batch)
         loss, losses = None, {}
         if labelled or self.training:
-            every_output = {**outputs, **self._run_sources(batch)}
+            every_output = {**outputs, **self.run_sources(batch)}
             with _without_autocast(self.device.type):
                 loss, losses = self.objective(every_output, batch, num_items_in_batch)
         first = outputs[self.primary]
@@ -430,8 +429,16 @@ class CoDistillationModel(PreTrainedModel):
                 output = calls[-1]
             return self.task.with_loss(output, torch.where(nothing, 0.0 * loss, loss))
 
-    def _run_sources(self, batch: Mapping[str, Any], head_at: ScoredPositions | None = None) -> dict[str, Any]:
-        """Run the frozen models outside of the pair, or look their predictions up."""
+    def run_sources(self, batch: Mapping[str, Any], head_at: ScoredPositions | None = None) -> dict[str, Any]:
+        """Run the frozen models outside of the pair, or look their predictions up.
+
+        Args:
+            batch: The batch.
+            head_at: The scored positions, to stop before the output layers of language models.
+
+        Returns:
+            The outputs by name.
+        """
         outputs = {}
         for name, model in self.sources.items():
             inputs = inputs_of_learner(name, batch, self.task.label_names, self.known_inputs, self.two_tokenizers)

@@ -173,6 +173,21 @@ class Task:
         scored = self.scored(inputs)
         return torch.ones_like(scored) if self.per_row else scored
 
+    def labelled(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Mark the positions that have a label: bool, of the shape of `distilled`."""
+        scored = self.scored(inputs)
+        return scored.flatten(1).any(-1) if self.per_row and scored.ndim > 1 else scored
+
+    def labels(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the labels of the compared logits, as `Family.nll` takes them."""
+        targets = self.targets(inputs)
+        return targets if set(self.label_names) <= inputs.keys() else torch.full_like(targets, IGNORE_INDEX)
+
+    @property
+    def predicts_numbers(self) -> bool:
+        """Tell whether the outputs are numbers."""
+        return False
+
     def family(self, inputs: Mapping[str, Any]) -> Family:
         """Return the meaning of the compared logits."""
         return Categorical()
@@ -181,11 +196,19 @@ class Task:
         """Return the mean of the model's loss over the labelled items; `None` if the model has computed none."""
         return outputs.get("loss")
 
-    def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
+    def soft_loss(
+        self,
+        learner: Any,
+        source: Any,
+        inputs: Mapping[str, Any],
+        name: str,
+        temperature: float,
+        factors: Tensor | None = None,
+    ) -> Tensor:
         """Compute the mean of a soft loss (`name` in `SOFT_LOSSES`) over the compared positions of a batch.
 
-        The arguments `learner` and `source` are whole outputs; those of the source are detached here. The result is 0
-        if nothing is compared.
+        The arguments `learner` and `source` are whole outputs; those of the source are detached here. The loss of each
+        position is multiplied by its factor. The result is 0 if nothing is compared.
 
         Raises:
             ValueError: The logits of the two models differ in shape, or do not fit the labels.
@@ -204,6 +227,11 @@ class Task:
                 f"The labels score positions of the shape {shapes[2]}, and logits of the shape {shapes[0]} need "
                 f"{tuple(values.shape)}. Give {' and '.join(f'`{label}`' for label in self.label_names)} that shape."
             )
+        return self.mean_compared(values if factors is None else values * factors, inputs)
+
+    def mean_compared(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean of the values of the compared positions, 0 if there are none."""
+        compared = self.distilled(inputs)
         return torch.where(compared, values, 0.0).sum() / compared.sum().clamp(min=1)
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -43,6 +43,11 @@ class SequenceClassification(Task):
     def _problem_type_of(self, inputs: Mapping[str, Any]) -> str:
         return self.problem_type("labels" not in inputs or not inputs["labels"].is_floating_point())
 
+    @property
+    def predicts_numbers(self) -> bool:
+        """Tell whether the outputs are numbers."""
+        return self.problem_type(integer_labels=True) == "regression"
+
     def family(self, inputs: Mapping[str, Any]) -> Family:
         """Return a distribution over the classes, one per label, or a number."""
         families: dict[str, type[Family]] = {

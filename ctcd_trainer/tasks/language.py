@@ -30,10 +30,26 @@ class LanguageModel(TaskWithoutClasses):
         targets = self.targets(inputs)
         return logits[:, -targets.shape[1] :][targets.ne(IGNORE_INDEX)]  # prompt tuning has put tokens in front
 
-    def soft_loss(self, learner: Any, source: Any, inputs: Mapping[str, Any], name: str, temperature: float) -> Tensor:
-        """Compute the mean of a soft loss on the common ids over the scored positions."""
+    def labels(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the labels of the scored positions, `(scored,)`."""
+        return self.targets(inputs)[self.scored(inputs)]
+
+    def soft_loss(
+        self,
+        learner: Any,
+        source: Any,
+        inputs: Mapping[str, Any],
+        name: str,
+        temperature: float,
+        factors: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the mean of a soft loss on the common ids over the scored positions; see `Task.soft_loss`."""
         learner, source = self._on_common_ids(learner, source, inputs)
         values = self.family(inputs).soft_loss(learner, source.detach(), name, temperature)
+        return self.mean_compared(values if factors is None else values * factors, inputs)
+
+    def mean_compared(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean of the values `(scored,)`, 0 if there are none."""
         return values.sum() / max(len(values), 1)
 
     def agreement(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -64,21 +64,20 @@ def recounted(
     A batch keeps its weight: its losses become means over the items that are scored now. With `Mixup` the count stays:
     each label is drawn from two rows, so a batch with unlabelled rows has as many labels as before on average.
 
-    The number is that of the scored items in the accumulated batch, or a tensor with the
-    number of compared items and of rows as well.
+    The number is that of the labels in the accumulated batch, or `(3,)` with those of labelled items and of rows, too.
     """
     same = all(before.get(name) is after.get(name) for name in task.label_names)
     if number is None or same or getattr(augmentation, "mixes_rows", False):
         return number
-    old, new = (task.counted(batch).ne(IGNORE_INDEX).sum() for batch in (before, after))
-    ratio = new / old.clamp(min=1)
-    number = torch.as_tensor(number, device=ratio.device)
+    old, new = (
+        torch.stack([task.counted(batch).ne(IGNORE_INDEX).sum(), task.labelled(batch).sum()])
+        for batch in (before, after)
+    )
+    ratios = new / old.clamp(min=1)
+    number = torch.as_tensor(number, device=ratios.device)
     if number.ndim == 0:
-        return number * ratio
-    rest = torch.ones_like(number[1:])
-    if not task.per_row:  # the scored items are the compared ones
-        rest[0] = ratio
-    return number * torch.cat([ratio[None], rest])
+        return number * ratios[0]
+    return number * torch.cat([ratios[: len(number) - 1], ratios.new_ones(1)])  # all rows are still there
 
 
 @dataclass

@@ -13,6 +13,7 @@ from ..graph import LEARNERS, STUDENT
 from ..pair.learner_view import LearnerView
 from ..pair.model import CoDistillationModel
 from ..tasks.two_tokenizers import prefix_of
+from .held_out import HeldOutErrors, rows_to_count
 from .meters import EvaluationMeter, MetricsOfEach, copy_of_metrics, perplexities, predictions_of
 
 
@@ -46,6 +47,8 @@ class PairEvaluation:
         self.args = args
         self._meter = EvaluationMeter()
         self._kept: dict[str, Any] | None = None
+        #: The errors of all models, if the weights of edges follow from the present evaluation.
+        self.errors: HeldOutErrors | None = None
         #: The keys of an evaluation that are not the user's metrics, and the learner of each that is a loss.
         self.ours: dict[str, str | None] = {}
         #: With `batch_eval_metrics`, the function and its copies: it keeps a state between its calls.
@@ -96,6 +99,7 @@ class PairEvaluation:
         losses: Mapping[str, Tensor | None],
         inputs: Mapping[str, Any],
         gather: Callable[[Tensor], Tensor],
+        sources: Mapping[str, Any],
     ) -> None:
         """Add the losses and the agreement of one batch.
 
@@ -105,7 +109,15 @@ class PairEvaluation:
             losses: Their losses, 0-dimensional, or `None` without labels.
             inputs: The batch.
             gather: Joins a tensor of all processes.
+            sources: Outputs of the frozen models outside of the pair, by name, if their errors are wanted.
         """
+        outputs = {name: view.last_outputs for name, view in views.items()} | sources
+        if self.errors is not None and pair.objective.is_labelled(inputs) and None not in outputs.values():
+            rows = next(value for value in inputs.values() if isinstance(value, Tensor))
+            alone = self.args.world_size == 1
+            counted = None if alone else rows_to_count(len(rows), self.args.process_index, gather, rows.device)
+            with torch.no_grad():
+                self.errors.add(pair.task, outputs, inputs, counted)
         for name in list(views)[1:]:
             if losses[name] is not None:
                 repeated = losses[name].repeat(self.args.eval_batch_size)  # weighted as Trainer weighs its own

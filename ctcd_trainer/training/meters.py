@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from ..graph import STUDENT
+from ..graph import STUDENT, Graph
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +65,8 @@ class LossMeter:
         first = min(bad_steps)
         if first == float("inf"):
             return
-        names = [name for name, step in zip(self._names, bad_steps, strict=True) if step == first]
+        found = zip(self._names, bad_steps, strict=True)
+        names = [name for name, step in found if step == first and name.endswith("_loss")]  # no gates
         broken = [name.removesuffix("_hard_loss") for name in names if name.endswith("_hard_loss")]
         if not broken:  # only a soft loss: its source is frozen and has no hard loss
             broken = [name.removesuffix("_loss").removesuffix("_feature").split("_from_")[-1] for name in names]
@@ -85,6 +86,16 @@ class LossMeter:
         self._sums.zero_()
         self._steps.zero_()
         return {name: mean for name, mean, number in zip(self._names, means, steps, strict=True) if number > 0}
+
+
+def warn_of_closed_gates(graph: Graph, logs: Mapping[str, float]) -> None:
+    """Warn once of each gate whose mean since the last log is below 1 %."""
+    for edge in graph.edges:
+        if logs.get(edge.gate_name, 1.0) < 0.01:
+            logger.warning_once(
+                f"The gate {edge.gate!r} of {edge.name} lets less than 1 % through, so that the {edge.learner} learns "
+                f"next to nothing from the {edge.source}. Set another gate, or `{edge.weight_name}=0`."
+            )
 
 
 class EvaluationMeter:

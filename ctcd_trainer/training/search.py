@@ -40,7 +40,11 @@ DEFAULT_SPACE: dict[str, Range] = {
 def default_space(graph: Graph, args: TrainingArguments) -> dict[str, Range]:
     """Return the part of the default space that has an effect with these arguments."""
     without = {edge.weight_name for edge in EDGES} - {edge.weight_name for edge in graph.edges}
-    without |= {"temperature", "soft_warmup_ratio"} if not graph.edges else set()
+    given = {edge: args.settings_of(edge) if hasattr(args, "settings_of") else {} for edge in graph.edges}
+    # A number would take the place of `auto`, or contradict the argument `edges`.
+    without |= {edge.weight_name for edge, own in given.items() if edge.auto or "weight" in own}
+    without |= {"temperature"} if all("temperature" in own for own in given.values()) else set()
+    without |= {"soft_warmup_ratio"} if all("schedule" in own for own in given.values()) else set()
     without |= {"student_learning_rate"} if STUDENT in graph.frozen else set()
     without |= {"learning_rate"} if TEACHER in graph.frozen else set()
     return {name: values for name, values in DEFAULT_SPACE.items() if name not in without and hasattr(args, name)}

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ctcd_trainer import CoDistillationTrainingArguments
 from ctcd_trainer.arguments import greater_is_better, learner_arguments
 from ctcd_trainer.checks.arguments import check_arguments
-from ctcd_trainer.graph import MODES
+from ctcd_trainer.graph import MODES, Edge
 from ctcd_trainer.soft_losses import SOFT_LOSSES
 
 EDGE_WEIGHTS = (
@@ -38,6 +38,8 @@ def test_it_is_a_training_arguments_with_the_documented_defaults():
         "teacher_hard_weight": 1.0,
         "student_hard_weight": 1.0,
         **dict.fromkeys(EDGE_WEIGHTS),
+        **dict.fromkeys(name.replace("_weight", f"_{what}") for name in EDGE_WEIGHTS for what in ("schedule", "gate")),
+        "edges": None,
         "temperature": 1.0,
         "soft_loss": "kl",
         "soft_warmup_ratio": 0.0,
@@ -255,3 +257,91 @@ def test_a_wrong_guess_of_trainer_is_refused_for_a_pair(metric, later, refused, 
     args.metric_for_best_model = later or metric
     with pytest.raises(ValueError, match=refused) if refused else nullcontext():
         check_arguments(args)
+
+
+def test_settings_of_edges_are_read_from_python_json_and_the_command_line(tmp_path):
+    settings = {"student -> teacher": {"rows": "all", "temperature": 2.0, "soft_loss": "js", "gate": "wsl"}}
+    settings["teacher->student"] = {"weight": "auto", "schedule": "fall:0.4"}
+    args = make(tmp_path, edges=settings, teacher_from_student_weight=0.3)
+    parser = HfArgumentParser(CoDistillationTrainingArguments)
+    line = ["--output_dir", str(tmp_path), "--edges", json.dumps(settings), "--teacher_from_student_weight", "0.3"]
+    parsed = parser.parse_args_into_dataclasses(line)[0]
+    short = parser.parse_dict(
+        {
+            "output_dir": str(tmp_path),
+            "edges": {"student->teacher": {"rows": "all", "temperature": 2.0, "soft_loss": "js"}},
+            "teacher_from_student_gate": "wsl",
+            "student_from_teacher_weight": "auto",
+            "student_from_teacher_schedule": "fall:0.4",
+            "teacher_from_student_weight": "0.3",
+        }
+    )[0]
+    expected = (
+        Edge("teacher", "student", 1.0, auto=True, schedule="fall:0.4"),
+        Edge("student", "teacher", 0.3, gate="wsl", temperature=2.0, soft_loss="js"),
+    )
+    for each in (args, parsed, short, dataclasses.replace(args), pickle.loads(pickle.dumps(parsed))):
+        assert each.graph.edges == expected
+        assert each.student_from_teacher_weight == "auto"
+        assert each.teacher_from_student_weight == 0.3
+        json.dumps(each.to_dict())
+
+
+def test_by_default_a_teacher_learns_from_its_student_on_labelled_rows(tmp_path):
+    rows = lambda **options: {edge.name: edge.rows for edge in make(tmp_path, **options).graph.edges}  # noqa: E731
+    community = rows(distillation_mode="community")
+    assert {name for name, kind in community.items() if kind == "labelled"} == {"teacher_from_student"}
+    assert set(rows(teacher_hard_weight=0.0).values()) == {"all"}
+
+
+def test_the_warm_up_is_the_schedule_of_all_edges_without_another_one(tmp_path):
+    args = make(tmp_path, soft_warmup_ratio=0.1, student_from_teacher_schedule="constant")
+    assert [edge.schedule for edge in args.graph.edges] == ["constant", "rise:0.1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edges": "{"}, r"`edges='{'` is not valid. Give settings .*\"student->teacher\""),
+        ({"edges": ["student"]}, "is not valid. Give settings"),
+        (
+            {"edges": {"a->b": {}}},
+            "unknown edge 'a->b'. Valid names: teacher->student, student->teacher, pretrained->",
+        ),
+        (
+            {"edges": {"student->teacher": {"gates": "wsl"}}},
+            "unknown setting 'gates'. Valid names: weight, schedule, g",
+        ),
+        ({"edges": {"student->teacher": {"gate": "x"}}}, r"\['gate'\]='x'` is not valid. Valid values: none, correct"),
+        ({"edges": {"student->teacher": {"gate": []}}}, "Valid values: none, correct, wsl, confident"),
+        ({"edges": {"student->teacher": {"rows": "some"}}}, "Valid values: all, labelled, unlabelled"),
+        ({"edges": {"student->teacher": {"temperature": 0}}}, "Valid values: a number above 0"),
+        ({"edges": {"student->teacher": {"soft_loss": "l1"}}}, "Valid values: js, kl, mse, reverse_kl"),
+        ({"edges": {"student->teacher": {"weight": -1}}}, "Valid values: a number of 0 or more, or 'auto'"),
+        ({"edges": {"student->teacher": {"schedule": "up"}}}, "'up' is no schedule. Valid forms.*window:0.1-0.5"),
+        ({"teacher_from_student_schedule": "fall:2"}, "`teacher_from_student_schedule='fall:2'` is not valid"),
+        ({"teacher_from_student_gate": "all"}, "`teacher_from_student_gate='all'` is not valid"),
+        ({"teacher_from_student_weight": "much"}, "'much'` is not valid: .* of 0 or more, or 'auto'"),
+        (
+            {"edges": {"student->teacher": {"gate": "wsl"}}, "teacher_from_student_gate": "correct"},
+            r"`teacher_from_student_gate='correct'` contradicts `edges\['student->teacher'\]\['gate'\]='wsl'`",
+        ),
+        (
+            {"edges": {"student->teacher": {"weight": 0.5}}, "teacher_from_student_weight": "auto"},
+            "`teacher_from_student_weight='auto'` contradicts",
+        ),
+        (
+            {"distillation_mode": "kd", "edges": {"student->teacher": {"gate": "wsl"}}},
+            r"`edges\['student->teacher'\]` has no effect: `teacher_from_student_weight` is 0 .*'kd'.*->student",
+        ),
+        ({"distillation_mode": "kd", "teacher_from_student_weight": "auto"}, "freezes the teacher"),
+        ({"student_from_pretrained_schedule": "fall:0.5"}, "`student_from_pretrained_schedule` has no effect"),
+        (
+            {"teacher_from_student_weight": "auto", "teacher_hard_weight": 0.0},
+            "`teacher_from_student_weight='auto'` is a multiple of `teacher_hard_weight`, which is 0",
+        ),
+    ],
+)
+def test_settings_of_edges_that_are_not_valid_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)

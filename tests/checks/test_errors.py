@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import VOCAB_SIZE, collate, tiny_args, tiny_bert, tiny_rows, tiny_trainer, train_alone, weights_of
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import (
     BertConfig,
@@ -25,9 +26,10 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer import CoDistillationTrainer, Mixup, make_pair
+from ctcd_trainer.arguments import DistillationArguments
 from ctcd_trainer.checks.arguments import check_arguments, check_optimizer, check_strategy
-from ctcd_trainer.tasks import find_task
+from ctcd_trainer.tasks import UnknownHead, find_task
 
 
 def test_a_different_number_of_labels_is_refused(tmp_path):
@@ -596,3 +598,39 @@ def test_a_tokenizer_that_cannot_be_built_does_not_stop_a_training(tmp_path, mon
         tmp_path, student_model=str(tmp_path / "student"), processing_class=tokenizer_of(48), max_steps=1
     )
     trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("problem", "options", "message"),
+    [
+        ("regression", {"teacher_from_student_gate": "correct"}, "the gate 'correct' needs classes"),
+        ("regression", {"teacher_from_student_gate": "confident"}, "the gate 'confident' needs classes"),
+        (
+            "single_label",
+            {"student_from_teacher_gate": "wsl", "soft_loss_func": print},
+            "`gate` has no effect on a `sof",
+        ),
+        (
+            "single_label",
+            {"edges": {"student->teacher": {"rows": "all"}}, "soft_loss_func": print},
+            "`rows` has no effect on a `soft_loss_func`",
+        ),
+        (
+            "single_label",
+            {"teacher_from_student_gate": "wsl", "augmentation": Mixup()},
+            "`Mixup` and the gate 'wsl' of teacher_from_student",
+        ),
+    ],
+)
+def test_settings_of_edges_that_do_not_fit_the_task_are_refused(problem, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, problem, **options)
+
+
+def test_settings_of_edges_that_do_not_fit_tokens_or_an_unknown_head_are_refused():
+    models = [tiny_model("bert", "token-classification", layers) for layers in (2, 1)]
+    with pytest.raises(ValueError, match="`rows='unlabelled'` is for tasks of whole rows"):
+        make_pair(*models, DistillationArguments(edges={"teacher->student": {"rows": "unlabelled"}}))
+    unknown = [torch.nn.Linear(2, 2) for _ in range(2)]
+    with pytest.raises(ValueError, match="of an unknown head it is not known which prediction is right"):
+        make_pair(*unknown, DistillationArguments(student_from_teacher_weight="auto"), task=UnknownHead(None))

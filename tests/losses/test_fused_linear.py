@@ -1,5 +1,7 @@
 """The fused losses of language-model heads equal `F.cross_entropy` of full logits, and the divergences as defined."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -49,12 +51,30 @@ def naive_soft(learner, source, name, tau):
     return tau**2 * 0.5 * ((p * (p / m).log()).sum() + (q * (q / m).log()).sum())
 
 
+def naive_gates(learner, source, labels, gate):
+    """The factor of each position, by definition."""
+    learner, source = torch.softmax(learner.detach(), 1), torch.softmax(source.detach(), 1)
+    if gate == "correct":
+        return (source.argmax(1) == labels).to(source.dtype)
+    if gate == "wsl":
+        positions = torch.arange(len(labels))
+        return 1 - torch.exp(-learner[positions, labels].log() / source[positions, labels].log())
+    return 1 + (source * source.log()).sum(1) / math.log(source.shape[1])
+
+
 def naive_losses(heads, labels, hard_weights, edges, name, tau):
     z = {learner: naive_logits(head) for learner, head in heads.items()}
     values = {f"{m}_hard_loss": F.cross_entropy(z[m], labels, reduction="sum") for m in hard_weights}
-    values |= {e.loss_name: naive_soft(z[e.learner], z[e.source], name, tau) for e in edges}
+    gates = {e.gate_name: naive_gates(z[e.learner], z[e.source], labels, e.gate) for e in edges if e.gate != "none"}
+    for e in edges:
+        settings = e.soft_loss or name, e.temperature or tau
+        factors = gates.get(e.gate_name, torch.ones(len(labels)))
+        rows = zip(factors, z[e.learner].split(1), z[e.source].split(1), strict=True)
+        soft = sum((factor * naive_soft(*pair, *settings) for factor, *pair in rows), torch.zeros(()))
+        values[e.loss_name] = naive_soft(z[e.learner], z[e.source], *settings) if e.gate == "none" else soft
     weights = [*hard_weights.values(), *(e.weight for e in edges)]
-    return sum(w * v for w, v in zip(weights, values.values(), strict=True)), values
+    total = sum(w * v for w, v in zip(weights, values.values(), strict=True))
+    return total, values | {gate: factors.sum() for gate, factors in gates.items()}
 
 
 def check(heads, labels, hard_weights, edges, name="kl", tau=1.0, rtol=1e-5, **options):

@@ -73,7 +73,9 @@ def missing_targets() -> dict[str, Any]:
         row["labels"] = [*row["labels"][:there], *[math.nan] * (4 - there)]
     models = (("model", 3), ("student_model", 2))
     models = {name: tiny_bert(layers, layers, "multi_label") for name, layers in models}
-    return classification() | models | {"train_dataset": rows}
+    edges = {"teacher_from_student_weight": "auto", "eval_strategy": "steps", "eval_steps": 2}
+    edges["edges"] = {"teacher->student": {"rows": "unlabelled", "gate": "confident"}}
+    return classification() | models | {"train_dataset": rows} | edges
 
 
 def masked_lm() -> dict[str, Any]:
@@ -145,6 +147,10 @@ def community_lm() -> dict[str, Any]:
     return causal_lm() | {
         "distillation_mode": "community",
         "pretrained_teacher": tiny_model("llama", "causal-lm", 2, seed=3, tie_word_embeddings=False),
+        "student_from_pretrained_weight": "auto",
+        "student_from_teacher_gate": "wsl",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
     }
 
 

@@ -13,6 +13,8 @@ from transformers import default_data_collator
 from ctcd_trainer import CoDistillationTrainer
 from ctcd_trainer.training.meters import LossMeter
 
+#: Both soft losses compare all rows; by default a teacher learns from its student on labelled rows.
+ALL_ROWS = {"edges": {"student->teacher": {"rows": "all"}}}
 UNLABELLED = {"single_label": -100, "multi_label": [math.nan] * 4, "regression": math.nan}
 
 
@@ -23,14 +25,15 @@ def mixed_rows(problem: str, count: int = 24, unlabelled: tuple[int, ...] = (0, 
     ]
 
 
-def naive_losses(problem: str, logits: list[torch.Tensor], rows: list[dict], tau: float) -> torch.Tensor:
-    """The sum of both hard and both soft losses of some rows, one row at a time."""
-    hard, soft, count = 0.0, 0.0, 0
+def naive_losses(problem: str, logits: list[torch.Tensor], rows: list[dict], tau: float, kind: str) -> torch.Tensor:
+    """The sum of both hard and both soft losses of some rows, one row at a time; the teacher's on rows of a kind."""
+    hard, total, count = 0.0, 0.0, 0
     for index, row in enumerate(rows):
         first, second = (each[index] for each in logits)
         labelled = row["labels"] != UNLABELLED[problem] and not math.isnan(torch.tensor(row["labels"]).sum().item())
         count += labelled
         for own, other in ((first, second.detach()), (second, first.detach())):
+            soft = 0.0
             if problem == "single_label":
                 soft = soft + tau**2 * F.kl_div(
                     F.log_softmax(own / tau, -1), F.log_softmax(other / tau, -1), reduction="sum", log_target=True
@@ -46,15 +49,21 @@ def naive_losses(problem: str, logits: list[torch.Tensor], rows: list[dict], tau
             else:
                 soft = soft + (own - other).square().sum()
                 hard = hard + (own - torch.tensor(row["labels"])).square().sum() if labelled else hard
-    return hard / count + soft / len(rows)
+            if own is second or kind == "all":
+                total = total + soft / len(rows)
+            elif labelled == (kind == "labelled"):
+                alike = [UNLABELLED[problem] is each["labels"] or each["labels"] == -100 for each in rows]
+                total = total + soft / alike.count(kind == "unlabelled")
+    return hard / count + total
 
 
-@pytest.mark.parametrize("tau", [1.0, 3.0])
+@pytest.mark.parametrize(("tau", "kind"), [(1.0, "all"), (3.0, "all"), (3.0, "labelled"), (1.0, "unlabelled")])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_each_loss_is_a_mean_over_its_own_rows(problem, tau, tmp_path):
+def test_each_loss_is_a_mean_over_its_own_rows(problem, tau, kind, tmp_path):
     rows = mixed_rows(problem)
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
     settings = {**options, "temperature": tau, "per_device_train_batch_size": 8, "max_steps": 3}
+    settings |= {"edges": {"student->teacher": {"rows": kind}}} if kind != "labelled" else {}  # the default
     trainer = tiny_trainer(tmp_path, problem, train_dataset=rows, **settings)
     twin = tiny_trainer(tmp_path, problem)
     models = [twin.teacher_model, twin.student_model]
@@ -65,7 +74,7 @@ def test_each_loss_is_a_mean_over_its_own_rows(problem, tau, tmp_path):
         logits = [model.train()(**batch).logits for model in models]
         for model in models:
             model.zero_grad()
-        naive_losses(problem, logits, own, tau).backward()
+        naive_losses(problem, logits, own, tau, kind).backward()
         with torch.no_grad():
             for model in models:
                 for parameter in model.parameters():
@@ -80,7 +89,9 @@ def test_each_loss_is_a_mean_over_its_own_rows(problem, tau, tmp_path):
 def test_accumulated_batches_count_each_kind_of_row_over_all_of_them(problem, tmp_path):
     """Also where a micro-batch has no labelled row, or no other."""
     rows = mixed_rows(problem, 16, unlabelled=(0, 1, 5, 8, 9))
-    settings = {"train_dataset": rows, "max_steps": 2, "learning_rate": 1e-3}
+    settings = {"train_dataset": rows, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1}
+    gate = {} if problem == "regression" else {"gate": "confident"}
+    settings["edges"] = {"teacher->student": {"rows": "unlabelled", **gate}}
     trainers = [
         tiny_trainer(
             tmp_path, problem, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings
@@ -91,6 +102,9 @@ def test_accumulated_batches_count_each_kind_of_row_over_all_of_them(problem, tm
         trainer.train()
     for other in trainers[1:]:
         assert_same_weights(other.pair, trainers[0].pair, 1e-6)
+        for log, expected in zip(other.state.log_history, trainers[0].state.log_history, strict=True):
+            losses = {name: value for name, value in expected.items() if name.endswith(("_loss", "_gate"))}
+            assert {name: log[name] for name in losses} == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_multiple_choice_without_a_label_is_compared(tmp_path):
@@ -99,7 +113,8 @@ def test_a_multiple_choice_without_a_label_is_compared(tmp_path):
         "model": tiny_model("bert", "multiple-choice", 2),
         "student_model": tiny_model("bert", "multiple-choice", 1),
     }
-    trainer = tiny_trainer(tmp_path, **models, train_dataset=rows_of(batch), data_collator=default_data_collator)
+    data = {"train_dataset": rows_of(batch), "data_collator": default_data_collator}
+    trainer = tiny_trainer(tmp_path, **models, **data, **ALL_ROWS)
     batch["labels"][[1, 4]] = -100
     loss = trainer.compute_loss(trainer.pair, dict(batch))
     with torch.no_grad():
@@ -158,7 +173,7 @@ def test_rows_with_neither_label_nor_partner_are_refused(problem, tmp_path):
 
 def test_rows_without_a_label_are_counted_in_the_log(tmp_path, caplog):
     caplog.set_level("WARNING", logger="ctcd_trainer")
-    tiny_trainer(tmp_path, "regression", train_dataset=mixed_rows("regression", 12))
+    tiny_trainer(tmp_path, "regression", train_dataset=mixed_rows("regression", 12), **ALL_ROWS)
     text = "6 of 12 rows of `train_dataset` have no label (nan): only the soft losses use them, which train the "
     assert f"{text}student and the teacher." in caplog.text
 
@@ -166,7 +181,8 @@ def test_rows_without_a_label_are_counted_in_the_log(tmp_path, caplog):
 def test_it_is_said_whom_rows_without_a_label_train(tmp_path, caplog):
     caplog.set_level("WARNING", logger="ctcd_trainer")
     rows = mixed_rows("single_label", 12)
-    trainer = tiny_trainer(tmp_path, train_dataset=rows, eval_dataset=rows, student_from_teacher_weight=0.0)
+    options = {"train_dataset": rows, "eval_dataset": rows, "student_from_teacher_weight": 0.0}
+    trainer = tiny_trainer(tmp_path, **options, **ALL_ROWS)
     assert (
         "6 of 12 rows of `train_dataset` have no label (-100): only the soft losses use them, which train the teac"
         in (caplog.text)
@@ -183,6 +199,11 @@ def test_rows_without_a_label_are_refused_if_all_soft_weights_are_zero(tmp_path)
     weights = {"student_from_teacher_weight": 0.0, "teacher_from_student_weight": 0.0}
     with pytest.raises(ValueError, match=r"Row 0 and 5 more have no label.*no model learns from another"):
         tiny_trainer(tmp_path, train_dataset=mixed_rows("single_label", 12), **weights)
+
+
+def test_rows_that_train_nothing_are_refused_where_the_teacher_alone_learns_from_labelled_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"Row 0 and 5 more have no label.*on labelled rows alone.*'rows': 'all'"):
+        tiny_trainer(tmp_path, train_dataset=mixed_rows("single_label", 12), student_from_teacher_weight=0.0)
 
 
 def test_labels_beyond_zero_and_one_are_refused(tmp_path):
@@ -226,7 +247,7 @@ def naive_hard_loss(problem, logits, labels):
 @pytest.mark.parametrize("problem", ["multi_label", "regression"])
 def test_missing_targets_count_in_no_hard_loss_and_every_output_is_compared(problem, tmp_path):
     rows = rows_with_missing_targets(problem)
-    trainer = trainer_of_outputs(tmp_path, problem, train_dataset=rows)
+    trainer = trainer_of_outputs(tmp_path, problem, train_dataset=rows, **ALL_ROWS)
     batch = collate(rows)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     first, second = (model(**inputs).logits for model in (trainer.teacher_model, trainer.student_model))

@@ -17,6 +17,7 @@ from tiny import (
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ctcd_trainer import CoDistillationTrainer
+from ctcd_trainer.edges import find_schedule
 
 
 def assert_same_pair(first, second, tolerance=0.0):
@@ -191,7 +192,7 @@ def test_the_users_arguments_are_not_changed(tmp_path):
 def test_soft_warmup_starts_from_the_hard_losses_alone(tmp_path):
     """The first of four warm-up steps has factor 0: after one step the weights are those of two trainings alone."""
     warm = tiny_trainer(tmp_path, soft_warmup_ratio=1.0, max_steps=4)
-    factors = [warm.args.soft_weight_factor(step, 4) for step in range(5)]
+    factors = [find_schedule(warm.graph.edges[0].schedule).factor(step, 4) for step in range(5)]
     assert factors == [0.0, 0.25, 0.5, 0.75, 1.0]
     alone = tiny_trainer(tmp_path, distillation_mode="standalone", max_steps=4)
     after_first_step = []
