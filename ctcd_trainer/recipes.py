@@ -64,6 +64,12 @@ def _evaluations(args: Any) -> str | None:
     return args.save_strategy if args.save_strategy in ("steps", "epoch") else None
 
 
+def _listening(args: Any) -> str | None:
+    """How much the teacher learns from the student, where both are trained and something is evaluated."""
+    both = args.distillation_mode in ("ctcd", "community") and args.teacher_hard_weight and not args.edges
+    return "auto" if both and getattr(args, "eval_strategy", "no") != "no" else None
+
+
 _START = "the student is made from a teacher that knows the task; the teacher is trained alone as long as both are"
 
 RECIPES: Mapping[str, Recipe] = {
@@ -73,6 +79,11 @@ RECIPES: Mapping[str, Recipe] = {
             Setting("warm_start_epochs", _epochs, _START),
             Setting("warm_start_steps", _steps, _START),
             Setting("eval_strategy", _evaluations, "both models are watched on held-out data"),
+            Setting(
+                "teacher_from_student_weight",
+                _listening,
+                "the teacher learns from the student as far as the student is worth it on held-out data",
+            ),
         ),
     ),
     "paper": Recipe(

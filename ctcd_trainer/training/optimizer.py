@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 #: The rate of a student that is cut from the teacher, over the teacher's rate, is the ratio of the teacher's layers to
 #: the student's to the power of `RATE_EXPONENT`, and at most `MOST_RATE_FACTOR`.
-RATE_EXPONENT, MOST_RATE_FACTOR = 0.0, 4.0
+RATE_EXPONENT, MOST_RATE_FACTOR = 2.0, 4.0
 
 
 def default_student_learning_rate(learning_rate: float, teacher: nn.Module, student: nn.Module) -> float:
@@ -49,6 +49,8 @@ def default_student_learning_rate(learning_rate: float, teacher: nn.Module, stud
 def default_learning_rates(pair: CoDistillationModel, args: TrainingArguments) -> dict[str, float]:
     """Return the rates that follow from the models and differ from `learning_rate`, by argument; log them."""
     rates = {}
+    if getattr(args, "share", None) is not None:
+        return rates  # the parts in common are trained at the teacher's rate
     for name in [name for name in pair.trained if name != pair.primary]:
         rate = default_student_learning_rate(args.learning_rate, pair.learners[pair.primary], pair.learners[name])
         if rate != args.learning_rate and getattr(args, f"{name}_learning_rate", None) is None:

@@ -18,7 +18,8 @@ def parsed(tmp_path, *words):
 def test_the_best_recipe_warms_up_for_as_long_as_both_are_trained(tmp_path):
     args = parsed(tmp_path, "--recipe", "best", "--num_train_epochs", "5", "--do_eval")
     assert (args.warm_start_epochs, args.warm_start_steps, args.eval_strategy) == (5.0, 0, "epoch")
-    assert args.by_recipe == {"warm_start_epochs", "eval_strategy"}
+    assert args.teacher_from_student_weight == "auto"
+    assert args.by_recipe == {"warm_start_epochs", "eval_strategy", "teacher_from_student_weight"}
     args = parsed(tmp_path, "--recipe", "best", "--max_steps", "7")
     assert (args.warm_start_epochs, args.warm_start_steps, args.eval_strategy) == (0.0, 7, "no")
     saved = ("--load_best_model_at_end", "--save_strategy", "steps", "--do_eval")
@@ -27,7 +28,7 @@ def test_the_best_recipe_warms_up_for_as_long_as_both_are_trained(tmp_path):
 
 def test_what_the_user_sets_stays(tmp_path):
     args = parsed(tmp_path, "--recipe", "best", "--warm_start_epochs", "0", "--eval_strategy", "steps", "--do_eval")
-    assert (args.warm_start, args.eval_strategy, args.by_recipe) == (False, "steps", set())
+    assert (args.warm_start, args.eval_strategy, args.by_recipe) == (False, "steps", {"teacher_from_student_weight"})
     assert args.recipe_log[0] == "`warm_start_epochs=0.0` is yours and stays; the recipe has 3.0."
     args = parsed(tmp_path, "--recipe", "best", "--warm_start_steps", "9", "--max_steps", "7")
     assert (args.warm_start_epochs, args.warm_start_steps) == (0.0, 9)
@@ -36,6 +37,19 @@ def test_what_the_user_sets_stays(tmp_path):
     assert not parsed(tmp_path, "--recipe", "best", "--warm_start_epochs", "0", "--max_steps", "7").warm_start
     args = parsed(tmp_path, "--recipe", "paper", "--distillation_mode", "kd")
     assert args.distillation_mode == "kd"
+
+
+def test_the_best_recipe_lets_the_teacher_listen_only_where_that_can_be_judged(tmp_path):
+    weight = "teacher_from_student_weight"
+    for words, expected in (
+        (["--eval_strategy", "steps", "--eval_steps", "5"], "auto"),
+        ([], 1.0),
+        (["--do_eval", "--teacher_from_student_weight", "0.3"], 0.3),
+        (["--do_eval", "--distillation_mode", "kd"], 0.0),
+        (["--do_eval", "--teacher_hard_weight", "0"], 1.0),
+        (["--do_eval", "--edges", '{"student->teacher": {"weight": 0.2}}'], 0.2),
+    ):
+        assert getattr(parsed(tmp_path, "--recipe", "best", *words), weight) == expected
 
 
 def test_the_papers_recipe_is_the_default_without_a_warm_start(tmp_path):
