@@ -68,6 +68,10 @@ class ModeDefault(float):
     """A number that nobody gave: a weight follows the mode when that is changed (`dataclasses.replace`, a search)."""
 
 
+class AutoDefault(str):
+    """The weight `auto` that the argument `edges` has filled in: it follows that argument."""
+
+
 def parse_share(share: str) -> int | None:
     """Number of shared layers: 0 if only the embeddings are shared, `None` for all layers of the student.
 
@@ -406,10 +410,13 @@ class DistillationArguments:
         if isinstance(weight, str) and weight != AUTO:  # from the command line
             with suppress(ValueError):
                 weight = float(weight)
-        weight = setting_of(edge, "weight", self.edges or {}, None if isinstance(weight, ModeDefault) else weight)
+        given = None if isinstance(weight, (ModeDefault, AutoDefault)) else weight
+        weight = setting_of(edge, "weight", self.edges or {}, given)
+        if given is not None:
+            return weight
         if weight is None:
-            return ModeDefault(MODES[self.distillation_mode].default_weight(edge.source, edge.learner))
-        return weight
+            weight = MODES[self.distillation_mode].default_weight(edge.source, edge.learner)
+        return AutoDefault(AUTO) if weight == AUTO else ModeDefault(weight)
 
     def settings_of(self, edge: Edge) -> dict[str, Any]:
         """Return the settings of an edge that were given, its weight only if it is in the argument `edges`."""

@@ -73,11 +73,11 @@ def setting_trial(arguments: DistillationArguments) -> Iterator[None]:
     Raises:
         ValueError: The arguments of the trial are not valid.
     """
-    weights = {edge.weight_name: getattr(arguments, edge.weight_name) for edge in EDGES}
-    for name in weights:
+    before = {name: getattr(arguments, name) for name in (*(edge.weight_name for edge in EDGES), "edges")}
+    for name in before:
         setattr(arguments, name, None)
     yield
-    for name, value in weights.items():
+    for name, value in before.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     arguments.check()

@@ -341,6 +341,20 @@ def test_a_weight_of_zero_is_an_argument_but_the_weights_of_the_mode_are_none(tm
         assert set(metadata_of(text).tags) == {"generated_from_trainer", "knowledge-distillation"}
 
 
+def test_cards_tell_what_weighs_a_soft_loss(tmp_path):
+    settings = {
+        "student_from_teacher_gate": "wsl",
+        "student_from_teacher_schedule": "fall:0.4",
+        "eval_strategy": "epoch",
+    }
+    edges = {"student->teacher": {"weight": "auto", "temperature": 2.0}}
+    text = cards_of(tiny_trainer(tmp_path, eval_dataset=tiny_rows(4), edges=edges, **settings))["teacher"]
+    assert "the predictions of the student (weight from held-out rows)" in text
+    assert "the predictions of the teacher (weight 1, schedule fall:0.4, gate wsl)" in text
+    assert "- `student_from_teacher_gate`: `wsl`" in text
+    assert "- `edges`: `{'student->teacher': {'weight': 'auto', 'temperature': 2.0}}`" in text
+
+
 def test_a_pair_without_distillation_is_not_called_distilled(tmp_path):
     for text in cards_of(tiny_trainer(tmp_path, distillation_mode="standalone")).values():
         assert "without\ndistillation" in text

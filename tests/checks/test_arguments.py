@@ -285,6 +285,9 @@ def test_settings_of_edges_are_read_from_python_json_and_the_command_line(tmp_pa
         assert each.student_from_teacher_weight == "auto"
         assert each.teacher_from_student_weight == 0.3
         json.dumps(each.to_dict())
+    changed = dataclasses.replace(args, edges={"teacher->student": {"weight": 0.5}})
+    assert (changed.student_from_teacher_weight, changed.teacher_from_student_weight) == (0.5, 0.3)
+    assert dataclasses.replace(parsed, edges=None).student_from_teacher_weight == 1.0
 
 
 def test_by_default_a_teacher_learns_from_its_student_on_labelled_rows(tmp_path):

@@ -11,6 +11,7 @@ from test_fused_linear import check, make_head, make_labels
 from tiny import assert_same_weights, tiny_bert, tiny_rows, tiny_trainer
 from tiny_models import rows_of, tiny_batch, tiny_model
 from transformers import BertConfig, default_data_collator
+from transformers.utils.logging import warning_once
 
 from ctcd_trainer import make_pair
 from ctcd_trainer.arguments import DistillationArguments
@@ -70,6 +71,7 @@ def test_an_edge_has_the_weight_of_its_schedule_and_of_held_out_rows(caplog):
     )
     objective = Objective(SequenceClassification(BertConfig()), arguments)
     caplog.set_level("WARNING", logger="ctcd_trainer")
+    warning_once.cache_clear()  # other tests may have seen it
     weights = {}
     for step in (0, 1, 2, 4):
         objective.progress = Progress(step, 8)
@@ -255,6 +257,7 @@ def test_accumulating_gated_micro_batches_equals_one_batch(fused, tmp_path):
 
 def test_a_gate_that_lets_nothing_through_is_reported(tmp_path, caplog):
     caplog.set_level("WARNING", logger="ctcd_trainer")
+    warning_once.cache_clear()
     student = tiny_bert(2, seed=2)
     with torch.no_grad():
         student.classifier.bias.copy_(torch.tensor([50.0, 0.0, 0.0]))

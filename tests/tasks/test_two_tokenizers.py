@@ -166,7 +166,7 @@ def test_the_collator_of_two_pads_each_with_its_own(tmp_path):
 
 def test_rows_without_a_label_are_compared_over_two_tokenizers(tmp_path):
     mixed = [{**row, "labels": row["labels"] if index % 2 else -100} for index, row in enumerate(rows())]
-    trainer = trainer_of(tmp_path, train_dataset=mixed)
+    trainer = trainer_of(tmp_path, train_dataset=mixed, edges={"student->teacher": {"rows": "all"}})
     batch = trainer.data_collator(mixed[:6])
     loss = trainer.compute_loss(trainer.pair, batch)
     *batches, labels = naive_batch(mixed[:6])

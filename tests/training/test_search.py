@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import default_compute_objective
 
 from ctcd_trainer.arguments import DistillationArguments
-from ctcd_trainer.training.search import DEFAULT_SPACE, objective
+from ctcd_trainer.training.search import DEFAULT_SPACE, default_space, objective
 
 optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -120,6 +120,30 @@ def test_the_default_space_is_of_what_has_an_effect(mode, without, tmp_path):
     for name, value in best.hyperparameters.items():
         assert DEFAULT_SPACE[name].low <= value <= DEFAULT_SPACE[name].high
         assert getattr(trainer.args, name) == value
+
+
+def test_the_default_space_leaves_settings_of_edges_alone(tmp_path):
+    edges = {"teacher->student": {"temperature": 2.0, "schedule": "fall:0.4"}, "student->teacher": {"weight": 0.3}}
+    edges["student->teacher"] |= {"temperature": 1.0, "schedule": "constant"}
+    args = tiny_args(tmp_path, edges=edges, student_from_teacher_weight="auto")
+    assert default_space(args.graph, args).keys() == {"learning_rate", "student_learning_rate"}
+
+
+def test_a_trial_may_let_held_out_rows_set_a_weight(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "model_init": lambda: tiny_bert(1)}
+    options |= {"student_model_init": lambda: tiny_bert(1), "eval_dataset": tiny_rows(6)}
+    trainer = tiny_trainer(tmp_path, **options)
+
+    def space(trial):
+        names = {"teacher_from_student_weight": ["auto"], "student_from_teacher_schedule": ["fall:1.0"]}
+        names["edges"] = ['{"student->teacher": {"gate": "wsl"}}']
+        return {name: trial.suggest_categorical(name, values) for name, values in names.items()}
+
+    trainer.hyperparameter_search(space, n_trials=1, backend="optuna", direction="minimize")
+    assert [(e.auto, e.schedule, e.gate) for e in trainer.graph.edges] == [
+        *((False, "fall:1.0", "none"), (True, "constant", "wsl")),
+    ]
+    assert "teacher_from_student" in trainer.pair.objective.held_out.weights
 
 
 def test_a_trial_can_choose_the_size_of_the_student(tmp_path):
