@@ -10,9 +10,22 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .edges import AUTO, GATES, SCHEDULES, check_setting, read_edges, setting_of
+from .edges import AUTO, GATES, POOLS, SCHEDULES, check_setting, read_edges, read_members, setting_of
 from .feature_losses import FEATURE_LOSSES, parse_layers
-from .graph import EDGES, LEARNERS, MODES, PRETRAINED, STUDENT, TEACHER, Edge, FeatureEdge, Graph
+from .graph import (
+    AVERAGE,
+    EDGES,
+    ENSEMBLE,
+    LEARNERS,
+    MADE_EDGES,
+    MODES,
+    PRETRAINED,
+    STUDENT,
+    TEACHER,
+    Edge,
+    FeatureEdge,
+    Graph,
+)
 from .recipes import RECIPES
 from .soft_losses import SOFT_LOSSES
 
@@ -102,6 +115,10 @@ def _summaries(table: Mapping[str, Any]) -> str:
     return " ".join(f"`{name}`: {entry.summary}." for name, entry in table.items())
 
 
+def _described(table: Mapping[str, str]) -> str:
+    return " ".join(f"`{name}`: {text}." for name, text in table.items())
+
+
 def _weight(learner: str, source: str) -> Any:
     return _argument(
         None,
@@ -159,6 +176,15 @@ class DistillationArguments:
         None,
         "All settings of edges, a dict or JSON: weight, schedule, gate, rows (all, labelled, unlabelled), temperature "
         'and soft_loss, as {"student->teacher": {"weight": "auto", "rows": "all", "temperature": 2.0}}.',
+    )
+    ensemble: dict | str | None = _argument(  # noqa: RUF009
+        None,
+        "Weights of the members of the source `ensemble` of `edges`, a dict or JSON by name (teacher, student, "
+        "pretrained), or `auto`: those with the least error on held-out rows. Default: equal weights of the learners.",
+    )
+    ensemble_of: str = _argument("logits", f"The mean that the ensemble is. {_described(POOLS)}", POOLS)
+    average_decay: float = _argument(
+        0.999, "Decay, at each step, of the averages of weights that are sources of `edges` (`teacher_average`, ...)."
     )
     temperature: float = _argument(
         1.0, "Temperature of the soft losses, which are multiplied by its square to keep their scale."
@@ -274,12 +300,13 @@ class DistillationArguments:
             ValueError: See the class.
         """
         tables = {"distillation_mode": MODES, "soft_loss": SOFT_LOSSES, "feature_loss": FEATURE_LOSSES}
-        for name, table in (tables | {"feature_source": (TEACHER, PRETRAINED)}).items():
+        for name, table in (tables | {"feature_source": (TEACHER, PRETRAINED), "ensemble_of": POOLS}).items():
             if getattr(self, name) not in table:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is unknown. Valid values: {', '.join(sorted(table))}."
                 )
         self.edges = read_edges(self.edges) or None
+        self.ensemble = read_members(self.ensemble)
         for edge in EDGES:
             setattr(self, edge.weight_name, self._weight(edge))
         if self.warm_start_epochs is None:
@@ -288,6 +315,7 @@ class DistillationArguments:
         self._check_frozen()
         for edge in EDGES:
             self._check_edge(edge)
+        self._check_made_edges()
         if self.share is not None:
             parse_share(self.share)
         self._check_features()
@@ -343,6 +371,7 @@ class DistillationArguments:
         ranges |= {edge.weight_name: "of 0 or more" for edge in EDGES if getattr(self, edge.weight_name) != AUTO}
         ranges |= {"temperature": "above 0", "soft_warmup_ratio": "from 0 to 1.0", "warm_start_epochs": "of 0 or more"}
         ranges["student_feature_weight"] = "of 0 or more"
+        ranges["average_decay"] = "from 0 to 1.0"
         optional = [f"{learner}_{name}" for learner in LEARNERS for name in PER_LEARNER] + ["warm_start_learning_rate"]
         ranges |= {name: "of 0 or more" for name in optional if getattr(self, name, None) is not None}
         for name, valid in ranges.items():
@@ -404,6 +433,38 @@ class DistillationArguments:
                 "above 0."
             )
 
+    def _check_made_edges(self) -> None:
+        """Refuse edges from the ensemble and from copies of learners that are not valid, and settings without them."""
+        given = [edge for edge in MADE_EDGES if edge.arrow in (self.edges or {})]
+        for edge in given:
+            if edge.learner not in MODES[self.distillation_mode].trained:
+                raise ValueError(
+                    f"`edges[{edge.arrow!r}]` has no effect: `distillation_mode='{self.distillation_mode}'` freezes "
+                    f"the {edge.learner}. Leave the edge out or choose a mode that trains the {edge.learner}."
+                )
+            if edge.source == ENSEMBLE and self.edges[edge.arrow].get("weight") == AUTO:
+                raise ValueError(
+                    f"`edges[{edge.arrow!r}]['weight']='{AUTO}'` is not valid: held-out rows set the weights of its "
+                    f"members. Give the edge a number, and set `ensemble='{AUTO}'`."
+                )
+        sources = {edge.source for edge in given}
+        known = (*LEARNERS, PRETRAINED)
+        unknown = [name for name in self.ensemble if name not in known] if isinstance(self.ensemble, dict) else []
+        if unknown:
+            raise ValueError(f"`ensemble` has the unknown member {unknown[0]!r}. Valid names: {', '.join(known)}.")
+        unused = {
+            "ensemble": self.ensemble is not None and ENSEMBLE not in sources,
+            "ensemble_of": self.ensemble_of != "logits" and ENSEMBLE not in sources,
+            "average_decay": self.average_decay != 0.999 and not any(s.endswith(f"_{AVERAGE}") for s in sources),
+        }
+        for name, no_effect in unused.items():
+            if no_effect:
+                example = f"{ENSEMBLE}->student" if name != "average_decay" else f"teacher_{AVERAGE}->student"
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no effect without an edge such as `edges={{'{example}': "
+                    "{'weight': 1.0}}`. Add the edge, or leave it out."
+                )
+
     def _weight(self, edge: Edge) -> float | str:
         """Weight of an edge: the one that was given, or the one of the mode."""
         weight = getattr(self, edge.weight_name)
@@ -450,9 +511,22 @@ class DistillationArguments:
                 "weight": hard_weights[learner] if weight == AUTO else float(weight),
             }
             edges.append(replace(edge, auto=weight == AUTO, **settings))
+        for edge in MADE_EDGES:
+            given = (self.edges or {}).get(edge.arrow)
+            if given is not None:
+                auto = {"auto": True, "weight": hard_weights[edge.learner]} if given.get("weight") == AUTO else {}
+                edges.append(replace(edge, **{**given, **auto}))
+        edges = [edge for edge in edges if edge.weight > 0]
+        members: dict[str, float] = {}
+        if any(edge.source == ENSEMBLE for edge in edges):
+            members = self.ensemble if isinstance(self.ensemble, dict) else dict.fromkeys(LEARNERS, 1.0)
+            if self.ensemble == AUTO and any(edge.source == PRETRAINED for edge in edges):
+                members[PRETRAINED] = 1.0
+            members = {name: weight / sum(members.values()) for name, weight in members.items()}
         feature = FeatureEdge(self.feature_source, STUDENT, float(self.student_feature_weight))
         features = (feature,) if feature.weight > 0 and STUDENT in mode.trained else ()
-        return Graph(hard_weights, tuple(edge for edge in edges if edge.weight > 0), features)
+        fits_members = bool(members) and self.ensemble == AUTO
+        return Graph(hard_weights, tuple(edges), features, members, fits_members)
 
 
 def learner_arguments(args: TrainingArguments, learner: str) -> TrainingArguments:

@@ -9,14 +9,14 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .graph import EDGES, Edge, Graph
+from .graph import EDGES, ENSEMBLE, MADE_EDGES, Edge, Graph
 from .soft_losses import SOFT_LOSSES, Family
 
 #: The weight that follows from held-out rows.
@@ -145,8 +145,9 @@ def find_schedule(text: str) -> Schedule:
 
 
 def held_out_edges(graph: Graph) -> list[Edge]:
-    """Return the edges whose weight depends on held-out rows: `auto` ones, and those with a burn-in."""
-    return [edge for edge in graph.edges if edge.auto or isinstance(find_schedule(edge.schedule), BurnIn)]
+    """Return the edges that depend on held-out rows: `auto` ones, those with a burn-in, those of a fitted ensemble."""
+    fitted = {ENSEMBLE} if graph.fits_members else set()
+    return [e for e in graph.edges if e.auto or e.source in fitted or isinstance(find_schedule(e.schedule), BurnIn)]
 
 
 # ---- Gates ----
@@ -290,7 +291,7 @@ def read_edges(edges: Mapping[str, Mapping[str, Any]] | str | None) -> dict[str,
             '{"student->teacher": {"weight": 0.3, "gate": "wsl"}}.'
         ) from None
     for kind, names, known in (
-        ("edge", read, [edge.arrow for edge in EDGES]),
+        ("edge", read, [edge.arrow for edge in (*EDGES, *MADE_EDGES)]),
         ("setting", [name for settings in read.values() for name in settings], list(_SETTINGS)),
     ):
         unknown = [name for name in names if name not in known]
@@ -315,3 +316,63 @@ def setting_of(edge: Edge, setting: str, edges: Mapping[str, Mapping[str, Any]],
             "Leave out one of them."
         )
     return shorthand if value is None else value
+
+
+# ---- The ensemble ----
+
+#: The ways to take the mean of several predictions, with their meaning.
+POOLS: dict[str, str] = {
+    "logits": "the mean of the logits",
+    "probabilities": "the mean of the probabilities",
+}
+
+
+def read_members(ensemble: Mapping[str, float] | str | None) -> dict[str, float] | str | None:
+    """Read the argument `ensemble`: the weights of the members by name, as a dict or as JSON, or "auto".
+
+    Raises:
+        ValueError: It is neither, or a weight is negative, or all are 0.
+    """
+    if ensemble is None or ensemble == AUTO:
+        return ensemble
+    try:
+        read = dict(json.loads(ensemble) if isinstance(ensemble, str) else ensemble)
+    except (TypeError, ValueError):
+        read = {}
+    if not all(_is_number(weight) and weight >= 0 for weight in read.values()) or not sum(read.values()):
+        raise ValueError(
+            f"`ensemble={ensemble!r}` is not valid. Give the weights of the members by name, as a dict or as JSON: "
+            f'{{"teacher": 0.7, "student": 0.3}}; or {AUTO!r}.'
+        )
+    return read
+
+
+def fitted_members(products: Mapping[tuple[str, str], float], names: Sequence[str]) -> dict[str, float]:
+    """The weights of a mean of predictions with the least squared error on held-out items (KDCL-Linear).
+
+    Guo et al. 2020, *Online Knowledge Distillation via Collaborative Learning*, section 3.
+
+    Args:
+        products: Means of the scalar products of the errors of two models by their names.
+        names: The members, at most ten.
+
+    Returns:
+        The weights, 0 or more, with the sum 1.
+    """
+    errors = torch.tensor(
+        [[products[(p, q) if (p, q) in products else (q, p)] for q in names] for p in names], dtype=torch.float64
+    )
+    best, least = torch.eye(len(names), dtype=torch.float64)[int(errors.diagonal().argmin())], errors.diagonal().min()
+    for size in range(2, len(names) + 1):
+        for members in map(list, itertools.combinations(range(len(names)), size)):
+            # At the minimum over the members, without regard to signs, all have one product with the mean's error.
+            inner = errors[members][:, members]
+            weights = torch.linalg.lstsq(inner, torch.ones(size, 1, dtype=torch.float64), driver="gelsd").solution[
+                :, 0
+            ]
+            weights = weights / weights.sum()
+            error = weights @ inner @ weights
+            if bool((weights >= 0).all()) and error < least:
+                best, least = torch.zeros(len(names), dtype=torch.float64), error
+                best[members] = weights
+    return dict(zip(names, best.tolist(), strict=True))

@@ -13,6 +13,17 @@ STUDENT = "student"
 LEARNERS = (TEACHER, STUDENT)
 #: A frozen model that only gives soft targets (Community KD); it is no learner.
 PRETRAINED = "pretrained"
+#: The mean of the predictions of several models (KDCL); it is no learner.
+ENSEMBLE = "ensemble"
+#: Ends of the names of frozen copies of a learner, such as `teacher_average`: the average of its weights over the
+#: steps, and its weights at the end of the last epoch.
+AVERAGE, SNAPSHOT = "average", "snapshot"
+
+
+def copied_learner(source: str) -> str | None:
+    """Name of the learner of which a source is a copy; `None` if it is no copy."""
+    learner, _, kind = source.rpartition("_")
+    return learner if kind in (AVERAGE, SNAPSHOT) else None
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,12 @@ EDGES = (
     Edge(PRETRAINED, STUDENT),
     Edge(PRETRAINED, TEACHER),
 )
+#: The edges from sources that are made of the learners. No mode has them: the argument `edges` sets them.
+MADE_EDGES = tuple(
+    Edge(source, learner)
+    for source in (ENSEMBLE, *(f"{learner}_{kind}" for learner in LEARNERS for kind in (AVERAGE, SNAPSHOT)))
+    for learner in LEARNERS
+)
 
 
 @dataclass(frozen=True)
@@ -127,11 +144,15 @@ class Graph:
         hard_weights: Weight of each learner's task loss; 0 for a learner that the mode freezes.
         edges: The soft losses, only those with a weight other than 0.
         features: The feature losses, only those with a weight other than 0.
+        members: Weights of the members of the ensemble by name, with the sum 1; none without an edge from it.
+        fits_members: Whether the weights of the members follow from held-out rows.
     """
 
     hard_weights: Mapping[str, float]
     edges: tuple[Edge, ...] = field(default=())
     features: tuple[FeatureEdge, ...] = field(default=())
+    members: Mapping[str, float] = field(default_factory=dict)
+    fits_members: bool = False
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -147,7 +168,8 @@ class Graph:
     @property
     def uses_pretrained(self) -> bool:
         """Tell whether a learner learns from the frozen pre-trained teacher."""
-        return any(edge.source == PRETRAINED for edge in (*self.edges, *self.features))
+        sources = {edge.source for edge in (*self.edges, *self.features)}
+        return PRETRAINED in sources.union(self.members)
 
     @property
     def features_alone(self) -> bool:

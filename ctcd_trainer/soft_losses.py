@@ -9,7 +9,7 @@ gradient keeps its scale. Language models go through `losses/fused_linear.py`, w
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -182,6 +182,25 @@ class Family(Protocol):
         """Return the probability of each class or label, or the numbers: `(..., outputs)` in fp32 (or fp64)."""
         return _upcast(logits)
 
+    def from_probabilities(self, probabilities: Tensor) -> Tensor:
+        """Return logits `(..., outputs)` of these probabilities or numbers, the inverse of `probabilities`."""
+        return probabilities
+
+    def pooled(self, logits: Sequence[Tensor], weights: Sequence[float], of: str) -> Tensor:
+        """Return logits `(..., outputs)` of the mean of several predictions, in fp32 (or fp64).
+
+        Args:
+            logits: Logits of each model. Outputs beyond those of the model with the fewest are left out.
+            weights: The weight of each model; their sum is 1.
+            of: "logits" or "probabilities".
+        """
+        common = min(z.shape[-1] for z in logits)
+        parts = [_upcast(z[..., :common]) for z in logits]
+        if of == "probabilities":
+            parts = [self.probabilities(z) for z in parts]
+        mean = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        return self.from_probabilities(mean) if of == "probabilities" else mean
+
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the hard loss of each item `(...)`, as the models of transformers do, in fp32 (or fp64).
 
@@ -271,6 +290,10 @@ class Categorical(Family):
         """Return the softmax over the possible classes; see `Family.probabilities`."""
         return F.softmax(self._masked(logits), dim=-1)
 
+    def from_probabilities(self, probabilities: Tensor) -> Tensor:
+        """Return the logarithms; see `Family.from_probabilities`."""
+        return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the cross-entropy; see `Family.nll`."""
         return -self._of_label(F.log_softmax(self._masked(logits), dim=-1), labels)
@@ -326,6 +349,10 @@ class Bernoulli(Family):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the sigmoids; see `Family.probabilities`."""
         return torch.sigmoid(_upcast(logits))
+
+    def from_probabilities(self, probabilities: Tensor) -> Tensor:
+        """Return the log-odds; see `Family.from_probabilities`."""
+        return torch.logit(probabilities, eps=torch.finfo(probabilities.dtype).eps)
 
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean of the binary cross-entropies of the labels; see `Family.nll`."""

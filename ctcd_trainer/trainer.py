@@ -60,6 +60,7 @@ from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction, rows_in
 from .model_structure import accepts_loss_kwargs, base_model, hidden_quantisation, is_peft_model, is_quantised
 from .pair.assembly import PairSources, StudentSource
+from .pair.copies import Copies
 from .pair.fused_heads import FusedHeads
 from .pair.learner_view import LearnerView
 from .pair.model import CoDistillationModel
@@ -192,7 +193,9 @@ class CoDistillationMixin:
             name: getattr(self, name, None) for name in ("model_accepts_loss_kwargs", "_loss_shifts_labels")
         }
         if self._paired:
-            check_strategy(self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args)
+            check_strategy(
+                self.accelerator, self.pretrained_teacher is not None, self.distillation.share, self.args, self.graph
+            )
             check_features_strategy(self.accelerator, self.args)
             logging.get_logger("ctcd_trainer").setLevel(self.args.get_process_log_level())
             if self.distillation.recipe_log and self.is_world_process_zero():
@@ -243,6 +246,9 @@ class CoDistillationMixin:
         """Make the pair the trainer's model, and do for the other models what Trainer did for the teacher."""
         self._trainable = [p for p in learners[TEACHER].parameters() if p.requires_grad]  # before the pair freezes it
         self.pair = self._sources.pair_of(learners)
+        self.remove_callback(Copies)
+        if self.pair.copies.models:
+            self.add_callback(self.pair.copies)
         if isinstance(self.task, UnknownHead):
             self.task.label_names = tuple({*Task.label_names, *self.label_names})
         for name, model in self.pair.models.items():
@@ -395,6 +401,7 @@ class CoDistillationMixin:
         self.checkpoints.clean_up(Path(self.args.output_dir))
         if self._sources.warm_start and (resume_from_checkpoint or self._warm_start_costs is None):
             resume_from_checkpoint = self._warm_start(resume_from_checkpoint, *args, **kwargs)
+        self.pair.copies.restart()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         output.metrics.update(self._warm_start_costs or {})
         return output
@@ -810,7 +817,8 @@ class CoDistillationMixin:
             items = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).reshape(-1)[0]
             losses = {name: loss.where(items.to(loss.device) > 0, torch.nan) for name, loss in losses.items()}
         sources = {}
-        wanted = {edge.source for edge in held_out_edges(self.graph)} if self.evaluation.errors is not None else ()
+        wanted = {edge.source for edge in held_out_edges(self.graph)} | self.graph.members.keys()
+        wanted = wanted if self.evaluation.errors is not None else ()
         if not self.pair.sources.keys().isdisjoint(wanted):
             with self.accelerator.autocast():
                 sources = self.pair.run_sources(inputs)

@@ -122,7 +122,8 @@ def check_learners(
     for name in arguments.graph.frozen:
         check_frozen(name, learners[name], arguments.distillation_mode)
     trained = {*arguments.graph.trained, *([next(iter(learners))] if warm_start else [])}
-    for name in {edge.source for edge in arguments.graph.edges} - trained:
+    sources = {edge.source for edge in arguments.graph.edges}.union(arguments.graph.members)
+    for name in sources & models.keys() - trained:
         check_source(name, models[name])
     return task
 

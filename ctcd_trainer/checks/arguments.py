@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..arguments import EMBEDDINGS, PER_LEARNER, DistillationArguments, greater_is_better
 from ..edges import GATES, OPEN, held_out_edges
-from ..graph import EDGES, LEARNERS, PRETRAINED, Graph
+from ..graph import EDGES, ENSEMBLE, LEARNERS, PRETRAINED, Graph, copied_learner
 from ..model_structure import is_peft_model
 from ..tasks import Task, UnknownHead
 
@@ -211,14 +211,20 @@ def check_edges(task: Task, arguments: DistillationArguments, has_soft_loss: boo
             problem = f"the gate {edge.gate!r} needs classes, and the models predict numbers"
         elif edge.rows == "unlabelled" and not task.per_row:
             problem = "`rows='unlabelled'` is for tasks of whole rows, and these models score tokens"
-        elif isinstance(task, UnknownHead) and (gated or edge in held_out):
+        elif edge.source == ENSEMBLE and has_soft_loss:
+            problem = "`soft_loss_func` compares the outputs of two models, and an ensemble has none"
+        elif isinstance(task, UnknownHead) and (gated or edge in held_out or edge.source == ENSEMBLE):
             problem = "of an unknown head it is not known which prediction is right"
         if problem is not None:
             raise ValueError(f"The settings of {edge.name} are not valid: {problem}. Leave the setting out.")
 
 
 def check_strategy(
-    accelerator: Accelerator, has_pretrained: bool, share: str | None, args: TrainingArguments | None = None
+    accelerator: Accelerator,
+    has_pretrained: bool,
+    share: str | None,
+    args: TrainingArguments | None = None,
+    graph: Graph | None = None,
 ) -> None:
     """Refuse ways to distribute the work that do not support two models at once.
 
@@ -227,6 +233,7 @@ def check_strategy(
         has_pretrained: Whether there is a frozen teacher outside of the pair.
         share: The training argument `share`.
         args: The trainer's arguments.
+        graph: The edges.
 
     Raises:
         ValueError: A strategy is refused.
@@ -242,6 +249,13 @@ def check_strategy(
         )
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     zero3 = deepspeed is not None and deepspeed.zero_stage == 3
+    copies = [edge.source for edge in graph.edges if copied_learner(edge.source)] if graph is not None else []
+    if copies and (fsdp is not None or zero3):
+        raise ValueError(
+            f"`edges` has the source {copies[0]!r}, a copy of whole weights, and "
+            f"{'DeepSpeed ZeRO-3' if zero3 else 'FSDP'} shards the weights of the learner. Leave the edge out, or "
+            "train with DDP or ZeRO-2."
+        )
     if share is not None and (fsdp is not None or zero3):
         raise ValueError(
             f"`share={share!r}` gives both models the same parameters, and {'DeepSpeed ZeRO-3' if zero3 else 'FSDP'} "

@@ -24,7 +24,7 @@ from torch.linalg import vecdot
 from torch.nn import functional as F
 
 from ..edges import GATES, OPEN
-from ..graph import Edge
+from ..graph import ENSEMBLE, Edge
 from ..soft_losses import Prediction, SoftLoss, find_soft_loss
 from ..tasks.labels import IGNORE_INDEX
 
@@ -76,6 +76,8 @@ class _Losses:
     soft_loss: SoftLoss
     temperature: float
     chunk_size: int | None
+    members: Mapping[str, float]
+    pool: str
 
     @functools.cached_property
     def compared(self) -> list[tuple[Edge, SoftLoss, _Kind]]:
@@ -100,6 +102,8 @@ def linear_losses(
     soft_loss: str = "kl",
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    members: Mapping[str, float] | None = None,
+    pool: str = "logits",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute all losses of several language-model heads, summed over the positions (not averaged).
 
@@ -115,12 +119,23 @@ def linear_losses(
         soft_loss: A key of `SOFT_LOSSES`, for edges that have none of their own.
         temperature: Temperature of the soft losses that have none of their own; `mse` does not depend on it.
         chunk_size: Positions in a chunk; by default it depends on vocabulary and device.
+        members: Weights of the models whose mean is the source `ensemble`, with the sum 1.
+        pool: What the mean is of, a key of `POOLS`.
 
     Returns:
         The weighted sum of the losses, 0-dimensional, and the unweighted losses and the sums of the gates, detached,
         by their names in the log.
     """
-    losses = _Losses(labels, dict(hard_weights), tuple(edges), find_soft_loss(soft_loss), temperature, chunk_size)
+    losses = _Losses(
+        labels,
+        dict(hard_weights),
+        tuple(edges),
+        find_soft_loss(soft_loss),
+        temperature,
+        chunk_size,
+        members or {},
+        pool,
+    )
     tensors = [tensor for head in heads.values() for tensor in (head.hidden, head.weight, head.bias)]
     total, values = _LinearLosses.apply(losses, dict(heads), *tensors)
     names = [f"{learner}_hard_loss" for learner in hard_weights] + [edge.loss_name for edge in losses.edges]
@@ -317,6 +332,8 @@ def _differentiate(
     """
     shared = min(part.vocabulary for part in parts.values())
     tanh = {name: _to_logits(parts[name].head, z, scratch) for name, z in outputs.items()}
+    if losses.members:
+        outputs = {**outputs, ENSEMBLE: _pooled(losses, outputs, shared, scratch)}
     seen = {name for edge in losses.gated for name in (edge.learner, edge.source)}
     hard = {
         name: torch.log_softmax(outputs[name], -1, out=scratch.like(outputs[name]))
@@ -405,6 +422,17 @@ def _to_logits(head: LinearHead, outputs: Tensor, scratch: _Scratch) -> Tensor |
     tanh = torch.tanh(torch.div(outputs, head.softcap, out=scratch.like(outputs)), out=scratch.like(outputs))
     torch.mul(tanh, head.softcap, out=outputs)
     return tanh
+
+
+def _pooled(losses: _Losses, logits: Mapping[str, Tensor], shared: int, scratch: _Scratch) -> Tensor:
+    """Return logits `(rows, shared)` of the mean prediction of the ensemble; see `Family.pooled`."""
+    mean = scratch.like(next(iter(logits.values()))[:, :shared]).zero_()
+    for name, weight in losses.members.items():
+        z = logits[name][:, :shared]
+        if losses.pool == "probabilities":
+            z = torch.log_softmax(z, -1, out=scratch.like(z)).exp_()
+        mean.add_(z, alpha=weight)
+    return mean.clamp_(min=torch.finfo(mean.dtype).tiny).log_() if losses.pool == "probabilities" else mean
 
 
 def _predictions(

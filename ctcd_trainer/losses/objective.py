@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from ..arguments import DistillationArguments
 from ..edges import GATES, OPEN, BurnIn, Scores, find_schedule
-from ..graph import Edge
+from ..graph import ENSEMBLE, Edge
 from ..tasks import Task
+from ..tasks.base import Compared
 from ..tasks.labels import IGNORE_INDEX
 from .fused_linear import LinearHead, linear_losses
 
@@ -45,10 +46,12 @@ class HeldOut:
     Attributes:
         weights: The weight of each `auto` edge by its name (`teacher_from_student`), which is 0 without an entry.
         opened: The names of the edges whose burn-in is over.
+        members: The weights of the members of a fitted ensemble by name; without them, the weights are equal.
     """
 
     weights: dict[str, float] = field(default_factory=dict)
     opened: set[str] = field(default_factory=set)
+    members: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +113,8 @@ class Objective:
             return None, {}
         terms = {f"{learner}_hard_loss": value for learner, value in hard.items()}
         weights = list(trained.values())
+        if self.members:
+            outputs = {**outputs, ENSEMBLE: self._pooled(outputs, batch)}
         gates, scores = {}, _ByName(lambda name: self._scores(outputs[name], batch))
         for edge in self.edges():
             terms[edge.loss_name], gate = self._soft_loss(edge, outputs, batch, scores, num_items_in_batch)
@@ -160,7 +165,14 @@ class Objective:
         """
         hard_weights = {learner: weight for learner, weight in self.arguments.graph.hard_weights.items() if weight > 0}
         loss, terms = linear_losses(
-            heads, labels, hard_weights, self.edges(), self.arguments.soft_loss, self.arguments.temperature
+            heads,
+            labels,
+            hard_weights,
+            self.edges(),
+            self.arguments.soft_loss,
+            self.arguments.temperature,
+            members=self.members,
+            pool=self.arguments.ensemble_of,
         )
         if num_items_in_batch is None:
             scale = 1.0 / max(len(labels), 1)
@@ -187,6 +199,18 @@ class Objective:
                 "divided. Pass a tensor of three numbers: of labels, of labelled items, and of rows."
             )
         return rows_in(batch) / _items(items, 2).clamp(min=1)
+
+    @property
+    def members(self) -> dict[str, float]:
+        """The weights of the members of the ensemble at this step, by name; none without an edge from it."""
+        graph = self.arguments.graph
+        return dict(self.held_out.members if graph.fits_members and self.held_out.members else graph.members)
+
+    def _pooled(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Compared:
+        """Return the mean of the predictions of the ensemble's members, in the place of a model's outputs."""
+        logits = [self.task.compared(self.task.named(outputs[name]), batch).detach() for name in self.members]
+        weights = list(self.members.values())
+        return Compared(self.task.family(batch).pooled(logits, weights, self.arguments.ensemble_of))
 
     def edges(self) -> list[Edge]:
         """Return the edges with their weights at this step."""
@@ -220,7 +244,7 @@ class Objective:
 
     def _scores(self, outputs: Any, batch: Mapping[str, Any]) -> Scores:
         """Return the predictions of a model as gates see them."""
-        logits = self.task.compared(self.task.named(outputs), batch)
+        logits = self.task.compared_logits(outputs, batch)
         return Scores(self.task.family(batch), logits, self.task.labels(batch))
 
     def _soft_loss(
@@ -248,9 +272,8 @@ class Objective:
         if edge.gate != OPEN:
             gate = GATES[edge.gate].value(scores[edge.learner], scores[edge.source]).nan_to_num(0.0)
             factors = gate if factors is None else gate * factors
-        named = (self.task.named(each) for each in (learner, source))
         name, temperature = edge.soft_loss or self.arguments.soft_loss, edge.temperature or self.arguments.temperature
-        loss = self.task.soft_loss(*named, batch, name, temperature, factors) * share
+        loss = self.task.soft_loss(learner, source, batch, name, temperature, factors) * share
         return loss, None if edge.gate == OPEN else self.task.mean_compared(factors, batch) * share
 
 

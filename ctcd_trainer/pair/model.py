@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..arguments import DistillationArguments
 from ..checks import argument_of, explained
-from ..graph import PRETRAINED, STUDENT, TEACHER
+from ..graph import PRETRAINED, STUDENT, TEACHER, copied_learner
 from ..losses.fused_linear import LinearHead, ScoredPositions
 from ..losses.head_tap import HeadTap
 from ..losses.objective import Objective, SoftLossFunction
@@ -30,6 +30,7 @@ from ..tasks import Task
 from ..tasks.labels import IGNORE_INDEX
 from ..tasks.two_tokenizers import inputs_of_learner
 from .bases import AdapterBases
+from .copies import Copies
 from .feature_links import FeatureLinks
 from .fused_heads import FusedHeads
 from .learner_view import recorded_calls
@@ -112,6 +113,9 @@ class CoDistillationModel(PreTrainedModel):
         self.fused_heads = FusedHeads()
         #: Frozen models outside of the pair by name: in no state dict, not wrapped, only learnt from.
         self.sources: dict[str, nn.Module] = {} if pretrained is None else {PRETRAINED: pretrained}
+        #: Frozen copies of learners, which are sources too.
+        self.copies = Copies(learners, {edge.source for edge in arguments.graph.edges}, arguments.average_decay)
+        self.sources |= self.copies.models
         #: Keeps the predictions of the frozen teacher.
         self.teacher_cache: PretrainedCache | None = None
         #: Runs the layers that both learners have in common.
@@ -441,11 +445,12 @@ class CoDistillationModel(PreTrainedModel):
         """
         outputs = {}
         for name, model in self.sources.items():
-            inputs = inputs_of_learner(name, batch, self.task.label_names, self.known_inputs, self.two_tokenizers)
+            like = copied_learner(name) or name
+            inputs = inputs_of_learner(like, batch, self.task.label_names, self.known_inputs, self.two_tokenizers)
             tap = head_at and self.fused_heads.taps[name]
             labelled = self.task.needs_labels(base_model(model), inputs)
             run = partial(self._run_frozen, model, labelled, tap)
-            cache = self.teacher_cache
+            cache = self.teacher_cache if name == PRETRAINED else None
             if cache is None or (self.task.language_model and tap is None):  # whole logits would fill the disk
                 outputs[name] = run(inputs, head_at)
             else:

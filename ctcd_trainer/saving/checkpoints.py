@@ -79,6 +79,7 @@ class PairCheckpoints:
             if os.path.isdir(best) or state.best_global_step == state.global_step:
                 state.best_model_checkpoint = best
             if self.args.should_save:
+                self.pair.copies.save(written)
                 state.save_to_json(str(written / TRAINER_STATE_NAME))
                 for learner, projections in self._projections.items():
                     save_file(projections.state_dict(), str(written / PROJECTIONS.format(learner)), {"format": "pt"})
@@ -205,6 +206,7 @@ class PairCheckpoints:
         # Quantised weights are not trained, so they are still those that the model was loaded with.
         plain = {name: model for name, model in learners.items() if name not in adapted and not is_quantised(model)}
         converted = {name: converted_weights(model, Path(folders[name]), name) for name, model in plain.items()}
+        self.pair.copies.load(Path(checkpoint))
         for learner, path in features.items():
             self._projections[learner].load_state_dict(load_file(path))
         for name, model in plain.items():

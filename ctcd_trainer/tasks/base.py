@@ -1,6 +1,7 @@
 """`Task`: the meaning of a head's logits, the positions that are compared, and the items that are counted."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,13 @@ def model_names_of(mapping: str) -> frozenset[str]:
     """Return the class names of the models that an `AutoModelFor...` class can load."""
     names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
     return frozenset(name for entry in names for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Logits `(*positions, outcomes)` that stand for the outputs of a model."""
+
+    logits: Tensor
 
 
 class Task:
@@ -164,6 +172,10 @@ class Task:
         """Return the logits to compare, `(*positions, outcomes)`."""
         return outputs["logits"]
 
+    def compared_logits(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the logits to compare of whole outputs in any form, or of what stands for them."""
+        return outputs.logits if isinstance(outputs, Compared) else self.compared(self.named(outputs), inputs)
+
     def scored(self, inputs: Mapping[str, Any]) -> Tensor:
         """Mark the compared positions that are scored: bool `(rows, *positions)`."""
         return self.targets(inputs).ne(IGNORE_INDEX)
@@ -213,7 +225,7 @@ class Task:
         Raises:
             ValueError: The logits of the two models differ in shape, or do not fit the labels.
         """
-        logits = [self.compared(learner, inputs), self.compared(source, inputs).detach()]
+        logits = [self.compared_logits(learner, inputs), self.compared_logits(source, inputs).detach()]
         compared = self.distilled(inputs)
         shapes = [tuple(each.shape) for each in (*logits, compared)]
         if shapes[0] != shapes[1]:

@@ -63,7 +63,7 @@ class LanguageModel(TaskWithoutClasses):
 
     def _on_common_ids(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Return the compared logits of two models on the ids that both have."""
-        logits = [self.compared(outputs, inputs) for outputs in (first, second)]
+        logits = [self.compared_logits(outputs, inputs) for outputs in (first, second)]
         common = min(z.shape[-1] for z in logits)
         return [z[:, :common] for z in logits]
 

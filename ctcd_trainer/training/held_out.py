@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..edges import BurnIn, find_schedule, held_out_edges
+from ..edges import BurnIn, find_schedule, fitted_members, held_out_edges
 from ..graph import Graph
 from ..losses.objective import HeldOut
 from ..losses.reliability import trusted_weight
@@ -81,8 +81,13 @@ class HeldOutErrors:
 class HeldOutWeights(TrainerCallback, ExportableState, HeldOut):
     """Renews the weights of `auto` edges and ends burn-ins after an evaluation; checkpoints keep both."""
 
-    def __init__(self, weights: Mapping[str, float] | None = None, opened: Iterable[str] = ()) -> None:
-        HeldOut.__init__(self, dict(weights or {}), set(opened))
+    def __init__(
+        self,
+        weights: Mapping[str, float] | None = None,
+        opened: Iterable[str] = (),
+        members: Mapping[str, float] | None = None,
+    ) -> None:
+        HeldOut.__init__(self, dict(weights or {}), set(opened), dict(members or {}))
         #: The step of the checkpoint from which the training was resumed.
         self._resumed_at: int | None = None
 
@@ -93,7 +98,8 @@ class HeldOutWeights(TrainerCallback, ExportableState, HeldOut):
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint keeps."""
-        return {"args": {"weights": dict(self.weights), "opened": sorted(self.opened)}, "attributes": {}}
+        saved = {"weights": dict(self.weights), "opened": sorted(self.opened), "members": dict(self.members)}
+        return {"args": saved, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,6 +109,7 @@ class HeldOutWeights(TrainerCallback, ExportableState, HeldOut):
         saved = saved if state.global_step else {}
         self._resumed_at = state.global_step if saved else None
         self.weights, self.opened = dict(saved.get("weights", {})), set(saved.get("opened", ()))
+        self.members = dict(saved.get("members", {}))
 
     def renew(self, errors: HeldOutErrors, graph: Graph, step: int) -> dict[str, float]:
         """Set the weights from an evaluation during the training.
@@ -136,8 +143,11 @@ class HeldOutWeights(TrainerCallback, ExportableState, HeldOut):
                 self.weights[edge.name] = weight
             if isinstance(schedule, BurnIn) and schedule.opens(own[edge.source], chance):
                 self.opened.add(edge.name)
+        if graph.fits_members and step != self._resumed_at:
+            self.members = fitted_members(products, list(graph.members))
         numbers = {f"held_out_{name}_error": value for name, value in own.items()}
         numbers |= {"held_out_chance_error": chance, "held_out_label_noise": max(noise, 0.0)}
+        numbers |= {f"ensemble_{name}_weight": weight for name, weight in self.members.items()}
         return numbers | {e.weight_name: self.weights[e.name] for e in graph.edges if e.name in self.weights}
 
 
