@@ -367,9 +367,8 @@ def fitted_members(products: Mapping[tuple[str, str], float], names: Sequence[st
         for members in map(list, itertools.combinations(range(len(names)), size)):
             # At the minimum over the members, without regard to signs, all have one product with the mean's error.
             inner = errors[members][:, members]
-            weights = torch.linalg.lstsq(inner, torch.ones(size, 1, dtype=torch.float64), driver="gelsd").solution[
-                :, 0
-            ]
+            ones = torch.ones(size, 1, dtype=torch.float64)
+            weights = torch.linalg.lstsq(inner, ones, driver="gelsd").solution[:, 0]
             weights = weights / weights.sum()
             error = weights @ inner @ weights
             if bool((weights >= 0).all()) and error < least:

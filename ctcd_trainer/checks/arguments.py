@@ -192,6 +192,7 @@ def check_evaluated(graph: Graph, args: TrainingArguments | None) -> None:
     if edges and (args is None or args.eval_strategy == "no"):
         edge, what = edges[0], f"schedule={edges[0].schedule!r}"
         given = f"`{edge.weight_name}='auto'`" if edge.auto else f"`{edge.name}_{what}`"
+        given = "`ensemble='auto'`" if edge.source == ENSEMBLE and graph.fits_members else given
         raise ValueError(
             f"{given} follows from evaluations during the training, and `eval_strategy='no'`. Set `eval_strategy` to "
             "'steps' or 'epoch' and pass an `eval_dataset` with labels, or give the edge a number and no burn-in."

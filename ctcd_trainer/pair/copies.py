@@ -91,8 +91,8 @@ class Copies(TrainerCallback):
             missing = [key for key in model.state_dict() if f"{name}.{key}" not in tensors]
             if missing:
                 raise ValueError(
-                    f"The checkpoint {str(checkpoint)!r} has no {name}, from which this training learns: it was written "
-                    "by a training with other edges. Resume with the same `edges`, or start a new training from its "
+                    f"The checkpoint {str(checkpoint)!r} has no {name}, from which this training learns: a training "
+                    "with other edges has written it. Resume with the same `edges`, or start a new training from its "
                     "models."
                 )
         for name, model in self.models.items():

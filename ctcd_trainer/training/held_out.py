@@ -98,8 +98,8 @@ class HeldOutWeights(TrainerCallback, ExportableState, HeldOut):
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint keeps."""
-        saved = {"weights": dict(self.weights), "opened": sorted(self.opened), "members": dict(self.members)}
-        return {"args": saved, "attributes": {}}
+        saved = {"weights": dict(self.weights), "opened": sorted(self.opened)}
+        return {"args": saved | ({"members": dict(self.members)} if self.members else {}), "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
