@@ -1,5 +1,6 @@
 """The advice of a diagnosis: two tables of rules."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ from ..cards.results import format_number
 from ..graph import STUDENT, TEACHER
 
 _Rule = tuple[Callable[[Any], bool], str]
-#: Recipes: the first rule that holds gives the sentence. `{t}` is the teacher, `{skills}` what both models know.
+#: Recipes: the first rule that holds gives the sentence. `{t}` are the scores of the teacher, `{s}` of the student.
 RECIPES: tuple[_Rule, ...] = (
     (
         lambda d: d.skill(TEACHER) < 0.05,
@@ -23,6 +24,12 @@ RECIPES: tuple[_Rule, ...] = (
         "The student is far behind the teacher (beside the frequencies of the labels, {skills}): give it a better "
         "start, cut from the trained teacher or aligned with its hidden states on unlabelled rows, and a higher "
         "`student_learning_rate`.",
+    ),
+    (
+        lambda d: (d.models[STUDENT].scaled_loss or math.inf) < 0.8 * d.models[STUDENT].loss,
+        "The student is sure of itself where it is wrong, which hides what it knows (NLL {s.loss:.4f}, and "
+        "{s.scaled_loss:.4f} with its logits divided by {s.temperature:.2f}): train it for fewer steps, or together "
+        "with the teacher from the start, and diagnose again.",
     ),
     (
         lambda d: d.memorised,
@@ -73,7 +80,7 @@ WEIGHTS: tuple[_Rule, ...] = (
 def advice_of(found: Any) -> list[str]:
     """Return two sentences for a `Diagnosis`: which recipe, and which weights."""
     rules = (next(text for holds, text in table if holds(found)) for table in (RECIPES, WEIGHTS))
-    return [text.format(d=found, t=found.models[TEACHER], **_named(found)) for text in rules]
+    return [text.format(d=found, t=found.models[TEACHER], s=found.models[STUDENT], **_named(found)) for text in rules]
 
 
 def _named(found: Any) -> dict[str, Any]:
@@ -83,8 +90,8 @@ def _named(found: Any) -> dict[str, Any]:
     if teacher.training_label_share is not None:
         memory = f"probability of the label {teacher.training_label_share:.3f}, on others {teacher.label_share:.3f}"
     return {
-        "skills": f"the teacher takes away {max(found.skill(TEACHER), 0):.0%} of their error, and the student "
-        f"{max(found.skill(STUDENT), 0):.0%}",
+        "skills": f"the teacher takes away {max(found.skill(TEACHER), 0):.0%} of their {found.loss_name}, and the "
+        f"student {max(found.skill(STUDENT), 0):.0%}",
         "memory": memory,
         "to_student": found.edges["student_from_teacher"].trusted_weight,
         "to_teacher": found.edges["teacher_from_student"].trusted_weight,

@@ -12,7 +12,7 @@ from ..graph import STUDENT, TEACHER
 from ..soft_losses import Point
 from .advice import advice_of
 from .measuring import BETWEEN, CELLS, Measurements
-from .scores import EdgeScores, Mixture, ModelScores, agreement_of, edge_scores, mixture_of, model_scores
+from .scores import EdgeScores, Mixture, ModelScores, agreement_of, chance_loss, edge_scores, mixture_of, model_scores
 
 _LEAST_ROWS = 10
 _SAYS = {"T": "right", "F": "wrong"}
@@ -28,7 +28,7 @@ class Diagnosis:
         rows: Number of held-out rows with a label.
         items: Number of their labelled items: rows, or tokens.
         weight: Weight of the soft losses that was assumed.
-        chance_error: The `squared_error` of the frequencies of the labels.
+        chance_loss: The `loss` of the frequencies of the labels, or of the mean of numbers.
         models: The scores of each model by name.
         mixture: The mixture of both.
         edges: The soft losses by name, such as `student_from_teacher`.
@@ -42,7 +42,7 @@ class Diagnosis:
     rows: int
     items: int
     weight: float
-    chance_error: float
+    chance_loss: float
     models: dict[str, ModelScores]
     mixture: Mixture
     edges: dict[str, EdgeScores]
@@ -63,7 +63,6 @@ class Diagnosis:
         rows = len(found.sums["items"])
         if rows < _LEAST_ROWS:
             raise ValueError(f"`dataset` has {rows} rows with a label, and a diagnosis needs {_LEAST_ROWS} or more.")
-        chance = float(found.family.chance_error(found.labels))
         agreement, kappa = agreement_of(found.decisions)
         return cls(
             task=task,
@@ -71,20 +70,21 @@ class Diagnosis:
             rows=rows,
             items=int(found.sums["items"].sum()),
             weight=weight,
-            chance_error=chance,
+            chance_loss=chance_loss(found),
             models={name: model_scores(name, found, training) for name in (TEACHER, STUDENT)},
             mixture=mixture_of(found),
             edges={
-                edge.loss_name.removesuffix("_loss"): edge_scores(edge, weight, chance, found, training)
-                for edge in BETWEEN
+                edge.loss_name.removesuffix("_loss"): edge_scores(edge, weight, found, training) for edge in BETWEEN
             },
             agreement=agreement,
             kappa=kappa,
         )
 
     def skill(self, model: str) -> float:
-        """Tell which part of the error of the label frequencies a model takes away: 1 if perfect, 0 if useless."""
-        return 1.0 - self.models[model].squared_error / self.chance_error if self.chance_error else 0.0
+        """Tell which part of `chance_loss` a model takes away after temperature scaling: 1 is perfect, 0 is none."""
+        scores = self.models[model]
+        loss = scores.loss if scores.scaled_loss is None else scores.scaled_loss
+        return 1.0 - loss / self.chance_loss if self.chance_loss else 0.0
 
     @property
     def memorised(self) -> bool:
@@ -118,7 +118,9 @@ class Diagnosis:
             "share of the label on training rows": "training_label_share",
         }
         lines = [[title, *(getattr(each, name) for each in self.models.values())] for title, name in models.items()]
-        lines.append(["part of the error of the label frequencies that it takes away", *map(self.skill, self.models)])
+        lines.append(
+            [f"part of the {loss} of the label frequencies that it takes away", *map(self.skill, self.models)]
+        )
         tables = {"Each model": (["", *self.models], [line for line in lines if line[1] is not None])}
         shown = range(0, len(mixture.shares), 2)
         accuracies = mixture.accuracies and ["accuracy", *(mixture.accuracies[i] for i in shown)]

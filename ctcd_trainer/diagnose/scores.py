@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ..graph import TEACHER, Edge
 from ..losses.reliability import trusted_weight
+from ..soft_losses import Bernoulli, Point
 from .measuring import CELLS, SHARES, TEMPERATURES, Measurements
 
 _FOLDS = 5
@@ -95,6 +97,19 @@ class EdgeScores:
     training_smoothing: float | None = None
 
 
+def chance_loss(found: Measurements) -> float:
+    """Compute the loss of the frequencies of the labels, or of the mean of numbers, as the prediction."""
+    if isinstance(found.family, Point):
+        return float(found.family.chance_error(found.labels))
+    if isinstance(found.family, Bernoulli):
+        present = found.labels.double().nanmean(0)
+        return float(
+            torch.stack([present, 1 - present]).xlogy(torch.stack([present, 1 - present])).sum(0).mean().neg()
+        )
+    shares = found.labels.flatten().bincount() / len(found.labels)
+    return float(-shares.double().xlogy(shares).sum())
+
+
 def model_scores(name: str, found: Measurements, training: Measurements | None) -> ModelScores:
     """Score one model on held-out rows and, if there are any, on training rows."""
     scaled = found.sums.get(f"{name}_scaled")
@@ -135,10 +150,8 @@ def mixture_of(found: Measurements) -> Mixture:
     )
 
 
-def edge_scores(
-    edge: Edge, weight: float, chance: float, found: Measurements, training: Measurements | None
-) -> EdgeScores:
-    """Score the soft loss of an edge; `chance` is the error of the label frequencies."""
+def edge_scores(edge: Edge, weight: float, found: Measurements, training: Measurements | None) -> EdgeScores:
+    """Score the soft loss of an edge."""
     soft, shares = found.mean(edge.loss_name), found.mean("cells")
     cells = {}
     if shares is not None:
@@ -153,7 +166,7 @@ def edge_scores(
     errors = (float(found.mean(name)[0]) for name in (f"{edge.source}_error", f"{edge.learner}_error", "product"))
     return EdgeScores(
         soft_loss=float(soft.sum()),
-        trusted_weight=trusted_weight(*errors, chance) / found.outputs,
+        trusted_weight=trusted_weight(*errors, float(found.family.chance_error(found.labels))) / found.outputs,
         cells=cells,
         smoothing=smoothing(found),
         training_smoothing=smoothing(training),

@@ -96,7 +96,7 @@ def test_one_class_of_several(head, monkeypatch):
     probs = {"teacher": softmax(first, -1), "student": softmax(second, -1)}
     onehot = np.eye(CLASSES)[y]
     assert (found.items, found.rows, found.loss_name) == (len(y), len(set(rows)), "NLL")
-    assert found.chance_error == close(((np.bincount(y) / len(y) - onehot) ** 2).sum(1).mean())
+    assert found.chance_loss == close(-np.log((np.bincount(y) / len(y))[y]).mean())
     for name, z in (("teacher", first), ("student", second)):
         scores, p = found.models[name], probs[name]
         nll = lambda t, z=z: -log_softmax(z / t, -1)[n, y]  # noqa: E731
@@ -155,7 +155,8 @@ def _check_edges(found, probs, y, weight):
             assert share == close(inside.mean())
             assert loss == (close(soft[inside].mean()) if inside.any() else None)
         assert edge.smoothing == close(weight / (1 + weight) * (1 - q[n, y].mean()))
-        expected = trusted_weight(mean[source], mean[learner], product, found.chance_error)
+        chance = ((np.bincount(y) / len(y) - np.eye(CLASSES)[y]) ** 2).sum(1).mean()
+        expected = trusted_weight(mean[source], mean[learner], product, chance)
         assert edge.trusted_weight == close(expected)
 
 
@@ -187,7 +188,12 @@ def test_several_labels():
     assert edge.smoothing == close(4 / 5 * (1 - q)), "the soft loss of four labels is their sum"
     error = lambda p, q: 2 * np.nanmean((p - y) * (q - y), axis=1).mean()  # noqa: E731
     t, s = probs.values()
-    assert edge.trusted_weight == close(trusted_weight(error(t, t), error(s, s), error(t, s), found.chance_error) / 4)
+    chance = 2 * np.nanmean((y - np.nanmean(y, 0)) ** 2)
+    assert edge.trusted_weight == close(trusted_weight(error(t, t), error(s, s), error(t, s), chance) / 4)
+    constant = np.broadcast_to(np.nanmean(y, 0), y.shape)
+    assert found.chance_loss == close(
+        np.mean(-constant[0] * np.log(constant[0]) - (1 - constant[0]) * np.log(1 - constant[0]))
+    )
 
 
 def test_numbers():
@@ -207,6 +213,7 @@ def test_numbers():
     assert found.agreement is found.kappa is found.mixture.accuracies is found.models["teacher"].accuracy is None
     assert found.edges["student_from_teacher"].cells == {}
     assert found.memorised
+    assert found.skill("teacher") == close(1 - ((t - y) ** 2).mean() / y.var())
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -233,6 +240,8 @@ def pair_for(advice):
     teacher, student = (2.5 * z for z in (teacher, student))  # calibrated
     if advice == "calibration":
         teacher = 5 * teacher
+    if advice == "over-confident":
+        student = 5 * student
     training = ([9.0 * known, student], labels) if advice == "memorised" else ([teacher, student], labels)
     return [teacher, student], labels, training
 
@@ -243,6 +252,7 @@ def pair_for(advice):
         ("teacher useless", "train it before it teaches", "until then"),
         ("student useless", "cut it from the teacher", "`teacher_from_student_weight=0.0`"),
         ("student far behind", "better start", "`student_from_teacher_weight="),
+        ("over-confident", "for fewer steps", "`student_from_teacher_weight="),
         ("memorised", "unlabelled rows", "`student_from_teacher_weight="),
         ("nothing to teach", "distillation_mode='kd'", "`student_from_teacher_weight="),
         ("calibration", "distillation_mode='kd'", "dividing its logits by"),
