@@ -5,6 +5,7 @@ Change the class name of your `Trainer`, add a `student_model`, and get two mode
 
 from .aligning import align_student
 from .arguments import CoDistillationTrainingArguments, DistillationArguments
+from .cross_fitting import cross_fit
 from .diagnose import Diagnosis, diagnose
 from .generations import Generation, Generations, train_generations
 from .pair.assembly import make_pair
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "align_student",
     "create_student",
+    "cross_fit",
     "diagnose",
     "estimate",
     "estimate_memory",

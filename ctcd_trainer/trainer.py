@@ -55,7 +55,7 @@ from .checks import (
     check_strategy,
 )
 from .edges import held_out_edges
-from .graph import LEARNERS, STUDENT, TEACHER, Graph
+from .graph import LEARNERS, PRETRAINED, STUDENT, TEACHER, Graph
 from .hub.repositories import PairUploads
 from .losses.objective import Progress, SoftLossFunction, rows_in
 from .model_structure import accepts_loss_kwargs, base_model, hidden_quantisation, is_peft_model, is_quantised
@@ -69,7 +69,7 @@ from .saving.best_student import BestStudent
 from .saving.checkpoints import PairCheckpoints
 from .saving.weights import check_written_with_fsdp
 from .tasks import Task, UnknownHead
-from .tasks.labels import IGNORE_INDEX
+from .tasks.labels import IGNORE_INDEX, TARGETS
 from .tasks.two_tokenizers import PREFIX
 from .training import search, warm_start
 from .training.augmentation import Augmentation, Mixup, Views, augmented_batch, recounted
@@ -366,7 +366,8 @@ class CoDistillationMixin:
         if self._signature_columns is None:
             known = self.pair.known_inputs
             own = {f"{PREFIX}{name}" for name in known} if self.pair.two_tokenizers else ()
-            self._signature_columns = sorted({*known, *own, "label", "label_ids", *self.label_names})
+            targets = (TARGETS,) if self.pair.objective.from_column else ()
+            self._signature_columns = sorted({*known, *own, *targets, "label", "label_ids", *self.label_names})
         super()._set_signature_columns_if_needed()
 
     # ---- Training ----
@@ -548,9 +549,19 @@ class CoDistillationMixin:
         if number is None or not (self.task.per_row or self.pair.feature_links):
             return number
         if self.task.per_row and labelled:
-            marks = map(self.task.labelled, batch_samples)
-            items = count([{"labels": torch.where(mark, 0, IGNORE_INDEX)} for mark in marks], device)
+
+            def count_rows(mark: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+                return count(
+                    [{"labels": torch.where(mark(batch), 0, IGNORE_INDEX)} for batch in batch_samples], device
+                )
+
+            objective, items = self.pair.objective, count_rows(self.task.labelled)
             rows = [{"labels": self.task.distilled(batch).long()} for batch in batch_samples]
+            if objective.from_column:
+                holds = {
+                    e.rows: functools.partial(objective.holds, e) for e in self.graph.edges if e.source == PRETRAINED
+                }
+                objective.rows_with_target = {name: count_rows(mark) for name, mark in holds.items()}
         return torch.stack([number, items, count(rows, device)])
 
     def _pair_loss(
@@ -1137,7 +1148,9 @@ class CoDistillationTrainer(CoDistillationMixin, Trainer):
             the student's inputs in examples then begin with `student_`; see `PairDataCollator`. For tasks of whole
             rows.
         pretrained_teacher: A model from which both learn (Community KD): a model, or a name or path. It is set to
-            evaluation mode and `requires_grad=False`.
+            evaluation mode and `requires_grad=False`. Without it, the edges from it take their targets from the column
+            `pretrained_logits` of the training data (NaN where a row has none), for tasks of whole rows; see
+            `cross_fit`.
         augmentation: Changes each batch of a training: `TokenMasking`, `WordDropout`, `Mixup`, or any function that
             takes a batch and returns the changed batch.
         augmented: The models that get the changed batch: `"both"`, `"teacher"` or `"student"`.

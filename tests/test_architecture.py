@@ -21,7 +21,7 @@ FLOORS = (
     {"training", "saving", "cards"},
     {"hub"},
     {"push", "trainer"},
-    {"aligning", "diagnose", "generations", "seq2seq"},
+    {"aligning", "cross_fitting", "diagnose", "generations", "seq2seq"},
     {"__init__"},
 )
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -31,7 +31,15 @@ from .arguments import (
     makes_student,
     why_no_warm_start,
 )
-from .data import check_augmentation, check_dataset, check_held_out, check_labels, check_own_inputs
+from .data import (
+    check_augmentation,
+    check_dataset,
+    check_held_out,
+    check_labels,
+    check_own_inputs,
+    check_targets,
+    may_have_targets,
+)
 from .features import check_features, check_features_strategy, check_projections
 from .fit import CheckedCollator, check_rows, explained
 from .models import (
@@ -82,7 +90,7 @@ def check_before_loading(
     Raises:
         ValueError: The training is refused.
     """
-    check_roles(arguments, given)
+    check_roles(arguments, given, may_have_targets(datasets.get("train_dataset")))
     check_arguments(args)
     for argument, dataset in datasets.items():
         check_dataset(dataset, argument)
@@ -179,6 +187,8 @@ def check_setup(
             check_vocabularies(teacher, learners[name], argument_of(name), processing_class)
     if pretrained is not None:
         check_vocabularies(teacher, pretrained, argument_of(PRETRAINED), processing_class)
+    elif arguments.graph.uses_pretrained:
+        check_targets(task, datasets.get("train_dataset"), "train_dataset", augmentation)
     trained = {name: learners[name] for name in arguments.graph.trained}
     check_optimizer(optimizer, optimizer_cls_and_kwargs, trained, args)
     shown = [primary] if two_tokenizers else learners

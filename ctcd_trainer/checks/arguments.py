@@ -16,6 +16,7 @@ from ..edges import GATES, OPEN, held_out_edges
 from ..graph import EDGES, ENSEMBLE, LEARNERS, PRETRAINED, Graph, copied_learner
 from ..model_structure import is_peft_model
 from ..tasks import Task, UnknownHead
+from ..tasks.labels import TARGETS
 
 #: Sizes in a `ParallelismConfig` of groups of processes that get the same rows, or parts of them.
 _PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
@@ -81,8 +82,15 @@ def check_kinds(given: Mapping[str, Any]) -> None:
         )
 
 
-def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> None:
-    """Refuse a model that is missing, given twice or has no use in the mode; see `check_before_loading`."""
+def check_roles(arguments: DistillationArguments, given: Mapping[str, Any], may_have_targets: bool = False) -> None:
+    """Refuse a model that is missing, given twice or has no use in the mode; see `check_before_loading`.
+
+    Args:
+        arguments: The distillation arguments.
+        given: The trainer's arguments by name.
+        may_have_targets: Whether the training data have, or may have, the column that takes the place of a frozen
+            teacher.
+    """
     mode, has = f"`distillation_mode='{arguments.distillation_mode}'`", {n for n, v in given.items() if v is not None}
     if {"student_model", "student_model_init"} <= has:
         raise ValueError("`student_model` and `student_model_init` are both given: pass one of them.")
@@ -97,10 +105,26 @@ def check_roles(arguments: DistillationArguments, given: Mapping[str, Any]) -> N
             "or `student_model_init`, or set `distillation_mode='standalone'` to train the teacher alone."
         )
     weights = " and ".join(f"`{edge.weight_name}`" for edge in EDGES if edge.source == PRETRAINED)
-    if arguments.graph.uses_pretrained and "pretrained_teacher" not in has:
+    from_column = arguments.graph.uses_pretrained and "pretrained_teacher" not in has
+    others = {edge.source for edge in arguments.graph.features}.union(arguments.graph.members)
+    if from_column and (PRETRAINED in others or not may_have_targets):
         raise ValueError(
             f"{mode} with its weights needs a frozen teacher, and `pretrained_teacher` is None. Pass "
-            f"`pretrained_teacher`, or set {weights} to 0."
+            f"`pretrained_teacher`, give `train_dataset` its predictions as a column {TARGETS!r} (features and "
+            f"ensembles need a model), or set {weights} to 0."
+        )
+    for argument in ("soft_loss_func", "pretrained_cache_dir"):
+        if from_column and (argument in has or getattr(arguments, argument, None) is not None):
+            raise ValueError(
+                f"`{argument}` is given, and needs a frozen teacher that runs: `pretrained_teacher` is None, so that "
+                f"only its logits are known, from the column {TARGETS!r}. Leave out `{argument}`."
+            )
+    held_out = [edge.weight_name for edge in held_out_edges(arguments.graph) if edge.source == PRETRAINED]
+    if from_column and held_out:
+        raise ValueError(
+            f"`{held_out[0]}` follows from predictions for held-out rows, and `pretrained_teacher` is None, so that "
+            f"those for training rows alone are known (the column {TARGETS!r}). Set the weight to a number, without "
+            "the schedule 'burn-in'."
         )
     if "pretrained_teacher" in has and not arguments.graph.uses_pretrained:
         raise ValueError(

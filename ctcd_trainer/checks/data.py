@@ -12,7 +12,8 @@ from ..edges import GATES, held_out_edges
 from ..graph import LEARNERS
 from ..model_structure import base_model, forward_parameters, main_input_of
 from ..tasks.base import Task
-from ..tasks.labels import LABEL_COLUMNS
+from ..tasks.labelled import SequenceClassification
+from ..tasks.labels import LABEL_COLUMNS, TARGETS
 from ..tasks.two_tokenizers import prefix_of
 
 logger = logging.get_logger(__name__)
@@ -96,6 +97,47 @@ def _check_unlabelled(
         *(len(unlabelled), len(labels), argument, label),
         f", which train the {' and the '.join(learning)}" if learning else "",
     )
+
+
+def may_have_targets(dataset: Any) -> bool:
+    """Tell whether a data set has a column of targets, or its columns are unknown."""
+    columns = _columns_of(dataset)
+    return dataset is not None and (not columns or TARGETS in columns)
+
+
+def check_targets(task: Task, dataset: Any, argument: str, augmentation: Any = None) -> None:
+    """Refuse targets in a column that the soft losses cannot use; they take the place of a frozen teacher.
+
+    Raises:
+        ValueError: The task has no prediction for a whole row, the augmentation mixes rows, or a target is not the
+            logits of the row, or NaN for each of them. The message has the row.
+    """
+    remedy = f"Pass the model as `pretrained_teacher`, and the data without the column {TARGETS!r}."
+    if not task.per_row:
+        raise ValueError(
+            f"`pretrained_teacher` is None, and the logits of every token in a column {TARGETS!r} would be too large "
+            f"for {task.name}: the column is for tasks with one prediction a row. {remedy}"
+        )
+    if getattr(augmentation, "mixes_rows", False):
+        raise ValueError(
+            f"`augmentation` ({type(augmentation).__name__}) mixes rows inside of the models, and the targets in the "
+            f"column {TARGETS!r} are of plain rows. {remedy}"
+        )
+    rows = _values_of(dataset, TARGETS)
+    outputs, missing = task.num_labels if isinstance(task, SequenceClassification) else 0, 0
+    for row, values in enumerate(rows if rows is not None else ()):
+        try:
+            target = np.asarray(values, dtype=np.float64).reshape(-1)
+        except (TypeError, ValueError):
+            target = np.empty(0)
+        missing += np.isnan(target).all()
+        if len(target) != (outputs or max(len(target), 1)) or not (np.isfinite(target) | np.isnan(target).all()).all():
+            raise ValueError(
+                f"`{argument}`: the target {values!r} of row {row} ({TARGETS!r}) must be {outputs or 'finite'} "
+                "logits, for all outputs of the models, or NaN for each of them if the row has no target."
+            )
+    if rows is not None and missing == len(rows):
+        raise ValueError(f"`{argument}`: no row has a target ({TARGETS!r} is NaN everywhere). {remedy}")
 
 
 def check_own_inputs(
@@ -202,12 +244,19 @@ def _labels_of(dataset: Any, task: Task, default_collator: bool = False) -> Sequ
     """
     names = LABEL_COLUMNS if "labels" in task.label_names else task.label_names
     column = next((name for name in names if name in _columns_of(dataset)), None)
-    if column is None or not isinstance(dataset, Sized):
+    labels = _values_of(dataset, column)
+    if labels is None:
         return None
-    stored = isinstance(dataset, (list, tuple))
-    labels = [row[column] for row in dataset] if stored else dataset.with_format(None)[column]
     if default_collator and column == "label" and len(labels) and isinstance(labels[0], list):
         return [
             [float(v) if isinstance(v, int) else v for v in row] if isinstance(row, list) else row for row in labels
         ]
     return labels
+
+
+def _values_of(dataset: Any, column: str | None) -> Sequence[Any] | None:
+    """Return a column of a data set; `None` if it has none, or would have to be read for it."""
+    if column not in _columns_of(dataset) or not isinstance(dataset, Sized):
+        return None
+    stored = isinstance(dataset, (list, tuple))
+    return [row[column] for row in dataset] if stored else dataset.with_format(None)[column]

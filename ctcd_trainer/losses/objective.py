@@ -11,10 +11,10 @@ from transformers.utils import logging
 
 from ..arguments import DistillationArguments
 from ..edges import GATES, OPEN, BurnIn, Scores, find_schedule
-from ..graph import ENSEMBLE, Edge
+from ..graph import ENSEMBLE, PRETRAINED, Edge
 from ..tasks import Task
 from ..tasks.base import Compared
-from ..tasks.labels import IGNORE_INDEX
+from ..tasks.labels import IGNORE_INDEX, TARGETS
 from .fused_linear import LinearHead, linear_losses
 
 logger = logging.get_logger(__name__)
@@ -71,6 +71,9 @@ class Objective:
         label_smoother: Trainer's label smoother, or `None`.
         progress: How far the training is, for the schedules of the edges.
         held_out: The weights of `auto` edges, and the edges whose burn-in is over.
+        from_column: Whether the predictions of the frozen teacher are the column `TARGETS` of the data.
+        rows_with_target: With `from_column`, the number of rows with a target in the accumulated batch, among all,
+            labelled or unlabelled rows; the trainer sets it.
     """
 
     task: Task
@@ -81,6 +84,8 @@ class Objective:
     label_smoother: Callable[..., Tensor] | None = None
     progress: Progress = field(default_factory=Progress)
     held_out: HeldOut = field(default_factory=HeldOut)
+    from_column: bool = False
+    rows_with_target: Mapping[str, Tensor | int | None] = field(default_factory=dict)
 
     def is_labelled(self, batch: Mapping[str, Any]) -> bool:
         """Tell whether a batch has labels."""
@@ -113,6 +118,8 @@ class Objective:
             return None, {}
         terms = {f"{learner}_hard_loss": value for learner, value in hard.items()}
         weights = list(trained.values())
+        if self.from_column:
+            outputs = {**outputs, PRETRAINED: self._targets(outputs, batch)}
         if self.members:
             outputs = {**outputs, ENSEMBLE: self._pooled(outputs, batch)}
         gates, scores = {}, _ByName(lambda name: self._scores(outputs[name], batch))
@@ -262,11 +269,9 @@ class Objective:
         if self.soft_loss_func is not None:
             loss = self.soft_loss_func(nested_detach(source), learner, batch)
             return loss * share, None
-        factors = None
-        if edge.rows != "all" and self.task.per_row:
-            labelled = self.task.labelled(batch)
-            holds = labelled if edge.rows == "labelled" else ~labelled
-            total = holds.sum() if num_items_in_batch is None else _number_of_rows(num_items_in_batch, edge.rows)
+        factors, holds = None, self.holds(edge, batch)
+        if holds is not None:
+            total = holds.sum() if num_items_in_batch is None else self._number_of_rows(edge, num_items_in_batch)
             share = compared.sum() / total.clamp(min=1)
             factors = holds.float()
         if edge.gate != OPEN:
@@ -275,6 +280,66 @@ class Objective:
         name, temperature = edge.soft_loss or self.arguments.soft_loss, edge.temperature or self.arguments.temperature
         loss = self.task.soft_loss(learner, source, batch, name, temperature, factors) * share
         return loss, None if edge.gate == OPEN else self.task.mean_compared(factors, batch) * share
+
+    def holds(self, edge: Edge, batch: Mapping[str, Any]) -> Tensor | None:
+        """Mark the rows of a batch on which an edge holds, bool `(rows,)`; `None` for all, and for tasks of tokens."""
+        if not self.task.per_row:
+            return None
+        holds = None
+        if edge.rows != "all":
+            labelled = self.task.labelled(batch)
+            holds = labelled if edge.rows == "labelled" else ~labelled
+        if self._from_column(edge):
+            there = self.task.distilled(batch)
+            there = ~batch[TARGETS].flatten(1).isnan().any(-1) if TARGETS in batch else ~there
+            holds = there if holds is None else holds & there
+        return holds
+
+    def _from_column(self, edge: Edge) -> bool:
+        return self.from_column and edge.source == PRETRAINED
+
+    def _targets(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Compared:
+        """Return the column of targets in the place of a model's outputs, 0 where a row has none.
+
+        Raises:
+            ValueError: The column is missing in a training, or has another number of outputs than the models.
+        """
+        learner = next(iter(outputs.values()))
+        logits = self.task.compared(self.task.named(learner), batch)
+        if TARGETS not in batch and not torch.is_grad_enabled():
+            return Compared(torch.zeros_like(logits))
+        if TARGETS not in batch or batch[TARGETS].numel() != logits.numel():
+            shape = tuple(batch[TARGETS].shape) if TARGETS in batch else None
+            raise ValueError(
+                f"`pretrained_teacher` is None, and the column {TARGETS!r} of a batch, which takes its place, has the "
+                f"shape {shape}: the models have logits of the shape {tuple(logits.shape)}. Give each row of "
+                "`train_dataset` such logits (NaN where it has no target), and keep them in the `data_collator`."
+            )
+        return Compared(batch[TARGETS].nan_to_num().reshape(logits.shape))
+
+    def _number_of_rows(self, edge: Edge, num_items_in_batch: Tensor | int) -> Tensor:
+        """Return on how many rows of the accumulated batch an edge holds; see `__call__`.
+
+        Raises:
+            ValueError: That is not known.
+        """
+        numbers = torch.as_tensor(num_items_in_batch).reshape(-1)
+        if self._from_column(edge):
+            number = self.rows_with_target.get(edge.rows)
+            if number is None:
+                raise ValueError(
+                    f"`num_items_in_batch={num_items_in_batch}`, and it is not known how many rows have a target in "
+                    f"{TARGETS!r}. Set `pair.objective.rows_with_target[{edge.rows!r}]`, or leave the number out."
+                )
+            return torch.as_tensor(number)
+        if edge.rows == "labelled":
+            return numbers[-2:][0]
+        if len(numbers) == 1:
+            raise ValueError(
+                f"`num_items_in_batch={num_items_in_batch}` is one number, and an edge holds on unlabelled rows. Pass "
+                "the numbers of labelled rows and of all rows, `torch.tensor([labelled, rows])`, or leave it out."
+            )
+        return numbers[-1] - numbers[-2]
 
 
 class _ByName(dict):
@@ -287,23 +352,6 @@ class _ByName(dict):
     def __missing__(self, name: str) -> Any:
         self[name] = self._make(name)
         return self[name]
-
-
-def _number_of_rows(num_items_in_batch: Tensor | int, rows: str) -> Tensor:
-    """Return how many rows of the accumulated batch are labelled, or unlabelled; see `Objective.__call__`.
-
-    Raises:
-        ValueError: That is not known.
-    """
-    numbers = torch.as_tensor(num_items_in_batch).reshape(-1)
-    if rows == "labelled":
-        return numbers[-2:][0]
-    if len(numbers) == 1:
-        raise ValueError(
-            f"`num_items_in_batch={num_items_in_batch}` is one number, and an edge holds on unlabelled rows. Pass the "
-            "numbers of labelled rows and of all rows, `torch.tensor([labelled, rows])`, or leave it out."
-        )
-    return numbers[-1] - numbers[-2]
 
 
 def rows_in(batch: Mapping[str, Any]) -> int:

@@ -27,7 +27,7 @@ from ..losses.objective import Objective, SoftLossFunction
 from ..losses.teacher_cache import PretrainedCache
 from ..model_structure import base_model, forward_parameters, is_peft_model, is_quantised, layer_classes, main_input_of
 from ..tasks import Task
-from ..tasks.labels import IGNORE_INDEX
+from ..tasks.labels import IGNORE_INDEX, TARGETS
 from ..tasks.two_tokenizers import inputs_of_learner
 from .bases import AdapterBases
 from .copies import Copies
@@ -110,6 +110,7 @@ class CoDistillationModel(PreTrainedModel):
         self.primary = next(iter(learners))
         self.task = task
         self.objective = Objective(task, arguments, soft_loss_func)
+        self.objective.from_column = pretrained is None and arguments.graph.uses_pretrained
         self.fused_heads = FusedHeads()
         #: Frozen models outside of the pair by name: in no state dict, not wrapped, only learnt from.
         self.sources: dict[str, nn.Module] = {} if pretrained is None else {PRETRAINED: pretrained}
@@ -501,7 +502,8 @@ class CoDistillationModel(PreTrainedModel):
     def named_inputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Select the part of a batch that a model takes: inputs that its `forward` names or that no model names."""
         accepted = self._accepted_by(model)
-        return {key: value for key, value in inputs.items() if key in accepted or key not in self.known_inputs}
+        ours = self.known_inputs | {TARGETS}
+        return {key: value for key, value in inputs.items() if key in accepted or key not in ours}
 
     def _accepted_by(self, model: nn.Module) -> frozenset[str]:
         """Names of the inputs of a model, also where FSDP2 has made its class a subclass."""

@@ -10,6 +10,9 @@ from transformers import PreTrainedConfig
 IGNORE_INDEX = -100
 #: Columns that Trainer's data collators take as labels.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+#: Column with the logits `(outputs,)` of a model that is not at hand, NaN where a row has none: the targets of the
+#: edges from the frozen pre-trained teacher, in place of its predictions.
+TARGETS = "pretrained_logits"
 
 
 def own_labels(config: PreTrainedConfig) -> list[str] | None:
