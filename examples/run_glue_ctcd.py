@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from ctcd_trainer import CoDistillationTrainer, Mixup, PairDataCollator, TokenMasking, WordDropout
+from examples.common.aligning import aligned
 from examples.common.arguments import DataArguments, LabelledModelArguments, check_file, logger, option, start
 from examples.common.generations import make_or_train
 from examples.common.models import (
@@ -81,6 +82,9 @@ class GlueDataArguments(DataArguments):
     unlabeled_file: str | None = option(
         None, "A file with more training texts, without labels: on them the models learn only from each other."
     )
+    align_file: str | None = option(
+        None, "A file with texts like those of the training data, for `--align_steps`. Default: the training data."
+    )
     augmentation: Literal["token_masking", "word_dropout", "mixup"] | None = option(
         None, "Augmentation of the training batches: mask tokens, hide tokens, or mix rows. Default: none."
     )
@@ -119,8 +123,9 @@ class GlueDataArguments(DataArguments):
             self.dataset_name = self.dataset_name or "nyu-mll/glue"
             self.dataset_config_name = self.dataset_config_name or self.task_name
         self.check_files()
-        if self.unlabeled_file is not None:
-            check_file(self.unlabeled_file, "unlabeled_file")
+        for name in ("unlabeled_file", "align_file"):
+            if getattr(self, name) is not None:
+                check_file(getattr(self, name), name)
         if self.augmentation is None and self.augmentation_rate is not None:
             raise ValueError(
                 f"`--augmentation_rate {self.augmentation_rate}` has no effect without `--augmentation`: give both."
@@ -153,17 +158,18 @@ def predict(
                     file.write(f"{index}\t{labels.format(prediction)}\n")
 
 
-def unlabelled_rows(path: str, columns: Sequence[str], model_args: LabelledModelArguments) -> Dataset:
-    """The texts of a file without their labels, if it has any.
+def unlabelled_rows(argument: str, path: str, columns: Sequence[str], model_args: LabelledModelArguments) -> Dataset:
+    """The texts of a file without their labels, if it has any; `argument` is the one that gave the path.
 
     Raises:
         ValueError: The file lacks a column of the training data.
     """
-    rows = load_files({"unlabeled": path}, model_args.cache_dir)["unlabeled"]
+    split = argument.removesuffix("_file")
+    rows = load_files({split: path}, model_args.cache_dir)[split]
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise ValueError(
-            f"`--unlabeled_file {path}` has no column {missing[0]!r}, as the training data has; its columns are "
+            f"`--{argument} {path}` has no column {missing[0]!r}, as the training data has; its columns are "
             f"{rows.column_names}. Rename one."
         )
     return rows
@@ -200,6 +206,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, training_args, checkpoint = start(LabelledModelArguments, GlueDataArguments, argv=argv)
     if training_args.do_predict and data_args.files and data_args.test_file is None:
         raise ValueError("`--do_predict` needs `--test_file`.")
+    if data_args.align_file is not None and not model_args.align_steps:
+        raise ValueError(
+            f"`--align_file {data_args.align_file}` has no effect with `--align_steps 0`: give a number of steps, or "
+            "leave it out."
+        )
     task = data_args.task_name
     raw = named_label(load_raw_data(model_args, data_args), data_args.label_column_name)
     selected = select_rows(raw, task, wanted_splits(data_args, training_args))
@@ -222,11 +233,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.warning("Grouping by length saves nothing with padding: give `--pad_to_max_length False`.")
     preprocess = Preprocessor(tokenizer, columns, labels, max_length, pad, student_tokenizer=student_tokenizer)
     examples = {split: tokenize(parts, preprocess, data_args, training_args) for split, parts in selected.items()}
-    if data_args.unlabeled_file is not None and training_args.do_train:
-        texts = {"unlabelled": unlabelled_rows(data_args.unlabeled_file, columns, model_args)}
-        more = tokenize(texts, replace(preprocess, labelled=False), data_args, training_args)["unlabelled"]
+    texts = {
+        name: unlabelled_rows(name, getattr(data_args, name), columns, model_args)
+        for name in ("unlabeled_file", "align_file")
+        if getattr(data_args, name) is not None and training_args.do_train
+    }
+    more = tokenize(texts, replace(preprocess, labelled=False), data_args, training_args)
+    if "unlabeled_file" in more:
         for name, rows in examples["train"].items():
-            examples["train"][name] = concatenate_datasets([rows, more.cast(rows.features)])
+            examples["train"][name] = concatenate_datasets([rows, more["unlabeled_file"].cast(rows.features)])
+    train = next(iter(examples["train"].values())) if training_args.do_train else None
+    unlabelled = more.get("align_file")
 
     multiple = padding_multiple(training_args)
     if pad:
@@ -236,10 +253,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         collator = PairDataCollator.of(tokenizer, student_tokenizer, pad_to_multiple_of=multiple)
     make_trainer = lambda models, args: CoDistillationTrainer(  # noqa: E731
-        **models,
+        **aligned(models, unlabelled or train, model_args, args, checkpoint, collator, tokenizer),
         args=args,
         data_collator=collator,
-        train_dataset=next(iter(examples["train"].values())) if training_args.do_train else None,
+        train_dataset=train,
         eval_dataset=next(iter(examples["validation"].values())) if training_args.do_eval else None,
         processing_class=tokenizer,
         student_processing_class=student_tokenizer,

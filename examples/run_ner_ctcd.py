@@ -33,6 +33,7 @@ from datasets import Dataset
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from ctcd_trainer import CoDistillationTrainer
+from examples.common.aligning import aligned
 from examples.common.arguments import DataArguments, LabelledModelArguments, logger, option, start
 from examples.common.generations import make_or_train
 from examples.common.models import allowed_length, load_config, load_fast_tokenizer, load_labelled_model, load_models
@@ -145,12 +146,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     preprocess = WordTokenizer(tokenizer, labels, text_column, label_column, max_length, pad, label_all)
     tokens = tokenize(selected, preprocess, data_args, training_args)
     inputs = {split: rows.remove_columns(FIRST_TOKENS) for split, rows in tokens.items()}
+    collator = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=padding_multiple(training_args))
     make_trainer = lambda models, args: CoDistillationTrainer(  # noqa: E731
-        **models,
+        **aligned(models, inputs.get("train"), model_args, args, checkpoint, collator),
         args=args,
-        data_collator=DataCollatorForTokenClassification(
-            tokenizer, pad_to_multiple_of=padding_multiple(training_args)
-        ),
+        data_collator=collator,
         train_dataset=inputs.get("train"),
         eval_dataset=inputs.get("validation"),
         processing_class=tokenizer,

@@ -39,6 +39,7 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 from transformers.trainer_utils import speed_metrics
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments
+from examples.common.aligning import aligned
 from examples.common.arguments import DataArguments, ModelArguments, option, start
 from examples.common.generations import make_or_train
 from examples.common.models import allowed_length, load_fast_tokenizer, load_model, load_models
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     padding = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=padding_multiple(training_args))
     collator = default_data_collator if pad else padding
     make_trainer = lambda models, args: QuestionAnsweringTrainer(  # noqa: E731
-        **models,
+        **aligned(models, inputs.get("train"), model_args, args, checkpoint, collator),
         args=args,
         data_collator=collator,
         train_dataset=inputs.get("train"),

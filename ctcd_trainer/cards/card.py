@@ -217,13 +217,14 @@ class _Card:
         graph = self.facts.distillation.graph
         weight = graph.hard_weights.get(learner, 0.0)
         sources = [f"the labels (weight {weight:g})"] * bool(weight)
-        for edge in graph.edges:
+        for edge in (*graph.edges, *graph.features):
             if edge.learner == learner:
                 source = "a frozen pre-trained model" if edge.source == PRETRAINED else f"the {edge.source}"
                 own = ["weight from held-out rows" if edge.auto else f"weight {edge.weight:g}"]
                 own += [f"schedule {edge.schedule}"] * (edge.schedule != "constant")
                 own += [f"gate {edge.gate}"] * (edge.gate != "none")
-                sources.append(f"the predictions of {source} ({', '.join(own)})")
+                what = "layers" if edge in graph.features else "predictions"
+                sources.append(f"the {what} of {source} ({', '.join(own)})")
         return sources
 
     def metadata(self) -> ModelCardData:

@@ -30,8 +30,9 @@ _SHOWN = (
     *("warmup_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor", "optim", "bf16", "fp16", "seed"),
     *("eval_strategy", "load_best_model_at_end", "edges"),
     *(f"{edge.name}_{setting}" for edge in EDGES for setting in ("weight", "schedule", "gate")),
+    *("feature_loss", "feature_layers", "feature_source"),
 )
-_SHOWN_OF_LEARNERS = ("hard_weight", "learning_rate", "weight_decay", "max_grad_norm")
+_SHOWN_OF_LEARNERS = ("hard_weight", "feature_weight", "learning_rate", "weight_decay", "max_grad_norm")
 _PACKAGES = ("ctcd_trainer", "transformers", "peft", "torch", "accelerate", "datasets", "tokenizers")
 #: The times of a short card.
 NOT_MEASURED = Latencies({}, "")

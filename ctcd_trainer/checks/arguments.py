@@ -105,6 +105,8 @@ def check_roles(arguments: DistillationArguments, given: Mapping[str, Any], may_
             "or `student_model_init`, or set `distillation_mode='standalone'` to train the teacher alone."
         )
     weights = " and ".join(f"`{edge.weight_name}`" for edge in EDGES if edge.source == PRETRAINED)
+    if any(edge.source == PRETRAINED for edge in arguments.graph.features):
+        weights = "`student_feature_weight`"
     from_column = arguments.graph.uses_pretrained and "pretrained_teacher" not in has
     others = {edge.source for edge in arguments.graph.features}.union(arguments.graph.members)
     if from_column and (PRETRAINED in others or not may_have_targets):

@@ -143,6 +143,11 @@ class ModelArguments:
         "Weights of a student that is cut from the teacher: `copy` takes the teacher's, `random` draws new weights, "
         "and `shared` keeps one frozen base in memory for the adapters of both models.",
     )
+    align_steps: int = option(
+        0,
+        "Before the training, train the layers of the student to be those of the teacher for this number of steps, on "
+        "the training rows without their labels.",
+    )
     lora_r: int | None = option(None, "Freeze the teacher, and train LoRA adapters of this rank and its head.")
     student_lora_r: int | None = option(None, "Freeze the student, and train LoRA adapters of this rank and its head.")
     lora_target_modules: str | None = option(
@@ -189,6 +194,10 @@ class ModelArguments:
             raise ValueError(
                 f"`--generations {self.generations}` trains new models, and `--lora_r {self.lora_r}` adapters of "
                 "given ones: leave one of them out."
+            )
+        if self.align_steps < 0 or (self.align_steps and not self.has_student):
+            raise ValueError(
+                f"`--align_steps {self.align_steps}` is not valid: give 0 or more, and a student if it is above 0."
             )
         self._check_adapters()
 

@@ -20,6 +20,7 @@ from ctcd_trainer import CoDistillationTrainer
 from examples.data import text
 from examples.data.loading import load_raw_data
 
+from .aligning import aligned
 from .arguments import LanguageModelArguments, start
 from .generations import make_or_train
 from .models import allowed_length, load_config, load_model, load_models, load_tokenizer
@@ -59,7 +60,7 @@ def run_language_models(
     length = allowed_length(length_option, getattr(data_args, length_option), tokenizer, models)
     examples = text.tokenize(splits, preprocess(length=length), data_args, training_args)
     make_trainer = lambda models, args: CoDistillationTrainer(  # noqa: E731
-        **models,
+        **aligned(models, examples.get("train"), model_args, args, checkpoint, collator, tokenizer),
         args=args,
         data_collator=collator,
         train_dataset=examples.get("train"),

@@ -330,6 +330,36 @@ def test_the_student_is_cut_as_the_arguments_say(script, tmp_path, teacher, capl
     assert "M parameters" in caplog.text
 
 
+def test_the_student_is_aligned_before_the_training_but_not_again_when_it_goes_on(script, tmp_path, teacher, caplog):
+    options = {"model_name_or_path": teacher, "student_num_hidden_layers": 1, "task_name": "mrpc", "max_steps": 2}
+    options |= {"dataset_name": save_glue(tmp_path / "glue", "mrpc"), "learning_rate": 0.0, "save_steps": 1}
+    options |= {"save_strategy": "steps", "log_level": "info"}
+    more = tmp_path / "more.json"
+    row = {"sentence1": "the cat sat", "sentence2": "it felt long"}
+    more.write_text("\n".join(json.dumps(row) for _ in range(20)))
+    names = {"no": {}, "rows": {"align_steps": 2}, "file": {"align_steps": 2, "align_file": more}}
+    states = {}
+    for name, own in names.items():
+        out = script("--do_train", **options, **own, output_dir=tmp_path / name)
+        states[name] = load_file(out / "student" / "model.safetensors")
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "no" / "model.safetensors").read_bytes()
+    layer = "bert.encoder.layer.0.output.dense.weight"
+    assert len({states[name][layer].sum().item() for name in names}) == 3  # all differ
+    assert torch.equal(states["no"]["classifier.weight"], states["rows"]["classifier.weight"])
+    assert "Aligning the student with the teacher for 2 steps" in caplog.text
+    caplog.clear()
+    resumed = {"output_dir": tmp_path / "rows", "resume_from_checkpoint": tmp_path / "rows" / "checkpoint-1"}
+    script("--do_train", **options, **names["rows"], **resumed)
+    assert "is aligned already" in caplog.text
+    assert "Aligning" not in caplog.text
+    with pytest.raises(ValueError, match="`--align_steps 0`: give a number of steps"):
+        script("--do_train", **options, align_file=more)
+    with pytest.raises(ValueError, match="`--align_steps 2` is not valid: give 0 or more, and a student"):
+        script(
+            "--do_train", align_steps=2, distillation_mode="standalone", task_name="mrpc", model_name_or_path=teacher
+        )
+
+
 @pytest.mark.parametrize("task", ["mrpc", "stsb"])
 def test_texts_without_labels_are_trained_on_as_well(script, tmp_path, teacher, caplog, task):
     folder = save_glue(tmp_path / "glue", task)
