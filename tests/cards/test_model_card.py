@@ -326,6 +326,7 @@ def test_no_argument_outside_of_the_white_list_is_shown(tmp_path):
             object.__setattr__(trainer.args, field.name, f"secret of {field.name}")
     shown = trainer._card_facts().shown_arguments
     choices = {"distillation_mode", "soft_loss", "lr_scheduler_type", "optim", "eval_strategy", "share"}
+    choices |= {"feature_loss", "feature_source"}
     assert {name for name, value in shown.items() if "secret" in value} <= choices  # a path is refused for these
 
 
@@ -339,6 +340,10 @@ def test_a_weight_of_zero_is_an_argument_but_the_weights_of_the_mode_are_none(tm
         assert "The teacher is frozen: the training does not change it." in text
         assert "The student learns from the predictions of the teacher (weight 1)." in text
         assert set(metadata_of(text).tags) == {"generated_from_trainer", "knowledge-distillation"}
+    trainer = tiny_trainer(tmp_path, distillation_mode="kd", student_feature_weight=0.5, feature_layers="0:1")
+    text = cards_of(trainer)["student"]
+    assert "of the teacher (weight 1) and from the layers of the teacher (weight 0.5)." in text
+    assert "- `feature_layers`: `0:1`" in text
 
 
 def test_cards_tell_what_weighs_a_soft_loss(tmp_path):
