@@ -53,14 +53,14 @@ def write(path: Path, values: dict) -> Path:
 
 
 def test_the_studies_of_this_project_can_be_read(monkeypatch):
-    for name in ("MINILM", "GLUE", "DATA"):
+    for name in ("MINILM", "GLUE", "DATA", "STUDENT"):
         monkeypatch.setenv(name, f"/{name.lower()}")
     for path in FILES.glob("*.yaml"):
         cells = list(study.load_study(path).cells())
         assert {cell.arguments["model_name_or_path"] for cell in cells} - {"@alone"} == {"/minilm"}
         assert "/data" not in json.dumps(study.load_study(path).variants)  # what is published says no path
         assert len({cell.folder(Path()) for cell in cells}) == len(cells)
-    assert len(list(FILES.glob("*.yaml"))) == 3
+    assert len(list(FILES.glob("*.yaml"))) == 4
 
 
 def test_arguments_of_the_variant_count_most(tmp_path, settings):
