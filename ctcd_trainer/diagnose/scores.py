@@ -166,7 +166,9 @@ def edge_scores(edge: Edge, weight: float, found: Measurements, training: Measur
     errors = (float(found.mean(name)[0]) for name in (f"{edge.source}_error", f"{edge.learner}_error", "product"))
     return EdgeScores(
         soft_loss=float(soft.sum()),
-        trusted_weight=trusted_weight(*errors, float(found.family.chance_error(found.labels))) / found.outputs,
+        trusted_weight=trusted_weight(
+            *errors, float(found.family.chance_error(found.labels)), hard_weight=1.0 / found.outputs
+        ),
         cells=cells,
         smoothing=smoothing(found),
         training_smoothing=smoothing(training),

@@ -14,6 +14,7 @@ from ..edges import BurnIn, find_schedule, fitted_members, held_out_edges
 from ..graph import Graph
 from ..losses.objective import HeldOut
 from ..losses.reliability import trusted_weight
+from ..soft_losses import Bernoulli
 from ..tasks import Task
 
 #: Logits of a vocabulary that are turned into probabilities at a time.
@@ -26,11 +27,13 @@ class HeldOutErrors:
     Attributes:
         products: Sums of the scalar products of the errors of two models by their names, of an error with itself too.
         labels: The labels of all items, on the CPU.
+        labels_of_item: Number of labels of an item that may be present each; 1 for classes and numbers.
     """
 
     def __init__(self) -> None:
         self.products: dict[tuple[str, str], float] = {}
         self.labels: list[Tensor] = []
+        self.labels_of_item = 1
         self._family: Any = None
 
     def add(self, task: Task, outputs: Mapping[str, Any], inputs: Mapping[str, Any], rows: Tensor | None) -> None:
@@ -61,6 +64,7 @@ class HeldOutErrors:
                 total = torch.where(items[part], products, 0.0).sum().item()
                 self.products[first, second] = self.products.get((first, second), 0.0) + total
         self._family = family
+        self.labels_of_item = next(iter(logits.values())).shape[-1] if isinstance(family, Bernoulli) else 1
         self.labels.append(labels.reshape(*items.shape, -1)[items].cpu())
 
     def means(self) -> tuple[dict[tuple[str, str], float], float] | None:
@@ -139,7 +143,9 @@ class HeldOutWeights(TrainerCallback, ExportableState, HeldOut):
         for edge in graph.edges if step != self._resumed_at else ():
             schedule = find_schedule(edge.schedule)
             if edge.auto:
-                weight = trusted_weight(own[edge.source], noise, noise, chance, edge.weight, limit=edge.weight)
+                # The hard loss of several labels is their mean, and the soft loss their sum.
+                hard = edge.weight / errors.labels_of_item
+                weight = trusted_weight(own[edge.source], noise, noise, chance, hard, limit=edge.weight)
                 self.weights[edge.name] = weight
             if isinstance(schedule, BurnIn) and schedule.opens(own[edge.source], chance):
                 self.opened.add(edge.name)

@@ -55,7 +55,7 @@ def default_learning_rates(pair: CoDistillationModel, args: TrainingArguments) -
         rate = default_student_learning_rate(args.learning_rate, pair.learners[pair.primary], pair.learners[name])
         if rate != args.learning_rate and getattr(args, f"{name}_learning_rate", None) is None:
             rates[f"{name}_learning_rate"] = rate
-            logger.warning_once(
+            logger.warning(
                 f"`{name}_learning_rate={rate:g}`, {rate / args.learning_rate:g} times `learning_rate`: the {name} "
                 f"has {len(pair.learners[name].cut_layers)} layers of the {pair.primary}. Set it to use another rate."
             )

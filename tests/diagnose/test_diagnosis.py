@@ -189,7 +189,7 @@ def test_several_labels():
     error = lambda p, q: 2 * np.nanmean((p - y) * (q - y), axis=1).mean()  # noqa: E731
     t, s = probs.values()
     chance = 2 * np.nanmean((y - np.nanmean(y, 0)) ** 2)
-    assert edge.trusted_weight == close(trusted_weight(error(t, t), error(s, s), error(t, s), chance) / 4)
+    assert edge.trusted_weight == close(trusted_weight(error(t, t), error(s, s), error(t, s), chance, 1 / 4))
     constant = np.broadcast_to(np.nanmean(y, 0), y.shape)
     assert found.chance_loss == close(
         np.mean(-constant[0] * np.log(constant[0]) - (1 - constant[0]) * np.log(1 - constant[0]))

@@ -12,6 +12,7 @@ from tiny_models import rows_of, tiny_batch, tiny_model
 from transformers import TrainerState, default_data_collator
 
 from ctcd_trainer.arguments import DistillationArguments
+from ctcd_trainer.graph import Edge, Graph
 from ctcd_trainer.losses.reliability import trusted_weight
 from ctcd_trainer.training.held_out import HeldOutErrors, HeldOutWeights
 
@@ -215,3 +216,15 @@ def test_where_nothing_is_held_out_auto_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, eval_dataset=OnTheFly(rows), **AUTO)
     with pytest.raises(ValueError, match=r"evaluation data have no labels.*\['teacher_from_student_weight'\]"):
         trainer.train()
+
+
+def test_the_weight_of_several_labels_counts_that_the_soft_loss_is_their_sum():
+    """The hard loss is the mean over 4 labels: beside it, a soft loss of weight w weighs 4 w."""
+    errors = HeldOutErrors()
+    errors.labels_of_item = 4
+    errors.means = lambda: ({("teacher", "teacher"): 0.1, ("student", "student"): 0.3}, 0.5)
+    graph = Graph({"teacher": 1.0, "student": 1.0}, (Edge("student", "teacher", 1.0, auto=True),))
+    found = HeldOutWeights()
+    found.renew(errors, graph, step=1)
+    noise, bias, skill = 0.1, 0.3 - 0.1, (0.5 - 0.3) / (0.5 - 0.1)
+    assert found.weights == {"teacher_from_student": pytest.approx(noise / bias / 4 * skill)}
