@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from ctcd_trainer import CoDistillationTrainer, DistillationArguments, align_student, create_student, make_pair
+from ctcd_trainer.checks import check_features_strategy
 from ctcd_trainer.feature_losses import FEATURE_LOSSES
 from ctcd_trainer.pair.feature_links import default_layers
 
@@ -338,7 +340,7 @@ def test_features_begin_after_a_warm_start(tmp_path):
     assert trainer.pair.feature_links["student"].links == [(0, 0, 1), (0, 1, 2)]
 
 
-def test_checkpointing_and_autocast_and_compilation_give_the_same(tmp_path):
+def test_checkpointing_and_autocast_give_the_same(tmp_path):
     def losses(**options):
         trainer = tiny_trainer(tmp_path, student_feature_weight=1.0, logging_steps=1, max_steps=3, **options)
         trainer.train()
@@ -478,6 +480,14 @@ def test_arguments_that_contradict_each_other_are_refused(options, message):
 def test_trainings_that_would_go_wrong_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, student_feature_weight=1.0, **options)
+
+
+@pytest.mark.parametrize(("plugin", "name"), [("fsdp_plugin", "FSDP"), ("deepspeed_plugin", "DeepSpeed")])
+def test_models_that_are_divided_among_processes_are_refused(plugin, name, tmp_path):
+    accelerator = SimpleNamespace(state=SimpleNamespace(**{plugin: object()}))
+    check_features_strategy(accelerator, tiny_args(tmp_path))
+    with pytest.raises(ValueError, match=f"`student_feature_weight=1.0` and {name}.*train with DDP"):
+        check_features_strategy(accelerator, tiny_args(tmp_path, student_feature_weight=1.0))
 
 
 def test_models_without_comparable_layers_are_refused(tmp_path):
