@@ -5,12 +5,14 @@ same size has more to say than a smaller partner.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -112,10 +114,15 @@ def train_generations(
     for number in range(1, generations + 1):
         folder = root / f"generation-{number}"
         result = folder / RESULT
-        if not result.exists():
+        finished = result.exists()
+        process = PartialState()
+        process.wait_for_everyone()  # before a process writes the file for which the others look
+        if not finished:
             generation = Generation(number, str(folder), found.folders.get(TEACHER))
             metrics = _train(make_trainer, generation, generations)
-            result.write_text(json.dumps(metrics, indent=2))
+            if process.is_main_process:
+                _write(result, metrics)
+            process.wait_for_everyone()
         found.metrics.append(json.loads(result.read_text()))
         if _key(metric, TEACHER) not in found.metrics[-1]:
             raise ValueError(
@@ -124,13 +131,27 @@ def train_generations(
             )
         for learner in LEARNERS:
             key = _key(metric, learner)
-            values = {index: own[key] for index, own in enumerate(found.metrics, 1) if key in own}
+            values = {n: own[key] for n, own in enumerate(found.metrics, 1) if not math.isnan(own.get(key, math.nan))}
             if values:
                 found.best[learner] = (max if better else min)(values, key=values.get)
-                best = root / f"generation-{found.best[learner]}"
-                found.folders[learner] = str(best if learner == TEACHER else best / learner)
-    _keep(found, root / "best")
+                found.folders[learner] = _place_in(root / f"generation-{found.best[learner]}", learner)
+    if process.is_main_process:
+        _keep(found, root / "best")
+    process.wait_for_everyone()
+    found.folders = {name: _place_in(root / "best", name) for name in found.folders}
     return found
+
+
+def _place_in(folder: Path, learner: str) -> str:
+    """Return the place of a learner in a folder of a pair."""
+    return str(folder if learner == TEACHER else folder / learner)
+
+
+def _write(file: Path, values: Mapping[str, float]) -> None:
+    """Write JSON such that a kill leaves the whole file or none."""
+    written = file.with_suffix(".part")
+    written.write_text(json.dumps(values, indent=2))
+    written.replace(file)
 
 
 def _key(metric: str, learner: str) -> str:
@@ -166,8 +187,8 @@ def _keep(found: Generations, best: Path) -> None:
     written = place_to_write(best)
     for learner, folder in found.folders.items():
         others = [name for name in LEARNERS if learner == TEACHER and name != learner]
-        target = written if learner == TEACHER else written / learner
+        target = _place_in(written, learner)
         shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*_NOT_KEPT, *others), dirs_exist_ok=True)
-        found.folders[learner] = str(best if learner == TEACHER else best / learner)
-    (written / RESULTS).write_text(json.dumps(asdict(found), indent=2))
+    folders = {name: _place_in(best, name) for name in found.folders}
+    (written / RESULTS).write_text(json.dumps(asdict(replace(found, folders=folders)), indent=2))
     put_in_place(best)
