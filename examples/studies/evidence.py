@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ctcd_trainer.graph import STUDENT, TEACHER
-from examples.common.statistics import CONFIDENCE, summarise
+from examples.common.statistics import CONFIDENCE
 from examples.common.tables import format_rows
 from examples.grid.results import load_results
 from examples.grid.runner import RESULTS
@@ -66,6 +66,8 @@ class Evidence:
             found = load_logits(folder)
             if learner in found:
                 every_label, parts = load_rows(json.loads((folder / ARGUMENTS).read_text())["test_file"])
+                count = len(found[learner])  # `max_predict_samples` may have left rows out
+                every_label, parts = every_label[:count], parts[:count]
                 held_out = parts == VALIDATION
                 temperatures[seed] = fitted_temperature(found[learner][held_out], every_label[held_out])
                 logits[seed], labels = found[learner][parts == self.part], every_label[parts == self.part]
@@ -121,7 +123,6 @@ def score_table(evidence: Evidence) -> str:
                 for measure, (title, digits) in MEASURES.items():
                     values = evidence.values(task, variant, learner, measure).values()
                     row[f"{learner}, {title}"] = with_std(values, digits) or "-"
-            row["training (s)"] = f"{summarise(r['train_s'] for r in runs.values()).mean:.0f}"
             rows.append(row)
     return format_rows(rows)
 

@@ -217,4 +217,4 @@ def record_of(
     if scores is None:
         return record
     tuned = dict(cell.tried or ())
-    return {**record, "trial": tuned, "train_s": metrics["train_runtime"], "scores": dict(scores)}
+    return {**record, "trial": tuned, "scores": dict(scores)}

@@ -424,7 +424,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
             scores = scoring.scores_of("own", own, str(test_file), "validation")
             record = {"key": f"own/{variant}/seed-{seed}", "variant": variant, "task": "own", "seed": seed}
             with (folder / "results.jsonl").open("a") as file:
-                file.write(json.dumps({**record, "scores": scores, "train_s": 1.0}) + "\n")
+                file.write(json.dumps({**record, "scores": scores}) + "\n")
     return folder
 
 
