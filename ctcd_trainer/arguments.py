@@ -25,6 +25,7 @@ from .graph import (
     Edge,
     FeatureEdge,
     Graph,
+    copied_learner,
 )
 from .recipes import RECIPES
 from .soft_losses import SOFT_LOSSES
@@ -283,6 +284,7 @@ class DistillationArguments:
         for setting in RECIPES[self.recipe].settings:
             value, name = setting.value_for(self), setting.name
             if value is None or name not in defaults:
+                self.recipe_log += [setting.left_out] if setting.left_out and name in defaults else []
                 continue
             old = getattr(self, name)
             # The same value may come from `dataclasses.replace` of arguments with this recipe.
@@ -426,6 +428,10 @@ class DistillationArguments:
                 f"`{named}` has no effect: `{edge.weight_name}` is {weight:g} with `distillation_mode="
                 f"'{self.distillation_mode}'`. Set the weight, or leave the setting out. With a weight: {learning}."
             )
+        self._check_auto(edge, weight)
+
+    def _check_auto(self, edge: Edge, weight: Any) -> None:
+        """Refuse a weight from held-out rows of a learner without a hard loss, of which it is a multiple."""
         hard = f"{edge.learner}_hard_weight"
         if weight == AUTO and not getattr(self, hard):
             raise ValueError(
@@ -437,6 +443,7 @@ class DistillationArguments:
         """Refuse edges from the ensemble and from copies of learners that are not valid, and settings without them."""
         given = [edge for edge in MADE_EDGES if edge.arrow in (self.edges or {})]
         for edge in given:
+            self._check_auto(edge, self.edges[edge.arrow].get("weight"))
             if edge.learner not in MODES[self.distillation_mode].trained:
                 raise ValueError(
                     f"`edges[{edge.arrow!r}]` has no effect: `distillation_mode='{self.distillation_mode}'` freezes "
@@ -499,23 +506,20 @@ class DistillationArguments:
         hard_weights = {
             name: getattr(self, f"{name}_hard_weight") if name in mode.trained else 0.0 for name in LEARNERS
         }
+        made = {edge: self.edges[edge.arrow] for edge in MADE_EDGES if edge.arrow in (self.edges or {})}
         edges = []
-        for edge in EDGES:
-            weight, learner = self._weight(edge), edge.learner
+        for edge in (*EDGES, *made):
+            given = made[edge] if edge in made else {**self.settings_of(edge), "weight": self._weight(edge)}
+            weight, learner = given.get("weight", edge.weight), edge.learner
             # On rows without a label nothing would correct what a weaker source says.
-            below = edge.source in LEARNERS[1:] and learner == LEARNERS[0]
+            below = (copied_learner(edge.source) or edge.source) in LEARNERS[1:] and learner == LEARNERS[0]
             settings = {
                 "schedule": f"rise:{self.soft_warmup_ratio!r}" if self.soft_warmup_ratio else "constant",
                 "rows": "labelled" if below and hard_weights[learner] > 0 else "all",
-                **self.settings_of(edge),
+                **given,
                 "weight": hard_weights[learner] if weight == AUTO else float(weight),
             }
             edges.append(replace(edge, auto=weight == AUTO, **settings))
-        for edge in MADE_EDGES:
-            given = (self.edges or {}).get(edge.arrow)
-            if given is not None:
-                auto = {"auto": True, "weight": hard_weights[edge.learner]} if given.get("weight") == AUTO else {}
-                edges.append(replace(edge, **{**given, **auto}))
         edges = [edge for edge in edges if edge.weight > 0]
         members: dict[str, float] = {}
         if any(edge.source == ENSEMBLE for edge in edges):

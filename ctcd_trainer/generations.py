@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .arguments import greater_is_better as known_direction
-from .graph import LEARNERS, TEACHER
+from .graph import LEARNERS, STUDENT, TEACHER
 from .saving.atomic_folders import clean_up, place_to_write, put_in_place
 from .trainer import CoDistillationTrainer
 from .training.warm_start import FOLDER as WARM_START
@@ -82,7 +82,7 @@ def train_generations(
             `pretrained_teacher=generation.source` and a mode with edges from it, such as "community".
         generations: Number of generations.
         output_dir: Folder of all generations.
-        metric: The metric that chooses, such as "loss" or "accuracy"; the student's is `student_<metric>`.
+        metric: The metric that chooses, such as "loss" or "accuracy", for each learner by its own values.
         greater_is_better: Whether a larger value is a better one. By default known by the name.
 
     Raises:
@@ -117,7 +117,13 @@ def train_generations(
         finished = result.exists()
         process = PartialState()
         process.wait_for_everyone()  # before a process writes the file for which the others look
-        if not finished:
+        if finished:
+            logger.warning(
+                "Generation %d is finished and is not trained again, whatever its arguments are now. Remove %s to "
+                "train it anew.",
+                *(number, folder),
+            )
+        else:
             generation = Generation(number, str(folder), found.folders.get(TEACHER))
             metrics = _train(make_trainer, generation, generations)
             if process.is_main_process:
@@ -130,7 +136,7 @@ def train_generations(
                 f"has {list(found.metrics[-1])}. Name one of these; the generation is not trained again."
             )
         for learner in LEARNERS:
-            key = _key(metric, learner)
+            key = _key(metric, learner, found.metrics[-1])
             values = {n: own[key] for n, own in enumerate(found.metrics, 1) if not math.isnan(own.get(key, math.nan))}
             if values:
                 found.best[learner] = (max if better else min)(values, key=values.get)
@@ -154,9 +160,13 @@ def _write(file: Path, values: Mapping[str, float]) -> None:
     written.replace(file)
 
 
-def _key(metric: str, learner: str) -> str:
-    name = metric.removeprefix("eval_")
-    return f"eval_{name}" if learner == TEACHER else f"eval_{learner}_{name}"
+def _key(metric: str, learner: str, metrics: Collection[str] = ()) -> str:
+    """Return the key of a learner's metric, which may stand behind the name of an evaluation set."""
+    name = metric.removeprefix("eval_").replace(f"{STUDENT}_", "", 1)
+    if learner == TEACHER:
+        return f"eval_{name}"
+    of_sets = (key for key in metrics if f"_{learner}_" in key and key.replace(f"{learner}_", "", 1) == f"eval_{name}")
+    return next(of_sets, f"eval_{learner}_{name}")
 
 
 def _train(

@@ -17,11 +17,13 @@ class Setting:
         value: Its value, or a function that returns it, given the arguments as they are so far. `None` leaves the
             argument as it is.
         reason: Why, for the log: a clause without a full stop.
+        left_out: The log's remark if the value is `None`, a sentence; empty for none.
     """
 
     name: str
     value: Any
     reason: str
+    left_out: str = ""
 
     def value_for(self, args: Any) -> Any:
         """Return the value for these arguments."""
@@ -83,6 +85,8 @@ RECIPES: Mapping[str, Recipe] = {
                 "teacher_from_student_weight",
                 _listening,
                 "the teacher learns from the student as far as the student is worth it on held-out data",
+                "`teacher_from_student_weight` is left to you: `auto` needs a training of both models with "
+                "evaluations. Set `eval_strategy` and pass an `eval_dataset`.",
             ),
         ),
     ),

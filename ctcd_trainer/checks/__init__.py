@@ -173,6 +173,11 @@ def check_setup(
     Raises:
         ValueError: The training is refused.
     """
+    if args is not None and args.label_smoothing_factor and task.predicts_numbers:
+        raise ValueError(
+            f"`label_smoothing_factor={args.label_smoothing_factor}` smooths classes, and the models predict numbers "
+            "(`problem_type='regression'`). Set it to 0."
+        )
     primary, *others = learners
     teacher = learners[primary]
     two_tokenizers = student_processing_class is not None

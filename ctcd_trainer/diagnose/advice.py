@@ -70,6 +70,11 @@ WEIGHTS: tuple[_Rule, ...] = (
         "{t.scaled_loss:.4f}).",
     ),
     (
+        lambda d: d.mixture.gain.low <= 0,
+        "Set `student_from_teacher_weight={to_student:.2f}` and `teacher_from_student_weight=0.0`: nothing shows that "
+        "the teacher would learn more than smoothing.",
+    ),
+    (
         lambda d: True,
         "Set `student_from_teacher_weight={to_student:.2f}` and `teacher_from_student_weight={to_teacher:.2f}`, the "
         "weights that their held-out errors deserve beside hard losses of weight 1.",
@@ -94,5 +99,5 @@ def _named(found: Any) -> dict[str, Any]:
         f"student {max(found.skill(STUDENT), 0):.0%}",
         "memory": memory,
         "to_student": found.edges["student_from_teacher"].trusted_weight,
-        "to_teacher": found.edges["teacher_from_student"].trusted_weight,
+        "to_teacher": found.edges["teacher_from_student"].trusted_weight if found.mixture.gain.low > 0 else 0.0,
     }

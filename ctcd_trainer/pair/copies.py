@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..graph import AVERAGE, SNAPSHOT, copied_learner
+from ..model_structure import is_quantised
 
 #: The file of a checkpoint with the weights of the copies.
 FILE = "copies.safetensors"
@@ -37,7 +38,10 @@ class Copies(TrainerCallback):
         for name in sorted(names):
             learner = copied_learner(name)
             if learner is not None:
-                self.models[name] = copy.deepcopy(learners[learner]).eval().requires_grad_(False)
+                model = copy.deepcopy(learners[learner]).eval().requires_grad_(False)
+                # In half precision the small steps of an average would be lost in rounding.
+                average = name.endswith(AVERAGE) and not is_quantised(model)
+                self.models[name] = model.float() if average else model
 
     @torch.no_grad()
     def _update(self, kind: str, decay: float) -> None:
@@ -56,17 +60,36 @@ class Copies(TrainerCallback):
         for kind in (AVERAGE, SNAPSHOT):
             self._update(kind, 0.0)
 
+    def after_step(self, step: int) -> None:
+        """Update the averages after an optimizer step; in a loop of your own you call it.
+
+        Args:
+            step: Number of steps that are complete.
+        """
+        self._update(AVERAGE, min(self._decay, (1 + step) / (10 + step)))
+
+    def after_epoch(self) -> None:
+        """Take new snapshots after an epoch; in a loop of your own you call it."""
+        self._update(SNAPSHOT, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Take the snapshots that a checkpoint at the end of an epoch lacks: it is saved before the epoch ends."""
+        if state.global_step and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-6:
+            self.after_epoch()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Update the averages."""
-        self._update(AVERAGE, min(self._decay, (1 + state.global_step) / (10 + state.global_step)))
+        self.after_step(state.global_step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Take new snapshots."""
-        self._update(SNAPSHOT, 0.0)
+        self.after_epoch()
 
     def save(self, folder: Path) -> None:
         """Write the weights of the copies into a checkpoint."""

@@ -97,7 +97,9 @@ class WarmStart:
             return (None, str(path)) if path.parent.name == FOLDER else (str(resume), None)
         pairs, own = (get_last_checkpoint(str(f)) if Path(f).is_dir() else None for f in (output_dir, self.folder))
         if self.teacher.is_dir():
-            return (None, str(self.teacher)) if pairs is None else (pairs, None)
+            # An older checkpoint is of a training before this warm start.
+            later = pairs is not None and os.path.getmtime(pairs) >= os.path.getmtime(self.teacher)
+            return (pairs, None) if later else (None, str(self.teacher))
         if pairs is not None and self.folder.is_dir():
             raise ValueError(
                 f"`resume_from_checkpoint=True` may mean {pairs!r} or the warm start in {str(self.folder)!r}, which "

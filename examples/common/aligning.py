@@ -1,12 +1,14 @@
 """Aligning the student with its teacher before the training: `--align_steps N`."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctcd_trainer import CoDistillationTrainingArguments, align_student
+from ctcd_trainer.training.warm_start import FOLDER
 
 from .arguments import ModelArguments, logger
 
@@ -40,7 +42,8 @@ def aligned(
     """
     if not model_args.align_steps or not training_args.do_train or "student_model" not in models:
         return dict(models)
-    if isinstance(checkpoint, str):
+    in_warm_start = isinstance(checkpoint, str) and FOLDER in Path(checkpoint).parts[-2:]
+    if isinstance(checkpoint, str) and not in_warm_start and model_args.generations == 1:
         logger.info("`--align_steps %d`: the student of %s is aligned already.", model_args.align_steps, checkpoint)
         return dict(models)
     student = models["student_model"]

@@ -190,10 +190,11 @@ class ModelArguments:
             )
         if self.generations < 1:
             raise ValueError(f"`--generations {self.generations}` is not valid: give 1 or more.")
-        if self.generations > 1 and None not in (self.lora_r, self.student_lora_r):
+        adapters = [name for name in ("lora_r", "student_lora_r") if getattr(self, name) is not None]
+        if self.generations > 1 and adapters:
             raise ValueError(
-                f"`--generations {self.generations}` trains new models, and `--lora_r {self.lora_r}` adapters of "
-                "given ones: leave one of them out."
+                f"`--generations {self.generations}` trains new models, and `--{adapters[0]} "
+                f"{getattr(self, adapters[0])}` adapters of given ones: leave one of them out."
             )
         if self.align_steps < 0 or (self.align_steps and not self.has_student):
             raise ValueError(

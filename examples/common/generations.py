@@ -1,5 +1,6 @@
 """Generations of pairs in the example scripts: `--generations N`."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,9 @@ def make_or_train(
 
     def make(generation: Generation) -> CoDistillationTrainer:
         args = replace(training_args, output_dir=generation.output_dir, push_to_hub=False)
+        if args.pretrained_cache_dir is not None:  # of one frozen teacher
+            folder = os.path.join(args.pretrained_cache_dir, f"generation-{generation.number}")
+            args = replace(args, pretrained_cache_dir=folder)
         own = model_args
         if generation.source is not None:
             own = replace(model_args, pretrained_teacher_name_or_path=generation.source)
@@ -64,7 +68,8 @@ def make_or_train(
         model_name_or_path=found.folders[TEACHER],
         student_model_name_or_path=found.folders.get(STUDENT),
     )
-    args = replace(training_args, do_train=False, warm_start_epochs=0.0, warm_start_steps=0)
+    no_warm_start = {"warm_start_epochs": 0.0, "warm_start_steps": 0, "warm_start_learning_rate": None}
+    args = replace(training_args, do_train=False, **no_warm_start)
     trainer = make_trainer(load_models(best, args, partial(load, model_args=best)), args)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -634,3 +634,10 @@ def test_settings_of_edges_that_do_not_fit_tokens_or_an_unknown_head_are_refused
     unknown = [torch.nn.Linear(2, 2) for _ in range(2)]
     with pytest.raises(ValueError, match="of an unknown head it is not known which prediction is right"):
         make_pair(*unknown, DistillationArguments(student_from_teacher_weight="auto"), task=UnknownHead(None))
+
+
+def test_numbers_are_not_smoothed(tmp_path):
+    with pytest.raises(
+        ValueError, match="`label_smoothing_factor=0.1` smooths classes, and the models predict numbers"
+    ):
+        tiny_trainer(tmp_path, "regression", label_smoothing_factor=0.1)

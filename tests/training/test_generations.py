@@ -9,6 +9,7 @@ from tiny import tiny_bert, tiny_rows
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, Generation, train_generations
+from ctcd_trainer.generations import _key
 from ctcd_trainer.graph import PRETRAINED
 
 
@@ -119,3 +120,10 @@ def test_wrong_generations_are_refused(tmp_path, options, message):
     given = {"generations": 1} | {name: value for name, value in options.items() if name in ("generations", "metric")}
     with pytest.raises(ValueError, match=message):
         train_generations(make_trainer, output_dir=tmp_path / "all", **given)
+
+
+def test_each_learner_has_its_own_value_of_the_metric():
+    metrics = ["eval_accuracy", "eval_student_accuracy", "eval_dev_accuracy", "eval_dev_student_accuracy"]
+    for metric in ("accuracy", "student_accuracy", "eval_student_accuracy"):
+        assert [_key(metric, learner, metrics) for learner in ("teacher", "student")] == metrics[:2]
+    assert [_key("dev_accuracy", learner, metrics) for learner in ("teacher", "student")] == metrics[2:]

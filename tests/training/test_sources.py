@@ -165,3 +165,45 @@ def test_an_ensemble_needs_evaluations_to_be_fitted(tmp_path):
 def test_a_pretrained_member_needs_the_model(tmp_path):
     with pytest.raises(ValueError, match="`pretrained_teacher`"):
         tiny_trainer(tmp_path, edges=POOLED, ensemble={"teacher": 1, "pretrained": 1})
+
+
+def test_an_average_of_half_precision_weights_moves(tmp_path):
+    """A step of an average is far below the precision of bf16."""
+    teacher = tiny_bert(2).bfloat16()
+    trainer = tiny_trainer(
+        tmp_path, model=teacher, student_model=tiny_bert(1).bfloat16(), edges={"teacher_average->student": {}}
+    )
+    copies = trainer.pair.copies
+    average = copies.models["teacher_average"].classifier.weight
+    with torch.no_grad():
+        average.fill_(1.0)
+        trainer.teacher_model.classifier.weight.fill_(1.25)
+    for step in range(10_000, 10_100):
+        copies.after_step(step)
+    torch.testing.assert_close(average, torch.full_like(average, 1.25 - 0.25 * 0.999**100))
+
+
+def test_snapshots_are_resumed_at_the_end_of_an_epoch(tmp_path):
+    """Trainer saves before the epoch ends, when the snapshot is not yet taken."""
+    options = {"train_dataset": tiny_rows(8), "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    options["edges"] = {"teacher_snapshot->student": {}}
+    whole = tiny_trainer(tmp_path, **options)
+    whole.train()
+    resumed = tiny_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(resumed.pair, whole.pair)
+
+
+def test_copies_have_the_defaults_of_other_edges():
+    arguments = DistillationArguments(
+        edges={"student_average->teacher": {}, "teacher_average->student": {"schedule": "constant"}},
+        soft_warmup_ratio=0.5,
+    )
+    edges = {edge.arrow: edge for edge in arguments.graph.edges}
+    assert (edges["student_average->teacher"].rows, edges["student_average->teacher"].schedule) == (
+        "labelled",
+        "rise:0.5",
+    )
+    assert (edges["teacher_average->student"].rows, edges["teacher_average->student"].schedule) == ("all", "constant")
+    with pytest.raises(ValueError, match="is a multiple of `student_hard_weight`, which is 0"):
+        DistillationArguments(edges={"teacher_average->student": {"weight": "auto"}}, student_hard_weight=0.0)
