@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .arguments import CoDistillationTrainingArguments
 from .checks import argument_of
 from .graph import STUDENT
+from .model_structure import restored
 from .tasks import Task, find_task, named_task
 from .tasks.labels import LABEL_COLUMNS
 from .trainer import CoDistillationTrainer
@@ -73,10 +74,8 @@ def align_student(
     found = find_task(teacher) if task is None else named_task(task, teacher.config)
     if not found.language_model:
         dataset = _without(dataset, {*LABEL_COLUMNS, *found.label_names})
-    modules = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
-    modes = {module: module.training for module in teacher.modules()}
     saving = {"save_strategy": "no"} if output_dir is None else {"save_steps": 0.2, "save_total_limit": 1}
-    with ExitStack() as afterwards:
+    with restored([teacher]), ExitStack() as afterwards:
         folder = output_dir or afterwards.enter_context(tempfile.TemporaryDirectory())
         args = CoDistillationTrainingArguments(
             output_dir=str(folder),
@@ -108,10 +107,6 @@ def align_student(
         finally:
             for links in trainer.pair.feature_links.values():
                 links.remove()
-            for parameter, requires_grad in modules.items():
-                parameter.requires_grad_(requires_grad)
-            for module, training in modes.items():
-                module.training = training
         losses = [log[name] for log in trainer.state.log_history if (name := f"{STUDENT}_feature_loss") in log]
         if losses and trainer.is_world_process_zero():
             logger.info(

@@ -260,7 +260,7 @@ class DistillationArguments:
     def __post_init__(self) -> None:
         #: The arguments that the recipe has set.
         self.by_recipe: set[str] = set()
-        #: What the recipe has set, what it has not, and why.
+        #: A line for each argument that the recipe has set or left, with the reason.
         self.recipe_log: list[str] = []
         if self.recipe is not None:
             self._follow_recipe()
@@ -509,18 +509,21 @@ class DistillationArguments:
         made = {edge: self.edges[edge.arrow] for edge in MADE_EDGES if edge.arrow in (self.edges or {})}
         edges = []
         for edge in (*EDGES, *made):
-            given = made[edge] if edge in made else {**self.settings_of(edge), "weight": self._weight(edge)}
-            weight, learner = given.get("weight", edge.weight), edge.learner
+            weight, learner = (
+                made[edge].get("weight", edge.weight) if edge in made else self._weight(edge),
+                edge.learner,
+            )
+            weight, auto = (hard_weights[learner], True) if weight == AUTO else (float(weight), False)
+            if weight <= 0:
+                continue
             # On rows without a label nothing would correct what a weaker source says.
             below = (copied_learner(edge.source) or edge.source) in LEARNERS[1:] and learner == LEARNERS[0]
             settings = {
                 "schedule": f"rise:{self.soft_warmup_ratio!r}" if self.soft_warmup_ratio else "constant",
                 "rows": "labelled" if below and hard_weights[learner] > 0 else "all",
-                **given,
-                "weight": hard_weights[learner] if weight == AUTO else float(weight),
+                **(made[edge] if edge in made else self.settings_of(edge)),
             }
-            edges.append(replace(edge, auto=weight == AUTO, **settings))
-        edges = [edge for edge in edges if edge.weight > 0]
+            edges.append(replace(edge, **settings | {"weight": weight, "auto": auto}))
         members: dict[str, float] = {}
         if any(edge.source == ENSEMBLE for edge in edges):
             members = self.ensemble if isinstance(self.ensemble, dict) else dict.fromkeys(LEARNERS, 1.0)

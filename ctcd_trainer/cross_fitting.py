@@ -16,6 +16,8 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from .checks import check_output_dir
+from .saving.atomic_folders import whole_file
 from .tasks.labels import TARGETS
 
 logger = logging.get_logger(__name__)
@@ -88,7 +90,8 @@ def cross_fit(
             trainer = make_trainer(dataset.select(np.flatnonzero(fold_of_row != fold)), str(file.parent))
             predictions = _predictions_for(trainer, dataset.select(rows), file.parent)
             if trainer.is_world_process_zero():
-                _write(file, predictions)
+                with whole_file(file) as written:
+                    np.save(written, predictions)
             trainer.accelerator.wait_for_everyone()
         predictions = np.load(file)
         targets = np.empty((len(dataset), predictions.shape[1]), np.float32) if targets is None else targets
@@ -136,11 +139,7 @@ def _check_same_folds(root: Path, dataset: Any, fold_of_row: np.ndarray) -> None
 
 def _predictions_for(trainer: Trainer, rows: Any, folder: Path) -> np.ndarray:
     """Train a teacher, or the rest of it after a kill, and return its logits `(rows, outputs)` for other rows."""
-    if os.path.realpath(trainer.args.output_dir) != os.path.realpath(folder):
-        raise ValueError(
-            f"A trainer of `make_trainer` has `output_dir={trainer.args.output_dir!r}`: give it the folder that it is "
-            f"passed, {str(folder)!r}."
-        )
+    check_output_dir(trainer.args.output_dir, folder, f"the fold in {folder.name}")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     logits = trainer.predict(rows).predictions
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
@@ -151,10 +150,3 @@ def _predictions_for(trainer: Trainer, rows: Any, folder: Path) -> np.ndarray:
             "logits of each row, (rows, outputs). `cross_fit` is for heads with one prediction a row."
         )
     return logits
-
-
-def _write(file: Path, predictions: np.ndarray) -> None:
-    """Write a file that is whole or absent."""
-    part = file.with_name(f"partial-{file.name}")
-    np.save(part, predictions)
-    part.replace(file)

@@ -184,7 +184,7 @@ class Scores:
 class Gate(ABC):
     """The factor of each compared item of an edge."""
 
-    #: What it does, for the help text of the arguments.
+    #: Its effect, for the help text of the arguments.
     summary: ClassVar[str]
     #: Whether it is 0 for items without a label.
     needs_labels: ClassVar[bool] = True

@@ -17,7 +17,7 @@ _LEAST_VARIANCE = 1e-8
 
 @dataclass(frozen=True)
 class Vectors:
-    """What is compared of one layer of a model, in fp32.
+    """The tensors of one layer that a feature loss compares, in fp32.
 
     Attributes:
         tensors: `hidden`; or `queries`, `keys` and `values`. Each is `(rows, positions, width)`.

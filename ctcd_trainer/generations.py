@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .arguments import greater_is_better as known_direction
+from .checks import check_output_dir
 from .graph import LEARNERS, STUDENT, TEACHER
-from .saving.atomic_folders import clean_up, place_to_write, put_in_place
+from .saving.atomic_folders import clean_up, place_to_write, put_in_place, whole_file
 from .trainer import CoDistillationTrainer
 from .training.warm_start import FOLDER as WARM_START
 from .training.warm_start import can_resume
@@ -110,14 +111,11 @@ def train_generations(
             f"`metric={metric!r}`, and it is not known whether a larger value of it is a better one: give "
             "`greater_is_better` (it is None)."
         )
-    root, found = Path(output_dir), Generations()
+    root, found, process = Path(output_dir), Generations(), PartialState()
     for number in range(1, generations + 1):
         folder = root / f"generation-{number}"
         result = folder / RESULT
-        finished = result.exists()
-        process = PartialState()
-        process.wait_for_everyone()  # before a process writes the file for which the others look
-        if finished:
+        if result.exists():  # no process writes it before all have trained
             logger.warning(
                 "Generation %d is finished and is not trained again, whatever its arguments are now. Remove %s to "
                 "train it anew.",
@@ -127,16 +125,18 @@ def train_generations(
             generation = Generation(number, str(folder), found.folders.get(TEACHER))
             metrics = _train(make_trainer, generation, generations)
             if process.is_main_process:
-                _write(result, metrics)
+                with whole_file(result) as written:
+                    written.write_text(json.dumps(metrics, indent=2))
             process.wait_for_everyone()
         found.metrics.append(json.loads(result.read_text()))
-        if _key(metric, TEACHER) not in found.metrics[-1]:
+        wanted = metric_key(metric, TEACHER)
+        if wanted not in found.metrics[-1]:
             raise ValueError(
-                f"`metric={metric!r}`: the evaluation of generation {number} has no {_key(metric, TEACHER)!r}, but "
+                f"`metric={metric!r}`: the evaluation of generation {number} has no {wanted!r}, but "
                 f"has {list(found.metrics[-1])}. Name one of these; the generation is not trained again."
             )
         for learner in LEARNERS:
-            key = _key(metric, learner, found.metrics[-1])
+            key = metric_key(metric, learner, found.metrics[-1])
             values = {n: own[key] for n, own in enumerate(found.metrics, 1) if not math.isnan(own.get(key, math.nan))}
             if values:
                 found.best[learner] = (max if better else min)(values, key=values.get)
@@ -153,14 +153,7 @@ def _place_in(folder: Path, learner: str) -> str:
     return str(folder if learner == TEACHER else folder / learner)
 
 
-def _write(file: Path, values: Mapping[str, float]) -> None:
-    """Write JSON such that a kill leaves the whole file or none."""
-    written = file.with_suffix(".part")
-    written.write_text(json.dumps(values, indent=2))
-    written.replace(file)
-
-
-def _key(metric: str, learner: str, metrics: Collection[str] = ()) -> str:
+def metric_key(metric: str, learner: str, metrics: Collection[str] = ()) -> str:
     """Return the key of a learner's metric, which may stand behind the name of an evaluation set."""
     name = metric.removeprefix("eval_").replace(f"{STUDENT}_", "", 1)
     if learner == TEACHER:
@@ -175,11 +168,7 @@ def _train(
     """Train a generation, or the rest of it after a kill; save its models and return its metrics."""
     folder = generation.output_dir
     trainer = make_trainer(generation)
-    if os.path.realpath(trainer.args.output_dir) != os.path.realpath(folder):
-        raise ValueError(
-            f"The trainer of generation {generation.number} has `output_dir={trainer.args.output_dir!r}`: give it "
-            f"`generation.output_dir`, {folder!r}."
-        )
+    check_output_dir(trainer.args.output_dir, folder, f"generation {generation.number}")
     if trainer.eval_dataset is None:
         raise ValueError(
             f"`eval_dataset` of generation {generation.number} is None, so that nothing can tell which generation is "

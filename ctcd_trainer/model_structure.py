@@ -60,17 +60,28 @@ def hidden_quantisation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Switch models to evaluation mode for a while; afterwards every module is in its former mode."""
+def restored(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Give every module its former mode, and every parameter its `requires_grad`, when the block ends."""
     models = list(models)
     modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
+    trained = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def in_evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch models to evaluation mode for a while; afterwards every module is in its former mode."""
+    models = list(models)
+    with restored(models):
+        for model in models:
+            model.eval()
+        yield
 
 
 # ---- Parameters ----

@@ -35,7 +35,7 @@ class Recipe:
     """A recipe.
 
     Attributes:
-        summary: What it does, for the help text of the argument `recipe`.
+        summary: Its effect, for the help text of the argument `recipe`.
         settings: The settings in the order in which they are made.
         one_rate: Whether all models get `learning_rate`, also a student whose rate would follow from its layers.
     """

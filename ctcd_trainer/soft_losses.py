@@ -201,6 +201,10 @@ class Family(Protocol):
         mean = sum(weight * part for weight, part in zip(weights, parts, strict=True))
         return self.from_probabilities(mean) if of == "probabilities" else mean
 
+    def labels_of_item(self, logits: Tensor) -> int:
+        """Count the labels of an item that the soft losses sum up and `nll` averages; 1 for classes and numbers."""
+        return 1
+
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the hard loss of each item `(...)`, as the models of transformers do, in fp32 (or fp64).
 
@@ -353,6 +357,10 @@ class Bernoulli(Family):
     def from_probabilities(self, probabilities: Tensor) -> Tensor:
         """Return the log-odds; see `Family.from_probabilities`."""
         return torch.logit(probabilities, eps=torch.finfo(probabilities.dtype).eps)
+
+    def labels_of_item(self, logits: Tensor) -> int:
+        """Count the labels; see `Family.labels_of_item`."""
+        return logits.shape[-1]
 
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean of the binary cross-entropies of the labels; see `Family.nll`."""

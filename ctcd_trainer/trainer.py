@@ -188,7 +188,7 @@ class CoDistillationMixin:
         frozen = frozen and not self._sources.warm_start
         with hidden_quantisation(teacher) if frozen else nullcontext():
             super().__init__(**given)
-        #: What Trainer has read off the teacher, and the pair replaces.
+        #: Attributes that Trainer has read off the teacher and that the pair replaces.
         self._of_teacher = {
             name: getattr(self, name, None) for name in ("model_accepts_loss_kwargs", "_loss_shifts_labels")
         }

@@ -212,6 +212,15 @@ def check_arguments(args: TrainingArguments | None) -> None:
         )
 
 
+def check_output_dir(output_dir: str, folder: str | os.PathLike, owner: str) -> None:
+    """Refuse another output folder than the one that was given to the trainer of `owner`, as the message names it."""
+    if os.path.realpath(output_dir) != os.path.realpath(folder):
+        raise ValueError(
+            f"The trainer of {owner} has `output_dir={output_dir!r}`: give it the folder that `make_trainer` is "
+            f"passed, {str(folder)!r}."
+        )
+
+
 def check_evaluated(graph: Graph, args: TrainingArguments | None) -> None:
     """Refuse weights that follow from held-out rows where nothing is evaluated."""
     edges = held_out_edges(graph)

@@ -1,4 +1,4 @@
-"""What the measurements of two models say: numbers, tables, a figure and advice."""
+"""The diagnosis of two models from their measurements: numbers, tables, a figure and advice."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _SAYS = {"T": "right", "F": "wrong"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a teacher and a student can learn from each other; printed, it is tables and two sentences of advice.
+    """The diagnosis of a teacher and a student. Printed, it is tables and two sentences of advice.
 
     Attributes:
         task: Name of the task.

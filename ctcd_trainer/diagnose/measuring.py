@@ -1,4 +1,4 @@
-"""What two models predict for rows with labels, as sums over the items of each row: no logits are kept."""
+"""Measure the predictions of two models for labelled rows, as sums over the items of a row: no logits are kept."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph import EDGES, LEARNERS
-from ..soft_losses import Bernoulli, Categorical, Family, Point
+from ..soft_losses import Categorical, Family, Point
 from ..tasks.base import Task
 
 #: The temperatures by which logits are divided.
@@ -44,7 +44,7 @@ class Measurements:
         family: The meaning of the predictions.
         labels: The labels of all items, `(items, ...)`.
         decisions: The decisions of both models for all items, `(2, items, decisions)`; `None` for numbers.
-        outputs: The number of labels of an item, which a soft loss sums up and a hard loss averages.
+        labels_of_item: As in `Family`.
 
     Raises:
         FloatingPointError: A model predicts NaN.
@@ -55,7 +55,7 @@ class Measurements:
         tables, labels, decisions = [], [], []
         for batch in batches:
             with torch.no_grad():
-                logits = [task.compared(task.named(run(name, batch)), batch) for name in LEARNERS]
+                logits = [task.compared_logits(run(name, batch), batch) for name in LEARNERS]
             for name, z in zip(LEARNERS, logits, strict=True):
                 if z.isnan().any():
                     raise FloatingPointError(f"The {name} predicts NaN for rows of the data. Check its weights.")
@@ -78,7 +78,7 @@ class Measurements:
             )
         self.sums = {name: torch.cat([table[name] for table in tables]).numpy() for name in tables[0]}
         self.family = family
-        self.outputs = part[0].shape[-1] if isinstance(family, Bernoulli) else 1
+        self.labels_of_item = family.labels_of_item(part[0])
         self.decisions = torch.cat(decisions, dim=1).numpy() if decisions else None
 
     def mean(self, name: str) -> np.ndarray | None:

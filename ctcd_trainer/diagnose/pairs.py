@@ -2,14 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..arguments import CoDistillationTrainingArguments
+from ..model_structure import restored
 from ..tasks.base import Task
 from ..trainer import CoDistillationTrainer
 from .diagnosis import Diagnosis
@@ -55,7 +55,8 @@ def diagnose(
     """
     if not weight > 0:
         raise ValueError(f"`weight={weight}` is not valid: give the weight of the soft losses, a number above 0.")
-    with _unchanged(teacher, student), tempfile.TemporaryDirectory() as folder:
+    models = [model for model in (teacher, student) if isinstance(model, nn.Module)]
+    with restored(models), tempfile.TemporaryDirectory() as folder:
         args = CoDistillationTrainingArguments(
             folder,
             distillation_mode="kd",  # its teacher may be frozen or quantised
@@ -87,18 +88,3 @@ def diagnose(
             if rows is not None
         ]
     return Diagnosis.of(pair.task.name, weight, *found)
-
-
-@contextmanager
-def _unchanged(*models: Any) -> Iterator[None]:
-    """Restore afterwards which parameters of models are trained, and their mode."""
-    modules = [model for model in models if isinstance(model, nn.Module)]
-    modes = [(model, model.training) for model in modules]
-    trained = [(parameter, parameter.requires_grad) for model in modules for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for model, training in modes:
-            model.train(training)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)

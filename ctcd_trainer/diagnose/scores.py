@@ -157,7 +157,7 @@ def edge_scores(edge: Edge, weight: float, found: Measurements, training: Measur
     if shares is not None:
         swapped = [cell if edge.source == TEACHER else cell[::-1] for cell in CELLS]  # measured: teacher x student
         cells = {c: (float(n), float(s / n) if n else None) for c, n, s in zip(swapped, shares, soft, strict=True)}
-    weight *= found.outputs  # the hard loss of several labels is their mean, and the soft loss their sum
+    weight *= found.labels_of_item  # the hard loss of several labels is their mean, and the soft loss their sum
 
     def smoothing(measured: Measurements | None) -> float | None:
         label = measured and measured.mean(f"{edge.source}_label")
@@ -167,7 +167,7 @@ def edge_scores(edge: Edge, weight: float, found: Measurements, training: Measur
     return EdgeScores(
         soft_loss=float(soft.sum()),
         trusted_weight=trusted_weight(
-            *errors, float(found.family.chance_error(found.labels)), hard_weight=1.0 / found.outputs
+            *errors, float(found.family.chance_error(found.labels)), hard_weight=1.0 / found.labels_of_item
         ),
         cells=cells,
         smoothing=smoothing(found),

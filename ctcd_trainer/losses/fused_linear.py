@@ -60,7 +60,7 @@ class LinearHead:
 
 
 class _Kind(NamedTuple):
-    """What edges compare: logits, or log-probabilities at a temperature."""
+    """The inputs of a soft loss: logits, or log-probabilities at a temperature."""
 
     of_logits: bool
     temperature: float
@@ -120,7 +120,7 @@ def linear_losses(
         temperature: Temperature of the soft losses that have none of their own; `mse` does not depend on it.
         chunk_size: Positions in a chunk; by default it depends on vocabulary and device.
         members: Weights of the models whose mean is the source `ensemble`, with the sum 1.
-        pool: What the mean is of, a key of `POOLS`.
+        pool: The kind of mean, a key of `POOLS`.
 
     Returns:
         The weighted sum of the losses, 0-dimensional, and the unweighted losses and the sums of the gates, detached,

@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass(eq=False)
 class HeldOut:
-    """What the last evaluations say about the sources. The trainer sets it; in a loop of your own you may.
+    """The findings of the last evaluations about the sources. The trainer sets them; in a loop of your own you may.
 
     Attributes:
         weights: The weight of each `auto` edge by its name (`teacher_from_student`), which is 0 without an entry.
@@ -215,8 +215,9 @@ class Objective:
 
     def _pooled(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Compared:
         """Return the mean of the predictions of the ensemble's members, in the place of a model's outputs."""
-        logits = [self.task.compared(self.task.named(outputs[name]), batch).detach() for name in self.members]
-        weights = list(self.members.values())
+        members = self.members
+        logits = [self.task.compared_logits(outputs[name], batch).detach() for name in members]
+        weights = list(members.values())
         return Compared(self.task.family(batch).pooled(logits, weights, self.arguments.ensemble_of))
 
     def edges(self) -> list[Edge]:

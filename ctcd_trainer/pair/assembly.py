@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 #: Types that `from_pretrained` takes.
 NAME_OR_PATH = (str, os.PathLike)
-#: What `student_model` may be: a model, a name or path, or a function that makes the student from the teacher.
+#: The values of `student_model`: a model, a name or path, or a function that makes the student from the teacher.
 StudentSource = PreTrainedModel | str | os.PathLike | Callable[[PreTrainedModel], PreTrainedModel]
 
 

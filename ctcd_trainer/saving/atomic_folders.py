@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 #: Folders are first written into this one, beside their final places. Trainer does not upload names with "_" in front.
@@ -31,6 +32,14 @@ def put_in_place(final: Path) -> None:
     written.rename(final)
     _sync_folder(final.parent)
     shutil.rmtree(written.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """Write a file beside `final` and move it there at the end, so that a kill leaves a whole file or none."""
+    written = final.with_name(f"partial-{final.name}")
+    yield written
+    written.replace(final)
 
 
 def remove(final: Path) -> None:

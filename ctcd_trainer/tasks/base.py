@@ -225,21 +225,30 @@ class Task:
         Raises:
             ValueError: The logits of the two models differ in shape, or do not fit the labels.
         """
-        logits = [self.compared_logits(learner, inputs), self.compared_logits(source, inputs).detach()]
-        compared = self.distilled(inputs)
-        shapes = [tuple(each.shape) for each in (*logits, compared)]
+        ours, theirs = self._comparable(learner, source, inputs)
+        values = self.family(inputs).soft_loss(ours, theirs.detach(), name, temperature)
+        self._check_positions(ours, values, inputs)
+        return self.mean_compared(values if factors is None else values * factors, inputs)
+
+    def _comparable(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the logits of two models to compare; raise `ValueError` if their shapes differ."""
+        logits = [self.compared_logits(outputs, inputs) for outputs in (first, second)]
+        shapes = [tuple(each.shape) for each in logits]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"The logits of two models have the shapes {shapes[0]} and {shapes[1]}, which cannot be compared. "
                 "Give both models the same number of outputs."
             )
-        values = self.family(inputs).soft_loss(*logits, name, temperature)
-        if shapes[2] != values.shape:
+        return logits
+
+    def _check_positions(self, logits: Tensor, values: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if the labels score other positions than those that were compared."""
+        shape = tuple(self.distilled(inputs).shape)
+        if shape != values.shape:
             raise ValueError(
-                f"The labels score positions of the shape {shapes[2]}, and logits of the shape {shapes[0]} need "
+                f"The labels score positions of the shape {shape}, and logits of the shape {tuple(logits.shape)} need "
                 f"{tuple(values.shape)}. Give {' and '.join(f'`{label}`' for label in self.label_names)} that shape."
             )
-        return self.mean_compared(values if factors is None else values * factors, inputs)
 
     def mean_compared(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the mean of the values of the compared positions, 0 if there are none."""

@@ -34,19 +34,8 @@ class LanguageModel(TaskWithoutClasses):
         """Return the labels of the scored positions, `(scored,)`."""
         return self.targets(inputs)[self.scored(inputs)]
 
-    def soft_loss(
-        self,
-        learner: Any,
-        source: Any,
-        inputs: Mapping[str, Any],
-        name: str,
-        temperature: float,
-        factors: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the mean of a soft loss on the common ids over the scored positions; see `Task.soft_loss`."""
-        learner, source = self._on_common_ids(learner, source, inputs)
-        values = self.family(inputs).soft_loss(learner, source.detach(), name, temperature)
-        return self.mean_compared(values if factors is None else values * factors, inputs)
+    def _check_positions(self, logits: Tensor, values: Tensor, inputs: Mapping[str, Any]) -> None:
+        """No check: `compared` has taken the scored positions."""
 
     def mean_compared(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the mean of the values `(scored,)`, 0 if there are none."""
@@ -57,11 +46,11 @@ class LanguageModel(TaskWithoutClasses):
         if "labels" not in inputs:
             return None
         scored = self.scored(inputs)
-        same = self.family(inputs).same(*self._on_common_ids(first, second, inputs))
+        same = self.family(inputs).same(*self._comparable(first, second, inputs))
         same = torch.zeros_like(scored).masked_scatter_(scored, same)
         return same.sum(-1).float(), scored.sum(-1).float()
 
-    def _on_common_ids(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    def _comparable(self, first: Any, second: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Return the compared logits of two models on the ids that both have."""
         logits = [self.compared_logits(outputs, inputs) for outputs in (first, second)]
         common = min(z.shape[-1] for z in logits)

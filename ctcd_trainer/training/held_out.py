@@ -14,7 +14,6 @@ from ..edges import BurnIn, find_schedule, fitted_members, held_out_edges
 from ..graph import Graph
 from ..losses.objective import HeldOut
 from ..losses.reliability import trusted_weight
-from ..soft_losses import Bernoulli
 from ..tasks import Task
 
 #: Logits of a vocabulary that are turned into probabilities at a time.
@@ -27,7 +26,7 @@ class HeldOutErrors:
     Attributes:
         products: Sums of the scalar products of the errors of two models by their names, of an error with itself too.
         labels: The labels of all items, on the CPU.
-        labels_of_item: Number of labels of an item that may be present each; 1 for classes and numbers.
+        labels_of_item: As in `Family`.
     """
 
     def __init__(self) -> None:
@@ -48,7 +47,7 @@ class HeldOutErrors:
         """
         family, labels = task.family(inputs), task.labels(inputs)
         items = labels.isnan() if labels.is_floating_point() else labels < 0
-        logits = {name: task.compared(task.named(output), inputs) for name, output in outputs.items()}
+        logits = {name: task.compared_logits(output, inputs) for name, output in outputs.items()}
         items = ~items.reshape(*next(iter(logits.values())).shape[:-1], -1).all(-1)
         if rows is not None:
             where = task.scored(inputs).nonzero()[:, 0] if task.language_model else torch.arange(len(items))
@@ -64,7 +63,7 @@ class HeldOutErrors:
                 total = torch.where(items[part], products, 0.0).sum().item()
                 self.products[first, second] = self.products.get((first, second), 0.0) + total
         self._family = family
-        self.labels_of_item = next(iter(logits.values())).shape[-1] if isinstance(family, Bernoulli) else 1
+        self.labels_of_item = family.labels_of_item(next(iter(logits.values())))
         self.labels.append(labels.reshape(*items.shape, -1)[items].cpu())
 
     def means(self) -> tuple[dict[tuple[str, str], float], float] | None:

@@ -14,9 +14,10 @@ from ctcd_trainer import (
     Generation,
     train_generations,
 )
+from ctcd_trainer.generations import metric_key
 from ctcd_trainer.graph import STUDENT, TEACHER
 
-from .arguments import STUDENT_SIZES, ModelArguments, logger
+from .arguments import STUDENT_SIZES, ModelArguments
 from .models import load_models
 from .tables import padded
 
@@ -52,7 +53,6 @@ def make_or_train(
         if generation.source is not None:
             own = replace(model_args, pretrained_teacher_name_or_path=generation.source)
             args = replace(args, **{f"{learner}_from_pretrained_weight": 1.0 for learner in args.graph.trained})
-        logger.info("Generation %d of %d", generation.number, model_args.generations)
         return make_trainer(load_models(own, args, partial(load, model_args=own)), args)
 
     metric = training_args.metric_for_best_model or "loss"
@@ -75,9 +75,9 @@ def make_or_train(
     if trainer.is_world_process_zero():
         rows = [["generation", "teacher", "student"]]
         for number, metrics in enumerate(found.metrics, 1):
-            values = (metrics.get(f"eval_{prefix}{metric.removeprefix('eval_')}") for prefix in ("", "student_"))
-            marks = ("*" if found.best.get(learner) == number else "" for learner in (TEACHER, STUDENT))
-            rows.append([str(number), *(f"{v:.4f}{m}" for v, m in zip(values, marks, strict=True) if v is not None)])
+            keys = {learner: metric_key(metric, learner, metrics) for learner in (TEACHER, STUDENT)}
+            marks = {learner: "*" if found.best.get(learner) == number else "" for learner in keys}
+            rows.append([str(number), *(f"{metrics[k]:.4f}{marks[n]}" for n, k in keys.items() if k in metrics)])
         lines = "\n".join("  ".join(row) for row in padded(rows, texts=1))
         print(f"\n{metric} of each generation (* the best)\n{lines}")
     return trainer

@@ -9,6 +9,7 @@ Example:
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ class Evidence:
         scores = {seed: r["scores"][self.part] for seed, r in self.record(task, variant).items()}
         return {seed: score[learner][measure] for seed, score in scores.items() if learner in score}
 
+    @functools.cache  # noqa: B019  every comparison reads the same runs
     def rows(
         self, task: str, variant: str, learner: str
     ) -> tuple[dict[int, np.ndarray], dict[int, float], np.ndarray]:
@@ -65,9 +67,8 @@ class Evidence:
             folder = self.folder / record["key"]
             found = load_logits(folder)
             if learner in found:
-                every_label, parts = load_rows(json.loads((folder / ARGUMENTS).read_text())["test_file"])
-                count = len(found[learner])  # `max_predict_samples` may have left rows out
-                every_label, parts = every_label[:count], parts[:count]
+                test_file = json.loads((folder / ARGUMENTS).read_text())["test_file"]
+                every_label, parts = load_rows(test_file, len(found[learner]))
                 held_out = parts == VALIDATION
                 temperatures[seed] = fitted_temperature(found[learner][held_out], every_label[held_out])
                 logits[seed], labels = found[learner][parts == self.part], every_label[parts == self.part]

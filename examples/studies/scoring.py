@@ -16,9 +16,14 @@ from examples.data.metrics import GLUE_SCORES, glue_scores
 LOGITS, PART = "predict_logits.npz", "part"
 
 
-def load_rows(test_file: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read the labels `(rows,)` and the name of the part `(rows,)` of each row of a test file (JSON lines)."""
-    rows = Dataset.from_json(test_file)
+def load_rows(test_file: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read the labels `(rows,)` and the name of the part `(rows,)` of the first rows of a test file (JSON lines).
+
+    Args:
+        test_file: The file.
+        count: Number of rows that were predicted; `max_predict_samples` may have left out the others.
+    """
+    rows = Dataset.from_json(test_file).take(count)
     return np.array(rows["label"]), np.array(rows[PART])
 
 
@@ -53,13 +58,8 @@ def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature with the least loss (Guo et al. 2017, arXiv 1706.04599); 1.0 for numbers."""
     if logits.shape[1] == 1:
         return 1.0
-    return float(
-        np.exp(
-            minimize_scalar(
-                lambda log: losses_of(logits, labels, np.exp(log)).mean(), bounds=(-2.0, 4.0), method="bounded"
-            ).x
-        )
-    )
+    loss = lambda log: losses_of(logits, labels, np.exp(log)).mean()  # noqa: E731
+    return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 4.0), method="bounded").x))
 
 
 def scores_of(task: str, folder: Path, test_file: str, fitted_on: str) -> dict[str, Any]:
@@ -74,10 +74,9 @@ def scores_of(task: str, folder: Path, test_file: str, fitted_on: str) -> dict[s
     Returns:
         For each model of each part: `score`, `nll` and `scaled_nll`, the loss after temperature scaling.
     """
-    labels, parts = load_rows(test_file)
     scores: dict[str, dict[str, Mapping[str, float]]] = {}
     for name, logits in load_logits(folder).items():
-        labels, parts = labels[: len(logits)], parts[: len(logits)]
+        labels, parts = load_rows(test_file, len(logits))
         temperature = fitted_temperature(logits[parts == fitted_on], labels[parts == fitted_on])
         for part in dict.fromkeys(parts.tolist()):
             own, own_labels = logits[parts == part], labels[parts == part]

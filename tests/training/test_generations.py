@@ -9,7 +9,7 @@ from tiny import tiny_bert, tiny_rows
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from ctcd_trainer import CoDistillationTrainer, CoDistillationTrainingArguments, Generation, train_generations
-from ctcd_trainer.generations import _key
+from ctcd_trainer.generations import metric_key
 from ctcd_trainer.graph import PRETRAINED
 
 
@@ -125,5 +125,5 @@ def test_wrong_generations_are_refused(tmp_path, options, message):
 def test_each_learner_has_its_own_value_of_the_metric():
     metrics = ["eval_accuracy", "eval_student_accuracy", "eval_dev_accuracy", "eval_dev_student_accuracy"]
     for metric in ("accuracy", "student_accuracy", "eval_student_accuracy"):
-        assert [_key(metric, learner, metrics) for learner in ("teacher", "student")] == metrics[:2]
-    assert [_key("dev_accuracy", learner, metrics) for learner in ("teacher", "student")] == metrics[2:]
+        assert [metric_key(metric, learner, metrics) for learner in ("teacher", "student")] == metrics[:2]
+    assert [metric_key("dev_accuracy", learner, metrics) for learner in ("teacher", "student")] == metrics[2:]
